@@ -1,0 +1,360 @@
+"""Executes a plan: moves the bytes of what stays, renames and renumbers, patches config.json.
+
+Kept experts are copied verbatim, never decoded: memory stays flat whatever the model's size. Everything that a
+plan could get wrong is checked before a byte is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from coterie.checkpoint import PICKLES, Checkpoint, Tensor, load_json
+from coterie.errors import CoterieError
+from coterie.family import Family, detect, lookup
+from coterie.layer import Blocks, MoE, expert_axis, find_blocks
+from coterie.plan import Choice, Plan, read_plan, to_json
+from coterie.report import Progress, Report, Stopwatch, count, model_card, no_progress, removed_shares, versions
+from coterie.writer import Made, Output, Run, Writer, check_out, partial_of
+
+COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+OURS = ("coterie.json", "README.md", "report.html")
+MERGEABLE = ("F64", "F32", "F16", "BF16")
+
+
+def apply(
+    model: str | Path,
+    plan: str | Path | dict[str, Any],
+    out: str | Path,
+    *,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: Progress = no_progress,
+) -> Report:
+    """Executes a saved (or hand-edited) plan on MODEL and writes OUT.
+
+    plan: a `coterie.json`, its `plan` object, a file or folder holding one, or a dictionary.
+    Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
+    """
+    clock = Stopwatch()
+    checkpoint = Checkpoint.open(model)
+    family = detect(checkpoint.config, list(checkpoint.tensors))
+    blocks = find_blocks(checkpoint, family)
+    return execute(
+        checkpoint, family, blocks, read_plan(plan), Path(out), command="apply", model=model,
+        options={"plan": str(plan) if not isinstance(plan, dict) else "(given as an object)"},
+        clock=clock, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+    )  # fmt: skip
+
+
+def execute(
+    checkpoint: Checkpoint,
+    family: Family,
+    blocks: Blocks,
+    plan: Plan,
+    out: Path,
+    *,
+    command: str,
+    model: str | Path,
+    options: dict[str, Any],
+    clock: Stopwatch,
+    warnings: tuple[str, ...] = (),
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: Progress = no_progress,
+) -> Report:
+    """Checks the plan against the checkpoint, writes OUT (unless dry_run), and reports."""
+    check_out(out, checkpoint.path, resume=resume, overwrite=overwrite)
+    check_plan(checkpoint, family, blocks, plan)
+    outputs = plan_outputs(checkpoint, blocks, plan)
+    numbers, notes = _numbers(checkpoint, family, blocks, plan, outputs), [*warnings, *_left_behind(checkpoint)]
+    report = Report(
+        command=command,
+        options=options,
+        source={"path": str(model), "hash": checkpoint.hash},
+        plan=plan.as_dict(),
+        report={**numbers, **clock.read(), "cold_experts": [], "warnings": notes, "dry_run": dry_run},
+        versions=versions(),
+    )
+    if dry_run:
+        return report
+    identity = {"command": command, "options": options, "plan": report.plan, "source": checkpoint.hash}
+    if resume and out.exists() and not partial_of(out).exists():
+        return _finished(out, report)
+    with Writer(out, identity, resume=resume) as writer:
+        _write(writer, checkpoint, outputs, patched_config(checkpoint, family, blocks, plan), on_progress)
+        report.report.update(clock.read())
+        writer.text("coterie.json", to_json(report.as_dict()))
+        writer.text("README.md", model_card(checkpoint, report))
+        writer.finish({s: {o.name: o for o in os} for s, os in outputs.items()}, checkpoint.indexed)
+    return report
+
+
+def _finished(out: Path, asked: Report) -> Report:
+    """The report of a complete OUT, if it is what was asked for."""
+    found = load_json(out / "coterie.json")
+    same = all(found.get(k) == v for k, v in asked.as_dict().items() if k in ("command", "options", "plan"))
+    if not same or found.get("source", {}).get("hash") != asked.source["hash"]:
+        raise CoterieError(f"{out}: is complete, but was made with another source, plan or option; choose another OUT")
+    return Report(asked.command, asked.options, found["source"], found["plan"], found["report"], found["versions"])
+
+
+def _write(
+    writer: Writer,
+    checkpoint: Checkpoint,
+    outputs: dict[str, list[Output]],
+    config: dict[str, Any],
+    on_progress: Progress,
+) -> None:
+    total = sum(o.num_bytes for shard in outputs.values() for o in shard)
+    writer.check_space(total)
+    done = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        on_progress("writing", done, total)
+
+    for shard, tensors in outputs.items():
+        writer.shard(shard, tensors, checkpoint.metadata[shard], checkpoint, advance)
+    writer.text("config.json", to_json(config))
+    for path in checkpoint.other_files():
+        if _travels(path):
+            writer.copy(path)
+
+
+def _travels(path: Path) -> bool:
+    """Tokenizer, generation config, chat template and licence travel; code, pickles and old cards do not."""
+    if path.name in OURS or path.name.endswith(".safetensors.index.json"):
+        return False
+    return path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_NAMES)
+
+
+def _left_behind(checkpoint: Checkpoint) -> list[str]:
+    """Files that do not travel and that somebody might miss."""
+    names = [p.name for p in checkpoint.other_files() if not _travels(p) and p.name not in OURS]
+    missed = [n for n in names if n.endswith((".py", ".safetensors", *PICKLES))]
+    return [f"not copied (code, pickles and unused weights never are): {', '.join(missed)}"] if missed else []
+
+
+def check_plan(checkpoint: Checkpoint, family: Family, blocks: Blocks, plan: Plan) -> None:
+    """Everything that would fail at load, or load and compute something else. Raises: CoterieError."""
+    config = checkpoint.config
+    known = {(b.key, b.attention) for b in blocks.moe}
+    for keys, attention in ((plan.layers, False), (plan.attention, True)):
+        for key in keys:
+            if (key, attention) not in known:
+                kind = "attention experts" if attention else "experts"
+                raise CoterieError(f"plan: layer {key!r} has no {kind} in {checkpoint.path}")
+    groups, top_k = family.groups(config), family.num_experts_per_token(config)
+    counts = {}
+    for block in blocks.moe:
+        choice = plan.choice(block)
+        if block.mtp and plan.drop_mtp:
+            continue
+        counts[block.name] = len(choice.kept) if choice else block.num_experts
+        if choice:
+            _check_choice(checkpoint, block, choice, groups.num_groups)
+    for name, num_kept in counts.items():
+        check_count(num_kept, top_k, groups, f"plan: {name}")
+    if len(set(counts.values())) > 1 and plan.budget.get("layout") != "coterie":
+        raise CoterieError(
+            f"plan: layers keep different numbers of experts ({min(counts.values())} to {max(counts.values())}), which no "
+            'stock config can say; make them equal, or set "layout": "coterie" in the plan\'s budget (--non-uniform coterie)'
+        )
+
+
+def _check_choice(checkpoint: Checkpoint, block: MoE, choice: Choice, num_groups: int) -> None:
+    named = {*choice.kept, *(e for c in choice.clusters for e in c)}
+    if max(named) >= block.num_experts:
+        raise CoterieError(f"plan: {block.name} names expert {max(named)}, but has {block.num_experts} (0 to {block.num_experts - 1})")
+    size = block.num_experts // num_groups
+    per_group = [sum(e // size == g for e in choice.kept) for g in range(num_groups)]
+    if len(set(per_group)) > 1:
+        raise CoterieError(
+            f"plan: {block.name} keeps {per_group} experts in its {num_groups} routing groups; expected equal numbers, "
+            "or the router would compute something else"
+        )
+    if choice.merged:
+        for name in [*(n for e in block.experts for n in e.values()), *block.fused, block.router]:
+            if checkpoint.tensors[name].dtype not in MERGEABLE:
+                raise CoterieError(
+                    f"tensor {name!r}: {checkpoint.tensors[name].dtype} weights cannot be averaged; "
+                    "dequantise the checkpoint first, or use --kappa 0"
+                )
+
+
+def check_count(num_kept: int, top_k: int, groups: Any, where: str) -> None:
+    """Whether a layer can run with this many experts. Raises: CoterieError naming the nearest counts that work."""
+    if num_kept < top_k:
+        raise CoterieError(f"{where}: keeps {num_kept} experts, fewer than the {top_k} chosen per token; keep at least {top_k}")
+    if not fits_groups(num_kept, top_k, groups):
+        near = sorted(range(1, 4 * num_kept + 8), key=lambda n: abs(n - num_kept))
+        works = sorted([n for n in near if n >= top_k and fits_groups(n, top_k, groups)][:2])
+        raise CoterieError(
+            f"{where}: {num_kept} experts break routing in {groups.num_groups} groups (equal numbers, at least "
+            f"{groups.min_per_group} per group, {top_k} within {groups.top_groups} groups); nearest that work: "
+            f"{' and '.join(map(str, works))}"
+        )
+
+
+def fits_groups(num_kept: int, top_k: int, groups: Any) -> bool:
+    per_group, rest = divmod(num_kept, groups.num_groups)
+    return rest == 0 and per_group >= groups.min_per_group and groups.top_groups * per_group >= min(top_k, num_kept)
+
+
+def plan_outputs(checkpoint: Checkpoint, blocks: Blocks, plan: Plan) -> dict[str, list[Output]]:
+    """What every output shard holds, tensor by tensor, in the source's order. A shard left empty is left out."""
+    by_name: dict[str, Output | None] = {}
+    for block in blocks.moe:
+        choice = plan.choice(block)
+        if block.mtp and plan.drop_mtp:
+            names = [n for n in checkpoint.tensors if n.startswith(block.prefix)]
+            by_name |= dict.fromkeys(names)
+        elif choice and len(choice.kept) < block.num_experts:
+            by_name |= block_outputs(checkpoint, block, choice)
+    shards: dict[str, list[Output]] = {shard: [] for shard in checkpoint.shards}
+    for name, tensor in checkpoint.tensors.items():
+        output = by_name.get(name, whole(tensor))
+        if output is not None:
+            shards[tensor.file].append(output)
+    return {shard: outputs for shard, outputs in shards.items() if outputs}
+
+
+def whole(tensor: Tensor, name: str | None = None) -> Output:
+    """The tensor as it is, perhaps under another name."""
+    return Output(name or tensor.name, tensor.dtype, tensor.shape, (Run(tensor.file, tensor.start, tensor.end),))
+
+
+def block_outputs(checkpoint: Checkpoint, block: MoE, choice: Choice) -> dict[str, Output | None]:
+    """Source name -> what becomes of it (None: dropped), for every tensor of the block that changes."""
+    tensors, result = checkpoint.tensors, {}
+    index = {e: i for i, e in enumerate(choice.kept)}
+    for e, names in enumerate(block.experts):
+        for key, name in names.items():
+            if e not in index:
+                result[name] = None
+                continue
+            renamed = f"{block.prefix}{block.layout.experts}{index[e]}.{key}"
+            cluster = _merged_cluster(choice, index[e])
+            if cluster:
+                sources = [block.experts[m][key] for m in cluster]
+                part = _mean(tensors[name], lambda sources=sources: (checkpoint.read(s) for s in sources))
+                result[name] = Output(renamed, tensors[name].dtype, tensors[name].shape, (part,))
+            else:
+                result[name] = whole(tensors[name], renamed)
+    for name in (*block.fused, block.router, *block.rows):
+        result[name] = sliced(checkpoint, tensors[name], choice, block.num_experts, fused=name in block.fused)
+    for name in block.tables:
+        result[name] = _table(checkpoint, block, tensors[name], choice)
+    return result
+
+
+def _merged_cluster(choice: Choice, i: int) -> tuple[int, ...]:
+    """The experts averaged into kept expert i; empty where it stays itself."""
+    return choice.clusters[i] if choice.merged and len(choice.clusters[i]) > 1 else ()
+
+
+def _mean(tensor: Tensor, values: Callable[[], Iterable[Any]], num_bytes: int | None = None) -> Made:
+    """A mean accumulated in float64 and rounded once, computed when it is written."""
+
+    def make() -> bytes:
+        from coterie.methods.prune.stun import mean_of
+        from coterie.numerics import encode
+
+        return encode(mean_of(values()), tensor.dtype, tensor.name)
+
+    return Made(tensor.num_bytes if num_bytes is None else num_bytes, make)
+
+
+def sliced(checkpoint: Checkpoint, tensor: Tensor, choice: Choice, num_experts: int, *, fused: bool) -> Output:
+    """A tensor that holds all experts along one axis, cut to the kept ones: whole byte ranges, since every axis
+    before it has length 1 (fused tensors: the first axis, E blocks of rows)."""
+    axis = 0 if fused else expert_axis(tensor.shape, num_experts)
+    assert axis is not None
+    rows = tensor.shape[axis] // num_experts
+    size, rest = divmod(tensor.num_bytes, num_experts)
+    if rest:
+        raise CoterieError(f"tensor {tensor.name!r}: its {tensor.num_bytes} bytes do not divide among {num_experts} experts")
+
+    def values(e: int) -> Any:
+        from coterie.numerics import decode
+
+        return decode(checkpoint.raw(tensor.name, e * size, size), tensor.dtype, tensor.name)
+
+    parts: list[Run | Made] = []
+    for i, e in enumerate(choice.kept):
+        cluster = _merged_cluster(choice, i)
+        if cluster:
+            parts.append(_mean(tensor, lambda cluster=cluster: (values(m) for m in cluster), size))
+        else:
+            parts.append(Run(tensor.file, tensor.start + e * size, tensor.start + (e + 1) * size))
+    shape = (*tensor.shape[:axis], len(choice.kept) * rows, *tensor.shape[axis + 1 :])
+    return Output(tensor.name, tensor.dtype, shape, tuple(parts))
+
+
+def _table(checkpoint: Checkpoint, block: MoE, tensor: Tensor, choice: Choice) -> Output:
+    """Token -> expert ids, with a dropped id replaced by its cluster's representative, or (where the plan has no
+    clusters) by the kept expert with the nearest router row."""
+
+    def make() -> bytes:
+        import numpy as np
+
+        ids = checkpoint.read(tensor.name)
+        if ids.size and not (0 <= ids.min() and ids.max() < block.num_experts):
+            raise CoterieError(f"tensor {tensor.name!r}: names expert {ids.max()}, expected 0 to {block.num_experts - 1}")
+        index = choice.stand_ins(block.num_experts)
+        router = checkpoint.read(block.router).astype(np.float64)
+        for e in set(range(block.num_experts)) - set(index):
+            index[e] = int(np.linalg.norm(router[list(choice.kept)] - router[e], axis=1).argmin())
+        table = np.array([index[e] for e in range(block.num_experts)], dtype=ids.dtype)
+        return table[ids].tobytes()
+
+    return Output(tensor.name, tensor.dtype, tensor.shape, (Made(tensor.num_bytes, make),))
+
+
+def patched_config(checkpoint: Checkpoint, family: Family, blocks: Blocks, plan: Plan) -> dict[str, Any]:
+    """config.json with the new expert count under the keys the source used, and everything else as it was."""
+    config = copy.deepcopy(checkpoint.config)
+    kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in blocks.moe if not b.attention}
+    if plan.drop_mtp:
+        mtp = {b.key for b in blocks.moe if b.mtp}
+        kept = {key: n for key, n in kept.items() if key not in mtp}
+        for key, holder, _ in list(lookup(config, family.mtp_count)):
+            holder[key] = 0
+    for key, holder, value in list(lookup(config, family.count)):
+        if value is not None:
+            holder[key.rpartition(".")[2]] = max(kept.values())
+    if len(set(kept.values())) > 1:
+        # Loud in stock software: an unknown model type, not a model with random weights.
+        config["coterie"] = {"format": 1, "model_type": config["model_type"], "num_experts": kept}
+        config["model_type"] = "coterie"
+    return config
+
+
+def _numbers(
+    checkpoint: Checkpoint, family: Family, blocks: Blocks, plan: Plan, outputs: dict[str, list[Output]]
+) -> dict[str, Any]:
+    """Sizes before and after, and the share removed on all three bases."""
+    after = [Tensor(o.name, o.dtype, o.shape, s, 0, o.num_bytes) for s, tensors in outputs.items() for o in tensors]
+    roles = dict(blocks.roles)
+    for block in blocks.moe:  # renumbered experts keep their role
+        roles |= {f"{block.prefix}{block.layout.experts}{i}.{k}": "expert" for i, e in enumerate(block.experts) for k in e}
+    counts = [count(list(checkpoint.tensors.values()), blocks.roles), count(after, roles)]
+    main = [b for b in blocks.moe if not b.mtp and not b.attention]
+    kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main}
+    num_experts = next(iter(kept.values())) if len(set(kept.values())) == 1 else kept
+    return {
+        "before": {
+            "parameters": counts[0]["all"],
+            "bytes": checkpoint.num_bytes,
+            "experts": main[0].num_experts if len({b.num_experts for b in main}) == 1 else {b.key: b.num_experts for b in main},
+        },
+        "after": {"parameters": counts[1]["all"], "bytes": sum(t.num_bytes for t in after), "experts": num_experts},
+        "sparsity": removed_shares(*counts),
+    }

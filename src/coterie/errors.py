@@ -1,0 +1,5 @@
+"""The one exception users meet."""
+
+
+class CoterieError(ValueError):
+    """Bad input: the message names the file or tensor, what was found, what was expected, and what to do."""

@@ -1,0 +1,542 @@
+"""`coterie eval`: perplexity, exact match and lm-evaluation-harness tasks of finished checkpoints.
+
+Last step of the flow: it knows nothing of plans or methods and judges a compressed model as it would any other.
+Every number comes with a 95 % interval. Models are loaded one after the other, by stock transformers, and a
+checkpoint that does not fill its model exactly is refused: `from_pretrained` succeeding proves nothing.
+"""
+
+import contextlib
+import importlib
+import io
+import logging
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from coterie.data import Document, encode, parse_data, read_documents
+from coterie.errors import CoterieError
+
+logger = logging.getLogger("coterie")
+
+RESAMPLES = 1000  # of the bootstrap
+FEW_BLOCKS = 10  # fewer say too little about their own spread
+Z95 = 1.959963984540054  # standard normal, 97.5 %
+MAX_LOGITS = 2**28  # in one forward: 1 GiB as float32
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+ANSWER = re.compile(r"Answer:([^\n]*)")
+COMPLETE = re.compile(r"Answer:[^\n]*\n")
+NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+Load = Callable[[str | Path], Any]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `evaluate`, checked."""
+
+    window: int = 2048
+    stride: int | None = None
+    tasks: tuple[str, ...] = ()
+    task_path: str | Path | None = None
+    batch_size: int = 8
+    max_new_tokens: int = 128
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"window": 2, "stride": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            if (name, value) != ("stride", None) and (type(value) is not int or value < least):
+                raise CoterieError(f"{name} is {value!r}; expected a whole number, at least {least}")
+        _check_stride(self.window, self.stride)
+        if self.dtype not in DTYPES:
+            raise CoterieError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.task_path is not None and not self.tasks:
+            raise CoterieError(f"task_path is {self.task_path} but no tasks were asked; name them with tasks")
+
+
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    *,
+    data: dict[str, str | Path] | Sequence[str] = (),
+    window: int = 2048,
+    stride: int | None = None,
+    tasks: str | Sequence[str] = (),
+    task_path: str | Path | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    dtype: str = "auto",
+    seed: int = 0,
+    load: Load | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures each model on each data set: exact match on files of problems, perplexity on all others.
+
+    `data`: files by name, or `NAME=FILE` strings (`coterie.data` has the formats). `window`, `stride`: in tokens, as in
+    `perplexity`; the window is clamped to the model's positions and the stride is half of it unless given.
+    `tasks`: names for lm-evaluation-harness, searched in the folder `task_path` as well. `load(path)` returns the
+    model; by default `load_checked`. `on_progress(what, done, total)` is called as work advances.
+
+    Returns `{"models": [{"path", "perplexity": {NAME: {"value", "low", "high", "tokens"}},
+    "exact_match": {NAME: {"value", "low", "high", "count"}}}]}`, with `"tasks": {TASK: {METRIC: value}}` if asked.
+    Resamples depend on `seed` and the number of blocks alone, so models are compared on the same ones.
+
+    Raises: CoterieError for bad options or data, a model that does not load completely, and results that are no numbers.
+    """
+    paths = [models] if isinstance(models, str | Path) else list(models)
+    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    options = Options(
+        window=window,
+        stride=stride,
+        tasks=names,
+        task_path=task_path,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        seed=seed,
+    )
+    if load is not None and dtype != "auto":
+        raise CoterieError(f"dtype is {dtype!r}, but models come from your own load(path); let that choose the dtype")
+    if not paths:
+        raise CoterieError("no model was given; expected one or more folders or hub ids")
+    files = data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data)
+    if not files and not names:
+        raise CoterieError("no data was given; expected NAME=FILE or tasks")
+    # All data is read, and every task found, before the first model: bad input should not cost an hour.
+    documents = {name: list(read_documents(file)) for name, file in files.items()}
+    manager = _task_manager(options) if names else None
+    report = on_progress or (lambda what, done, total: None)
+    load = load or (lambda path: load_checked(path, dtype=dtype))
+    return {"models": [_evaluate_model(path, documents, options, manager, load, report) for path in paths]}
+
+
+def _evaluate_model(
+    path: str | Path, documents: dict[str, list[Document]], options: Options, manager: Any, load: Load, report: Progress
+) -> dict[str, Any]:
+    model = load(path).eval()
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # a balancing loss that nobody asks for, and gigabytes to compute
+    needed = options.tasks or any(d.input_ids is None for entries in documents.values() for d in entries)
+    tokenizer = load_tokenizer(path) if needed else None
+    result: dict[str, Any] = {"path": str(path), "perplexity": {}, "exact_match": {}}
+    for name, entries in documents.items():
+        kind, measure = ("exact_match", exact_match) if entries[0].is_problem else ("perplexity", perplexity)
+        what = f"{path}: {name}"
+        result[kind][name] = measure(model, tokenizer, entries, what=what, options=options, report=report)
+    if options.tasks:
+        result["tasks"] = _run_tasks(model, tokenizer, options, manager, what=str(path))
+    return result
+
+
+# Perplexity
+
+
+@dataclass(frozen=True)
+class Window:
+    """The tokens `[begin, end)` of a document in one forward; `[first, end)` are scored here."""
+
+    begin: int
+    first: int
+    end: int
+
+
+def windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
+    """Windows of at most `window` tokens, `stride` apart, that score each token but the first exactly once.
+
+    A token is scored in the first window that holds it, where it has the most context: `window - stride` tokens at
+    least, once there are as many. Needs `1 <= stride < window`.
+    """
+    begin, first = 0, 1
+    while first < num_tokens:
+        end = min(begin + window, num_tokens)
+        yield Window(begin, first, end)
+        begin, first = begin + stride, end
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any, tokenizer: Any, documents: Sequence[Document], *, what: str, options: Options, report: Progress
+) -> dict[str, float | int]:
+    """Perplexity over all documents, each a sequence of its own, with its interval and the number of scored tokens.
+
+        exp(-1/N sum_t log p(x_t | the tokens before t in its window))        N: all tokens but each document's first
+
+    Raises: CoterieError naming `what` if a document has fewer than two tokens or a token is unknown to the model,
+    or if the result is not finite.
+    """
+    sequences = [_tokens(model, tokenizer, document, least=2) for document in documents]
+    window = _clamped_window(model, options.window, what)
+    stride = options.stride or max(1, window // 2)
+    _check_stride(window, stride)
+    sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: report(what, *a))
+    if not np.isfinite(sums).all():
+        raise CoterieError(f"{what}: the model's logits hold NaN or infinity; the weights are damaged, or need float32")
+    if len(sums) < FEW_BLOCKS:
+        logger.warning(
+            "%s: the interval rests on %d window(s) and is too narrow; give more text or a smaller window",
+            what,
+            len(sums),
+        )
+    value, low, high = bootstrap_perplexity(sums, counts, options.seed)
+    if not math.isfinite(high):
+        raise CoterieError(f"{what}: the perplexity is beyond what a number can hold; the checkpoint is damaged")
+    return {"value": value, "low": low, "high": high, "tokens": int(counts.sum())}
+
+
+def bootstrap_perplexity(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Perplexity with its 95 % interval (low, high), from a block bootstrap.
+
+    Neighbouring tokens share their context, so blocks are resampled, not tokens: block b is the tokens newly scored by
+    one window, with summed loss s_b (`sums`, nats) and n_b of them (`counts`). Of 1000 draws of as many blocks, with
+    replacement, each gives exp(sum s_b / sum n_b); the interval is the 2.5th to the 97.5th percentile. One block gives
+    an interval without width.
+    """
+    rng = np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        drawn = rng.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    with np.errstate(over="ignore"):
+        value = float(np.exp(sums.sum() / counts.sum()))
+        low, high = (float(p) for p in np.exp(np.percentile(means, [2.5, 97.5])))
+    return value, min(low, value), max(high, value)  # equal blocks differ in the last bit by order of addition
+
+
+def _score(
+    model: Any,
+    sequences: list[list[int]],
+    window: int,
+    stride: int,
+    batch_size: int,
+    report: Callable[[int, int], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss (float64, nats) and number of the tokens that each window newly scores, in document order."""
+    tensors = map(torch.tensor, sequences)
+    places = [(tensor[w.begin : w.end], w) for tensor in tensors for w in windows(len(tensor), window, stride)]
+    sums, counts = np.empty(len(places)), np.array([w.end - w.first for _, w in places])
+    alike = defaultdict(list)  # windows of one shape go together: no padding, whose effect would have to be argued away
+    for i, (tokens, _) in enumerate(places):
+        alike[len(tokens), counts[i]].append(i)
+    done = 0
+    for (_, scored), members in alike.items():
+        rows = max(1, min(batch_size, MAX_LOGITS // (int(scored + 1) * (_vocabulary(model) or 1))))
+        for batch in _batches(members, rows):
+            ids = torch.stack([places[i][0] for i in batch]).to(model.device)
+            sums[batch] = _losses(model, ids, int(scored)).sum(dim=1).cpu().numpy()
+            done += len(batch)
+            report(done, len(places))
+    return sums, counts
+
+
+def _losses(model: Any, ids: torch.Tensor, scored: int) -> torch.Tensor:
+    """Negative log-likelihood (rows, scored), float64, of the last `scored` tokens of each row of `ids`."""
+    wanted = {"logits_to_keep": scored + 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    logits = model(input_ids=ids, use_cache=False, **wanted).logits[:, -scored - 1 : -1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, -scored:].flatten(), reduction="none")
+    return losses.double().view(len(ids), scored)
+
+
+def _tokens(model: Any, tokenizer: Any, document: Document, *, least: int) -> list[int]:
+    ids = encode(document, tokenizer)
+    if len(ids) < least:
+        raise CoterieError(
+            f"{document.where}: found {len(ids)} token(s); expected at least {least}: give more, or remove it"
+        )
+    if (size := _vocabulary(model)) is not None and max(ids) >= size:
+        raise CoterieError(
+            f"{document.where}: token {max(ids)} is not among the model's {size}; is it the right tokenizer?"
+        )
+    return ids
+
+
+def _clamped_window(model: Any, window: int, what: str) -> int:
+    limit = _positions(model)
+    if limit is None or window <= limit:
+        return window
+    logger.warning("%s: window of %d tokens clamped to the model's %d positions", what, window, limit)
+    return limit
+
+
+def _check_stride(window: int, stride: int | None) -> None:
+    if stride is not None and stride >= window:
+        raise CoterieError(
+            f"stride is {stride} and the window {window} tokens; expected a stride of at most {window - 1}, "
+            "since each token is scored with one before it in its window"
+        )
+
+
+def _vocabulary(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "vocab_size", None)
+
+
+def _positions(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _batches(members: list[int], size: int) -> Iterator[list[int]]:
+    return (members[i : i + size] for i in range(0, len(members), size))
+
+
+# Exact match
+
+
+def extract_answer(text: str) -> str | None:
+    """The answer in a generated continuation, normalised; None if there is none.
+
+    It is what follows the first `Answer:` on its line. The first, because a model that is not stopped goes on to ask
+    and answer questions of its own. Without that mark it is the last number in the text.
+    """
+    if marked := ANSWER.search(text):
+        return normalise_answer(marked[1])
+    numbers = NUMBER.findall(text)
+    return normalise_answer(numbers[-1]) if numbers else None
+
+
+def normalise_answer(answer: str) -> str:
+    """The answer without surrounding space, one trailing period, and commas between thousands: ` 1,234.` is `1234`."""
+    return THOUSANDS.sub("", answer.strip().removesuffix(".").strip())
+
+
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """95 % Wilson score interval (low, high) of a share; unlike a bootstrap it keeps its width at 0 and 100 %.
+
+    (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)        p = successes / count, n = count, z = 1.96
+    """
+    p, z2 = successes / count, Z95**2 / count
+    centre, half = p + z2 / 2, Z95 * math.sqrt(p * (1 - p) / count + z2 / (4 * count))
+    low, high = (centre - half) / (1 + z2), (centre + half) / (1 + z2)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding only
+
+
+@torch.inference_mode()
+def exact_match(
+    model: Any, tokenizer: Any, problems: Sequence[Document], *, what: str, options: Options, report: Progress
+) -> dict[str, float | int]:
+    """Share of problems whose answer, greedily generated, equals the expected one as a string (both normalised).
+
+    Prompts of equal length in tokens are generated together, so that nothing is padded; a row ends with the
+    end-of-text token, a complete `Answer:` line, or after `max_new_tokens` (fewer where the model's positions end).
+
+    Raises: CoterieError naming `what` if logits are NaN, or the problem if its prompt fills the model's positions.
+    """
+    prompts = [_tokens(model, tokenizer, problem, least=1) for problem in problems]
+    room = _room(model, problems, prompts, options.max_new_tokens, what)
+    alike = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        alike[len(prompt)].append(i)
+    correct = done = 0
+    for length, members in alike.items():
+        for batch in _batches(members, options.batch_size):
+            ids = torch.tensor([prompts[i] for i in batch], device=model.device)
+            texts = _generate(model, tokenizer, ids, min(options.max_new_tokens, room - length), what)
+            for i, text in zip(batch, texts, strict=True):
+                correct += extract_answer(text) == normalise_answer(str(problems[i].answer))
+            done += len(batch)
+            report(what, done, len(problems))
+    low, high = wilson_interval(correct, len(problems))
+    return {"value": correct / len(problems), "low": low, "high": high, "count": len(problems)}
+
+
+def _room(model: Any, problems: Sequence[Document], prompts: list[list[int]], max_new_tokens: int, what: str) -> int:
+    """The number of tokens a prompt and its continuation may have together."""
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    needed, limit = len(prompts[longest]) + max_new_tokens, _positions(model)
+    if limit is None or needed <= limit:
+        return needed
+    if len(prompts[longest]) >= limit:
+        found = f"the prompt has {len(prompts[longest])} tokens"
+        raise CoterieError(f"{problems[longest].where}: {found}; expected fewer than the model's {limit} positions")
+    logger.warning(
+        "%s: long prompts get fewer than %d new tokens: the model has %d positions", what, max_new_tokens, limit
+    )
+    return limit
+
+
+def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int, what: str) -> list[str]:
+    """The greedy continuation of each row of `ids` (rows, T), as text, up to the end-of-text token."""
+    from transformers import GenerationConfig
+
+    ends = _end_tokens(model, tokenizer)
+    length = ids.shape[1]
+
+    def complete(rows: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        texts = tokenizer.batch_decode(rows[:, length:], skip_special_tokens=True)
+        return torch.tensor([COMPLETE.search(text) is not None for text in texts], device=rows.device)
+
+    def refuse_nan(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.isnan().any():
+            raise CoterieError(f"{what}: the model's logits hold NaN; the weights are damaged, or need float32")
+        return scores
+
+    theirs = model.generation_config
+    # A config given to generate() inherits what it leaves open, such as repetition penalties: not greedy any more.
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
+    )
+    try:
+        with _quiet_transformers():
+            rows = model.generate(
+                ids, attention_mask=torch.ones_like(ids), stopping_criteria=[complete], logits_processor=[refuse_nan]
+            )
+    finally:
+        model.generation_config = theirs
+    kept = [_until(row, set(ends)) for row in rows[:, length:].tolist()]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a text according to the generation config (one or several) and the tokenizer."""
+    theirs = model.generation_config.eos_token_id
+    ids = list(theirs) if isinstance(theirs, list | tuple) else [theirs]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def _until(row: list[int], ends: set[int]) -> list[int]:
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+
+
+# Tasks of lm-evaluation-harness
+
+
+def _task_manager(options: Options) -> Any:
+    """The harness's index of tasks, its own and those below `task_path`, with every task asked for in it."""
+    folder = options.task_path
+    if folder is not None and not Path(folder).is_dir():
+        raise CoterieError(f"task_path {folder}: no such folder; expected one with YAML files of tasks")
+    try:
+        tasks = importlib.import_module("lm_eval.tasks")
+    except ImportError as e:
+        raise CoterieError(f"tasks need lm-evaluation-harness ({e}); run: pip install 'coterie[eval]'") from e
+    try:
+        with _silence():
+            # The harness's own thousands of files take seconds to index: only if the folder lacks a task.
+            for theirs in (False, True) if folder is not None else (True,):
+                manager = tasks.TaskManager(
+                    include_path=None if folder is None else str(folder), include_defaults=theirs
+                )
+                unknown = [task for task in options.tasks if not manager.match_tasks([task])]
+                if not unknown:
+                    return manager
+    except Exception as e:  # whatever a YAML file may provoke
+        raise CoterieError(f"task_path {folder}: the harness cannot read its tasks ({e})") from e
+    raise CoterieError(f"tasks {', '.join(unknown)}: not known to the harness; check the names, or give task_path")
+
+
+def _run_tasks(model: Any, tokenizer: Any, options: Options, manager: Any, what: str) -> dict[str, dict[str, float]]:
+    """Every number the harness reports, by task and by the harness's own name of the metric."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    seeds = dict.fromkeys(
+        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), options.seed
+    )
+    try:
+        with _silence(), _quiet_transformers():
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
+            found = simple_evaluate(
+                model=wrapped, tasks=list(options.tasks), task_manager=manager, log_samples=False, **seeds
+            )
+    except Exception as e:  # downloads, templates and metrics of others: anything can happen
+        raise CoterieError(f"{what}: the harness failed on {', '.join(options.tasks)}: {type(e).__name__}: {e}") from e
+    return {
+        task: {metric: float(value) for metric, value in metrics.items() if isinstance(value, int | float)}
+        for task, metrics in found["results"].items()
+    }
+
+
+# Loading
+
+
+def load_checked(path: str | Path, *, dtype: str = "auto") -> Any:
+    """The causal language model in a folder or on the hub, in stock transformers, on the GPU if there is one.
+
+    Raises: CoterieError if it does not load or any tensor is missing, unexpected or of another shape. Never runs code
+    that comes with the checkpoint, never unpickles.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_folder(path)
+    try:
+        with _quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+            )
+    except Exception as e:  # a checkpoint can provoke anything in there
+        raise CoterieError(f"{path}: transformers cannot load it: {type(e).__name__}: {e}") from e
+    faults = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if faults:
+        found = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in faults.items())
+        raise CoterieError(f"{path}: the weights do not fit the config: {found}; expected every tensor exactly once")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer beside a model.
+
+    Raises: CoterieError if there is none. transformers makes an empty one for some families then, which turns every
+    text into no tokens, so the files of a folder are looked for here.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(path)
+    try:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as e:
+        raise CoterieError(f"{path}: no tokenizer that loads ({type(e).__name__}: {e}); {_TOKENIZER_NEEDED}") from e
+    files = sorted(set(getattr(tokenizer, "vocab_files_names", {}).values()))
+    if Path(path).is_dir() and files and not any((Path(path) / file).exists() for file in files):
+        raise CoterieError(f"{path}: found none of {', '.join(files)}; {_TOKENIZER_NEEDED}")
+    return tokenizer
+
+
+_TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
+
+
+def _check_folder(path: str | Path) -> None:
+    local = isinstance(path, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith(".")
+    if local and not Path(path).is_dir():
+        raise CoterieError(f"{path}: no such folder; expected one with config.json, or a hub id")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps transformers from writing progress bars and reports: what matters in them is raised or returned."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Swallows what the harness prints, and what the git it calls writes straight to the process's standard error."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -1,0 +1,142 @@
+"""What Coterie knows about model families: data, one record per family, one file per group that agrees.
+
+A `Family` says by which names a checkpoint keeps its routers, experts and shared experts, under which keys
+its config counts them, and what its routing demands. Code elsewhere never asks for a model's name.
+To add a family, add a file to `families/` (see CONTRIBUTING.md); the tests find it by themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from coterie.errors import CoterieError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one spelling of a family keeps the tensors of a MoE block; names are relative to `...layers.N.`.
+
+    `experts` is followed by an expert's number: everything below it belongs to that expert. `fused` tensors
+    hold all experts along their first axis (dbrx: E blocks of rows), with any suffix such as `_bias`.
+    `rows` hold one entry per expert beside the router: biases, scales. `tables` map tokens to expert ids.
+    Every tensor below one of `blocks` must be claimed by one of these rules.
+    """
+
+    blocks: tuple[str, ...] = ("mlp.",)
+    router: str = "mlp.gate.weight"
+    rows: tuple[str, ...] = ()
+    experts: str = "mlp.experts."
+    fused: tuple[str, ...] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    shared: tuple[str, ...] = ("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_expert_gate.")
+    tables: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()  # belongs to the block but not to any expert: kept as it is
+    gate: str | None = "gate_proj"  # None: the experts have no gate
+    up: str = "up_proj"
+    down: str = "down_proj"
+    transposed: bool = False  # fused matrices are (E, in, out)
+    interleaved: bool = False  # gate and up alternate along the output axis instead of standing side by side
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Group-limited routing: experts stand in `num_groups` equal groups, of which the best `top_groups` compete."""
+
+    num_groups: int
+    top_groups: int
+    min_per_group: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One or more `model_type`s that agree on names, config keys and routing. Keys with dots are nested."""
+
+    model_types: tuple[str, ...]
+    layouts: tuple[Layout, ...] = (Layout(),)
+    attention: tuple[Layout, ...] = ()  # of families whose attention has experts of its own
+    count: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    top_k: tuple[str, ...] = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+    group_keys: tuple[str, str] = ("n_group", "topk_group")
+    min_per_group: int = 2  # sigmoid routers score a group by the sum of its two best
+    group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
+    mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+    stock: bool = True  # transformers has a class for it
+
+    @property
+    def name(self) -> str:
+        return self.model_types[0]
+
+    def num_experts(self, config: dict[str, Any]) -> int:
+        """The routed experts per layer, from the config. Raises: CoterieError when no key says."""
+        return self._positive(config, self.count)
+
+    def num_experts_per_token(self, config: dict[str, Any]) -> int:
+        """Top-k. Raises: CoterieError when no key says."""
+        return self._positive(config, self.top_k)
+
+    def _positive(self, config: dict[str, Any], keys: tuple[str, ...]) -> int:
+        found = {key: value for key, _, value in lookup(config, keys) if value is not None}
+        if not found:
+            raise CoterieError(f"config.json ({self.name}): none of the keys {', '.join(keys)}; expected one of them")
+        value = next(iter(found.values()))
+        if type(value) is not int or not 0 < value < 2**20 or len({str(v) for v in found.values()}) > 1:
+            raise CoterieError(f"config.json ({self.name}): expected one positive integer, found {found!r:.200}")
+        return value
+
+    def groups(self, config: dict[str, Any]) -> Groups:
+        """The routing groups; one group of all experts where the family or the config knows none."""
+        if self.group_switch:
+            key, value = self.group_switch
+            if next((v for _, _, v in lookup(config, (key,))), None) != value:
+                return Groups(1, 1, 1)
+        found = [next((v for _, _, v in lookup(config, (key,)) if type(v) is int), 1) for key in self.group_keys]
+        return Groups(found[0], found[1], self.min_per_group) if found[0] > 1 else Groups(1, 1, 1)
+
+
+def lookup(config: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Every place where one of `keys` stands, as (key, the dictionary holding it, value): top level first,
+    then the nested text config of multimodal wrappers."""
+    scopes = [config, *(config[n] for n in ("text_config", "language_config", "llm_config") if n in config)]
+    for scope in scopes:
+        for key in keys:
+            *path, last = key.split(".")
+            holder: Any = scope
+            for part in path:
+                holder = holder.get(part) if isinstance(holder, dict) else None
+            if isinstance(holder, dict) and last in holder:
+                yield key, holder, holder[last]
+
+
+@cache
+def registry() -> dict[str, Family]:
+    """Every known family by `model_type`, collected from the files of `coterie.families`."""
+    package = importlib.import_module("coterie.families")
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        for family in importlib.import_module(f"coterie.families.{module.name}").FAMILIES:
+            for model_type in family.model_types:
+                assert model_type not in found, f"two records for {model_type}"
+                found[model_type] = family
+    return found
+
+
+def detect(config: dict[str, Any], names: Iterator[str] | list[str] | tuple[str, ...] = ()) -> Family:
+    """The family of a checkpoint. Raises: CoterieError for a dense or an unknown one."""
+    types = [v for _, _, v in lookup(config, ("model_type",)) if isinstance(v, str)]
+    for model_type in types:
+        if model_type in registry():
+            return registry()[model_type]
+    shown = repr(types[0])[:60] if types else "no model_type"
+    if names and not any(re.search(r"experts?\b|router|moe", name) for name in names):
+        raise CoterieError(f"config.json: {shown} is a dense model (no tensor of an expert); expected a mixture of experts")
+    near = difflib.get_close_matches(types[0], registry(), n=3, cutoff=0.3) if types else []
+    hint = f"; the nearest known ones are {', '.join(near)}" if near else ""
+    raise CoterieError(
+        f"config.json: {shown} is not a family we know{hint}. Adding one is a file in coterie/families: see CONTRIBUTING.md"
+    )

@@ -1,0 +1,1 @@
+"""Compression methods: pure functions on arrays and statistics, one small file each, named by their file."""

@@ -1,0 +1,10 @@
+"""Baseline: keep the experts with the lowest ids. Nothing to decide, so it measures the rewriting alone."""
+
+import numpy as np
+
+from coterie.layer import Layer
+
+
+def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:
+    """Minus the expert's id."""
+    return -np.arange(layer.num_experts)

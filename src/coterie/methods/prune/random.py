@@ -1,0 +1,10 @@
+"""Baseline: experts drawn at random (seeded). What any criterion has to beat."""
+
+import numpy as np
+
+from coterie.layer import Layer
+
+
+def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:
+    """A random permutation of 0..E-1."""
+    return generator.permutation(layer.num_experts)

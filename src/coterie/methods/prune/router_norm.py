@@ -1,0 +1,10 @@
+"""Baseline: keep the experts whose router rows are longest."""
+
+import numpy as np
+
+from coterie.layer import Layer
+
+
+def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:
+    """||W_e||_2 of each router row, (E,)."""
+    return np.linalg.norm(layer.router.astype(np.float64), axis=1)

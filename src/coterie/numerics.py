@@ -1,0 +1,137 @@
+"""Bytes to numbers and back, in numpy: what planning and rewriting need, without torch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coterie.errors import CoterieError
+
+PLAIN = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
+    "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8",
+}  # fmt: skip
+
+
+def decode(raw: bytes, dtype: str, name: str) -> np.ndarray:
+    """Values of a stored tensor, flat: f64 and integers as they are, every other float exactly as float32."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    if dtype in ("F8_E4M3", "F8_E5M2", "F8_E8M0"):
+        return _float8_values(dtype)[np.frombuffer(raw, np.uint8)]
+    if dtype not in PLAIN:
+        raise CoterieError(f"tensor {name!r}: cannot read values of dtype {dtype}; dequantise the checkpoint first")
+    values = np.frombuffer(raw, PLAIN[dtype])
+    return values.astype(np.float32) if dtype == "F16" else values
+
+
+def encode(values: np.ndarray, dtype: str, name: str) -> bytes:
+    """Stored bytes of `values`, rounded once, to nearest even."""
+    if dtype == "BF16":
+        return round_to_bf16(values).tobytes()
+    if dtype not in PLAIN:
+        raise CoterieError(f"tensor {name!r}: cannot write values of dtype {dtype}; dequantise the checkpoint first")
+    return np.ascontiguousarray(values).astype(PLAIN[dtype]).tobytes()
+
+
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """The bf16 bit patterns (uint16) nearest to `values`, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _float8_values(dtype: str) -> np.ndarray:
+    """The 256 values of an 8-bit float. E4M3: bias 7, no infinity; E5M2: IEEE, bias 15; E8M0: 2^(b-127)."""
+    codes = np.arange(256)
+    if dtype == "F8_E8M0":
+        return np.where(codes == 255, np.nan, 2.0 ** (codes - 127)).astype(np.float32)
+    mantissa_bits, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
+    sign = np.where(codes & 0x80, -1.0, 1.0)
+    exponent = (codes & 0x7F) >> mantissa_bits
+    mantissa = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    normal = 2.0 ** (exponent - bias) * (1 + mantissa)
+    values = sign * np.where(exponent == 0, 2.0 ** (1 - bias) * mantissa, normal)
+    if dtype == "F8_E4M3":
+        return np.where((codes & 0x7F) == 0x7F, np.nan, values).astype(np.float32)
+    special = np.where(mantissa == 0, sign * np.inf, np.nan)
+    return np.where(exponent == 31, special, values).astype(np.float32)
+
+
+def expert_matrices(checkpoint, block, e: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """(gate, up, down) of expert e as float32 (out, in) matrices, whatever the layout on disk."""
+    layout = block.layout
+    if block.experts:
+        names = block.experts[e]
+        up, down = (_matrix(checkpoint, names, part) for part in (layout.up, layout.down))
+        return (_matrix(checkpoint, names, layout.gate) if layout.gate else None), up, down
+    parts = [_fused_slice(checkpoint, block, name, e) for name in _fused_weights(checkpoint, block)]
+    if len(parts) == 3:  # dbrx: gate (F, D), up (F, D), down stored (F, D)
+        return parts[0], parts[1], parts[2].T
+    first, down = parts
+    if layout.transposed:
+        first, down = first.T, down.T
+    if layout.gate is None:
+        return None, first, down
+    if layout.interleaved:
+        return first[0::2], first[1::2], down
+    gate, up = np.split(first, 2)
+    return gate, up, down
+
+
+def _matrix(checkpoint, names: dict[str, str], part: str) -> np.ndarray:
+    """A matrix stored under a number: `part.weight` or `part`, dequantised by the scale beside it."""
+    key = next((k for k in (f"{part}.weight", part) if k in names), None)
+    if key is None:
+        known = ", ".join(sorted(names))
+        raise CoterieError(f"expert tensors {known}: no plain {part!r} weight to read; dequantise the checkpoint first")
+    values = checkpoint.read(names[key]).astype(np.float32, copy=False)
+    scale = next((names[k] for k in (f"{key}_scale_inv", f"{key}_scale") if k in names), None)
+    if scale is None:
+        if checkpoint.tensors[names[key]].dtype in ("U8", "I8", "I32", "U32"):
+            raise CoterieError(f"tensor {names[key]!r}: packed integers without a scale we know; dequantise first")
+        return values
+    return dequantise(values, checkpoint.read(scale))
+
+
+def dequantise(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """values (O, I) times their scale: one number, one per row (O, 1), or one per equal block (O/r, I/c)."""
+    if scale.ndim < 2 or scale.size == 1:
+        return values * scale.reshape(-1, 1).astype(np.float32)
+    if any(n % s for n, s in zip(values.shape, scale.shape, strict=True)):
+        raise CoterieError(f"scale of shape {scale.shape} does not divide weights of shape {values.shape}; dequantise first")
+    rows, columns = (n // s for n, s in zip(values.shape, scale.shape, strict=True))
+    return values * np.repeat(np.repeat(scale.astype(np.float32), rows, 0), columns, 1)
+
+
+def _fused_weights(checkpoint, block) -> list[str]:
+    """The weight tensors among the fused ones, in the layout's order."""
+    found = []
+    for name in block.layout.fused:
+        full = block.prefix + name
+        if full in checkpoint.tensors or f"{full}_blocks" in checkpoint.tensors:
+            found.append(full)
+    if len(found) != len(block.layout.fused):
+        raise CoterieError(f"{block.name}: expected fused weights {', '.join(block.layout.fused)}; dequantise first")
+    return found
+
+
+def _fused_slice(checkpoint, block, name: str, e: int) -> np.ndarray:
+    """Expert e's rows of a fused tensor, as float32."""
+    if f"{name}_blocks" in checkpoint.tensors:
+        blocks = checkpoint.read_rows(f"{name}_blocks", e, e + 1)[0]
+        scales = checkpoint.read_rows(f"{name}_scales", e, e + 1)[0]
+        return _mxfp4(blocks, scales).T  # stored (out, in); the layout says transposed
+    rows = checkpoint.tensors[name].shape[0] // block.num_experts
+    values = checkpoint.read_rows(name, e * rows, (e + 1) * rows).astype(np.float32, copy=False)
+    return values[0] if values.ndim == 3 else values
+
+
+def _mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """(O, G, 16) bytes of two 4-bit floats (low nibble first) and (O, G) exponents, as float32 (O, 32 G).
+
+    E2M1 values 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, times 2^(scale - 127).
+    """
+    positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    table = np.concatenate([positive, -positive])
+    values = np.stack([table[blocks & 15], table[blocks >> 4]], -1).reshape(*scales.shape, 32)
+    return (values * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(scales.shape[0], -1)

@@ -1,0 +1,121 @@
+"""What happened, in numbers: the record that every verb returns and writes as `coterie.json`, and the model card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from coterie.checkpoint import Checkpoint, Tensor
+from coterie.layer import LAYER
+
+Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """The default: say nothing."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The content of `coterie.json`; `format` is 1."""
+
+    command: str
+    options: dict[str, Any]
+    source: dict[str, Any]
+    plan: dict[str, Any]
+    report: dict[str, Any]
+    versions: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "command": self.command,
+            "options": self.options,
+            "source": self.source,
+            "versions": self.versions,
+            "plan": self.plan,
+            "report": self.report,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that shaped the result (read from metadata: nothing is imported)."""
+    found = {"python": platform.python_version()}
+    for package in ("coterie", "numpy", "scipy", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Stopwatch:
+    """Seconds since it was made, and this process's peak resident bytes."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def read(self) -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        return {"seconds": round(time.monotonic() - self._began, 3), "peak_rss_bytes": peak}
+
+
+def count(tensors: list[Tensor], roles: dict[str, str]) -> dict[str, int]:
+    """Parameters: all stored, those of routed experts, and those of matrices inside decoder layers."""
+    linears = [t for t in tensors if len(t.shape) > 1 and LAYER.fullmatch(t.name) and roles.get(t.name) != "table"]
+    return {
+        "all": sum(t.num_parameters for t in tensors),
+        "experts": sum(t.num_parameters for t in tensors if roles.get(t.name) == "expert"),
+        "linears": sum(t.num_parameters for t in linears),
+    }
+
+
+def removed_shares(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:
+    """1 - after / before on each base: experts, linears, all."""
+    return {base: 1 - after[base] / before[base] if before[base] else 0.0 for base in ("experts", "linears", "all")}
+
+
+def model_card(source: Checkpoint, report: Report) -> str:
+    """README.md of the result: what was done to what, the numbers, and how to repeat it."""
+    before, after = report.report["before"], report.report["after"]
+    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in report.options.items() if v not in (None, False, True))
+    rows = "\n".join(
+        f"| {name} | {_show(before[key])} | {_show(after[key])} |"
+        for name, key in (("parameters", "parameters"), ("bytes", "bytes"), ("routed experts per layer", "experts"))
+    )
+    return f"""---
+tags: [mixture-of-experts, compressed]
+---
+# {source.path.name}, made smaller by `coterie {report.command}`
+
+|  | before | after |
+|---|---|---|
+{rows}
+
+Made from `{report.source["path"]}` (fingerprint `{report.source["hash"][:16]}`) by
+
+```
+coterie {report.command} MODEL OUT {options}
+```
+
+`coterie.json` holds every decision and number; `coterie apply MODEL coterie.json OUT` repeats them.
+The licence is the source model's.
+"""
+
+
+def _show(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def human_bytes(num_bytes: float) -> str:
+    """1,234,567 bytes as `1.2 MB` (powers of 1000)."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} B"
+    power = min(int(math.log(num_bytes, 1000)), 4)
+    return f"{num_bytes / 1000**power:.1f} {'kMGT'[power - 1]}B"
