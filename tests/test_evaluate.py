@@ -28,11 +28,11 @@ from coterie.evaluate import (
     bootstrap_perplexity,
     evaluate,
     extract_answer,
-    load_checked,
     normalise_answer,
     wilson_interval,
     windows,
 )
+from coterie.loading import load
 
 CHARS = "\n +-*=.,:?0123456789" + "".join(map(chr, range(65, 91))) + "".join(map(chr, range(97, 123)))
 END = "<|endoftext|>"
@@ -144,7 +144,7 @@ def test_perplexity_is_that_of_one_forward_a_token(checkpoint, tmp_path, window,
     texts = [text_of(29, 1), text_of(2, 2), text_of(29, 3)]
     data = write(tmp_path / "a.jsonl", *({"text": text} for text in texts), {"input_ids": [5, 4, 3, 2]})
     sequences = [make_tokenizer()(text)["input_ids"] for text in texts] + [[5, 4, 3, 2]]
-    value, tokens = slow_perplexity(load_checked(checkpoint), sequences, window, stride or window // 2)
+    value, tokens = slow_perplexity(load(checkpoint), sequences, window, stride or window // 2)
     result = evaluate([checkpoint], data={"a": data}, window=window, stride=stride, batch_size=3)
     found = result["models"][0]["perplexity"]["a"]
     assert found["value"] == pytest.approx(value, rel=1e-5)
@@ -288,7 +288,7 @@ def test_wrong_and_missing_answers_do_not_count(folder, tmp_path):
 
 def test_generation_is_greedy_and_batches_do_not_matter(checkpoint, tmp_path):
     """Answers are those of one full forward a token, even if the checkpoint asks for sampling and penalties."""
-    tokenizer, model = make_tokenizer(), load_checked(checkpoint)
+    tokenizer, model = make_tokenizer(), load(checkpoint)
     problems = []
     for prompt in ("abc", "bcd", "cdef", "1 2"):
         ids = tokenizer(prompt)["input_ids"]

@@ -1,0 +1,36 @@
+"""Coterie: a few good experts. Makes mixture-of-experts language models small and cheap to run.
+
+Every command of the program is a function here, with the same options. Names load on first use, so that
+`import coterie` and `coterie --help` cost nothing.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Checkpoint": "coterie.checkpoint",
+    "CoterieError": "coterie.errors",
+    "Family": "coterie.family",
+    "Plan": "coterie.plan",
+    "Report": "coterie.report",
+    "apply": "coterie.apply",
+    "eval": "coterie.evaluate",
+    "inspect": "coterie.verbs.inspect",
+    "load": "coterie.loading",
+    "prune": "coterie.prune",
+    "verify": "coterie.verify",
+}
+__all__ = [*sorted(_HOMES), "__version__"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'coterie' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), "evaluate" if name == "eval" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +165,16 @@ def check_plan(checkpoint: Checkpoint, family: Family, blocks: Blocks, plan: Pla
         check_count(num_kept, top_k, groups, f"plan: {name}")
     if len(set(counts.values())) > 1 and plan.budget.get("layout") != "coterie":
         raise CoterieError(
-            f"plan: layers keep different numbers of experts ({min(counts.values())} to {max(counts.values())}), which no "
-            'stock config can say; make them equal, or set "layout": "coterie" in the plan\'s budget (--non-uniform coterie)'
+            f"plan: layers keep different numbers of experts ({min(counts.values())} to {max(counts.values())}), "
+            'which no stock config can say; make them equal, or set "layout": "coterie" in the plan\'s budget '
+            "(--non-uniform coterie)"
         )
 
 
 def _check_choice(checkpoint: Checkpoint, block: MoE, choice: Choice, num_groups: int) -> None:
     named = {*choice.kept, *(e for c in choice.clusters for e in c)}
     if max(named) >= block.num_experts:
-        raise CoterieError(f"plan: {block.name} names expert {max(named)}, but has {block.num_experts} (0 to {block.num_experts - 1})")
+        raise CoterieError(f"plan: {block.name} names expert {max(named)}, but its ids end at {block.num_experts - 1}")
     size = block.num_experts // num_groups
     per_group = [sum(e // size == g for e in choice.kept) for g in range(num_groups)]
     if len(set(per_group)) > 1:
@@ -192,7 +194,7 @@ def _check_choice(checkpoint: Checkpoint, block: MoE, choice: Choice, num_groups
 def check_count(num_kept: int, top_k: int, groups: Any, where: str) -> None:
     """Whether a layer can run with this many experts. Raises: CoterieError naming the nearest counts that work."""
     if num_kept < top_k:
-        raise CoterieError(f"{where}: keeps {num_kept} experts, fewer than the {top_k} chosen per token; keep at least {top_k}")
+        raise CoterieError(f"{where}: keeps {num_kept} experts, but {top_k} are chosen per token; keep at least those")
     if not fits_groups(num_kept, top_k, groups):
         near = sorted(range(1, 4 * num_kept + 8), key=lambda n: abs(n - num_kept))
         works = sorted([n for n in near if n >= top_k and fits_groups(n, top_k, groups)][:2])
@@ -233,7 +235,8 @@ def whole(tensor: Tensor, name: str | None = None) -> Output:
 
 def block_outputs(checkpoint: Checkpoint, block: MoE, choice: Choice) -> dict[str, Output | None]:
     """Source name -> what becomes of it (None: dropped), for every tensor of the block that changes."""
-    tensors, result = checkpoint.tensors, {}
+    tensors = checkpoint.tensors
+    result: dict[str, Output | None] = {}
     index = {e: i for i, e in enumerate(choice.kept)}
     for e, names in enumerate(block.experts):
         for key, name in names.items():
@@ -244,7 +247,7 @@ def block_outputs(checkpoint: Checkpoint, block: MoE, choice: Choice) -> dict[st
             cluster = _merged_cluster(choice, index[e])
             if cluster:
                 sources = [block.experts[m][key] for m in cluster]
-                part = _mean(tensors[name], lambda sources=sources: (checkpoint.read(s) for s in sources))
+                part = _mean(tensors[name], partial(map, checkpoint.read, sources))
                 result[name] = Output(renamed, tensors[name].dtype, tensors[name].shape, (part,))
             else:
                 result[name] = whole(tensors[name], renamed)
@@ -280,7 +283,9 @@ def sliced(checkpoint: Checkpoint, tensor: Tensor, choice: Choice, num_experts: 
     rows = tensor.shape[axis] // num_experts
     size, rest = divmod(tensor.num_bytes, num_experts)
     if rest:
-        raise CoterieError(f"tensor {tensor.name!r}: its {tensor.num_bytes} bytes do not divide among {num_experts} experts")
+        raise CoterieError(
+            f"tensor {tensor.name!r}: {tensor.num_bytes} bytes do not divide among {num_experts} experts"
+        )
 
     def values(e: int) -> Any:
         from coterie.numerics import decode
@@ -291,7 +296,7 @@ def sliced(checkpoint: Checkpoint, tensor: Tensor, choice: Choice, num_experts: 
     for i, e in enumerate(choice.kept):
         cluster = _merged_cluster(choice, i)
         if cluster:
-            parts.append(_mean(tensor, lambda cluster=cluster: (values(m) for m in cluster), size))
+            parts.append(_mean(tensor, partial(map, values, cluster), size))
         else:
             parts.append(Run(tensor.file, tensor.start + e * size, tensor.start + (e + 1) * size))
     shape = (*tensor.shape[:axis], len(choice.kept) * rows, *tensor.shape[axis + 1 :])
@@ -306,8 +311,8 @@ def _table(checkpoint: Checkpoint, block: MoE, tensor: Tensor, choice: Choice) -
         import numpy as np
 
         ids = checkpoint.read(tensor.name)
-        if ids.size and not (0 <= ids.min() and ids.max() < block.num_experts):
-            raise CoterieError(f"tensor {tensor.name!r}: names expert {ids.max()}, expected 0 to {block.num_experts - 1}")
+        if ids.size and (ids.min() < 0 or ids.max() >= block.num_experts):
+            raise CoterieError(f"tensor {tensor.name!r}: names expert {ids.max()}, but {block.num_experts} exist")
         index = choice.stand_ins(block.num_experts)
         router = checkpoint.read(block.router).astype(np.float64)
         for e in set(range(block.num_experts)) - set(index):
@@ -344,17 +349,26 @@ def _numbers(
     after = [Tensor(o.name, o.dtype, o.shape, s, 0, o.num_bytes) for s, tensors in outputs.items() for o in tensors]
     roles = dict(blocks.roles)
     for block in blocks.moe:  # renumbered experts keep their role
-        roles |= {f"{block.prefix}{block.layout.experts}{i}.{k}": "expert" for i, e in enumerate(block.experts) for k in e}
+        below = f"{block.prefix}{block.layout.experts}"
+        roles |= {f"{below}{i}.{key}": "expert" for i, e in enumerate(block.experts) for key in e}
     counts = [count(list(checkpoint.tensors.values()), blocks.roles), count(after, roles)]
     main = [b for b in blocks.moe if not b.mtp and not b.attention]
     kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main}
-    num_experts = next(iter(kept.values())) if len(set(kept.values())) == 1 else kept
     return {
         "before": {
             "parameters": counts[0]["all"],
             "bytes": checkpoint.num_bytes,
-            "experts": main[0].num_experts if len({b.num_experts for b in main}) == 1 else {b.key: b.num_experts for b in main},
+            "experts": _one_or_all({b.key: b.num_experts for b in main}),
         },
-        "after": {"parameters": counts[1]["all"], "bytes": sum(t.num_bytes for t in after), "experts": num_experts},
+        "after": {
+            "parameters": counts[1]["all"],
+            "bytes": sum(t.num_bytes for t in after),
+            "experts": _one_or_all(kept),
+        },
         "sparsity": removed_shares(*counts),
     }
+
+
+def _one_or_all(counts: dict[str, int]) -> int | dict[str, int]:
+    """One number where all layers agree, else the number of each."""
+    return next(iter(counts.values())) if len(set(counts.values())) == 1 else counts

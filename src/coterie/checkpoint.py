@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,7 @@ BITS = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_JSON = 200_000_000  # bytes; the index of a 2 TB checkpoint is about 20 MB
+MAX_DEPTH = 100  # of nested JSON; what Python reads deeper, it cannot always copy or write again
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 HASH_BLOCKS, HASH_BLOCK = 16, 4096  # what `Checkpoint.hash` reads of each shard
@@ -88,7 +90,23 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         raise CoterieError(f"{where}: not valid JSON ({reason})") from error
     if not isinstance(value, dict):
         raise CoterieError(f"{where}: found a JSON {type(value).__name__}, expected an object")
+    _check_writable(value, raw, where)
     return value
+
+
+def _check_writable(value: dict[str, Any], raw: bytes, where: str) -> None:
+    """What was parsed can be copied and written again. Raises: CoterieError for deep nesting and lone surrogates."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        items = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
+        level = [child for child in items if isinstance(child, (dict, list))]
+    if level:
+        raise CoterieError(f"{where}: JSON nested deeper than {MAX_DEPTH} levels; expected less")
+    if re.search(rb"\\u[dD][89a-fA-F]", raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise CoterieError(f"{where}: a string holds half of a surrogate pair, which is not Unicode") from error
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -144,10 +162,14 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> Tensor:
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise CoterieError(
-            f"{where}: shape {list(shape)!r:.80} of {dtype} needs {bits / 8:g} bytes, "
+            f"{where}: shape {list(shape)!r:.80} of {dtype} needs {_bytes(bits)} bytes, "
             f"data_offsets give {offsets[1] - offsets[0]}"
         )
     return Tensor(name, dtype, tuple(shape), path.name, data + offsets[0], data + offsets[1])
+
+
+def _bytes(bits: int) -> str:
+    return f"{bits // 8}" + (".5" if bits % 8 == 4 else "") if bits < 2**70 else "more than 2**67"
 
 
 def _natural(values: Any) -> bool:
@@ -172,7 +194,13 @@ class Checkpoint:
 
         Raises: CoterieError when anything about the folder's files is not as it should be.
         """
-        path = resolve(model)
+        try:
+            return cls._open(resolve(model))
+        except OSError as error:  # a folder that may not be listed, a name too long for the file system
+            raise CoterieError(f"{model}: cannot be read ({error.strerror or error})") from error
+
+    @classmethod
+    def _open(cls, path: Path) -> Checkpoint:
         config_path = path / "config.json"
         if not config_path.is_file():
             raise CoterieError(f"{path}: no config.json; expected a folder with config.json and *.safetensors")
@@ -209,17 +237,12 @@ class Checkpoint:
 
         A fingerprint that tells two checkpoints apart without reading a terabyte; not a proof of equality.
         """
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for shard in self.shards:
-            with (self.path / shard).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                header = 8 + int.from_bytes(file.read(8), "little")
-                digest.update(f"{shard} {size}".encode())
-                file.seek(0)
-                digest.update(file.read(header))
-                for i in range(HASH_BLOCKS):
-                    file.seek(header + (size - header) * i // HASH_BLOCKS)
-                    digest.update(file.read(HASH_BLOCK))
+        try:
+            digest = hashlib.sha256((self.path / "config.json").read_bytes())
+            for shard in self.shards:
+                _hash_shard(digest, self.path / shard)
+        except OSError as error:
+            raise CoterieError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         return digest.hexdigest()
 
     def raw(self, name: str, start: int = 0, length: int | None = None) -> bytes:
@@ -259,13 +282,24 @@ class Checkpoint:
                 yield path
 
 
+def _hash_shard(digest: hashlib._Hash, path: Path) -> None:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header = 8 + int.from_bytes(file.read(8), "little")
+        digest.update(f"{path.name} {size}".encode())
+        file.seek(0)
+        digest.update(file.read(header))
+        for i in range(HASH_BLOCKS):
+            file.seek(header + (size - header) * i // HASH_BLOCKS)
+            digest.update(file.read(HASH_BLOCK))
+
+
 def resolve(model: str | Path) -> Path:
     """The local folder of a model given as a folder or as a hub id (`owner/name`)."""
-    path = Path(model)
-    if path.is_dir():
+    path, text = Path(model), str(model)
+    if text and os.path.isdir(path):  # noqa: PTH112: Path.is_dir raises for names too long for the file system
         return path
-    text = str(model)
-    if path.exists():
+    if text and os.path.exists(path):  # noqa: PTH110
         raise CoterieError(f"{text}: found a file; expected a model folder or a hub id such as owner/name")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CoterieError(f"{text}: no such folder (and a hub id looks like owner/name)")
@@ -286,7 +320,7 @@ def _shards(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CoterieError(f"{index}: no weight_map; expected tensor names mapped to file names")
         for name, shard in weight_map.items():
-            plain = isinstance(shard, str) and shard == os.path.basename(shard) and shard.endswith(".safetensors")
+            plain = isinstance(shard, str) and shard == Path(shard).name and shard.endswith(".safetensors")
             if not plain or "\\" in shard or not shard.isprintable():
                 raise CoterieError(f"{index}: {name!r} is mapped to {shard!r:.80}; expected a plain *.safetensors name")
         shards = tuple(sorted(set(weight_map.values())))

@@ -5,12 +5,8 @@ Every number comes with a 95 % interval. Models are loaded one after the other, 
 checkpoint that does not fill its model exactly is refused: `from_pretrained` succeeding proves nothing.
 """
 
-import contextlib
-import importlib
-import io
 import logging
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from coterie import harness, loading
 from coterie.data import Document, encode, parse_data, read_documents
 from coterie.errors import CoterieError
 
@@ -51,7 +48,7 @@ class Options:
     stride: int | None = None
     tasks: tuple[str, ...] = ()
     task_path: str | Path | None = None
-    batch_size: int = 8
+    batch_size: int = 32
     max_new_tokens: int = 128
     dtype: str = "auto"
     seed: int = 0
@@ -76,7 +73,7 @@ def evaluate(
     stride: int | None = None,
     tasks: str | Sequence[str] = (),
     task_path: str | Path | None = None,
-    batch_size: int = 8,
+    batch_size: int = 32,
     max_new_tokens: int = 128,
     dtype: str = "auto",
     seed: int = 0,
@@ -88,13 +85,13 @@ def evaluate(
     `data`: files by name, or `NAME=FILE` strings (`coterie.data` has the formats). `window`, `stride`: in tokens, as in
     `perplexity`; the window is clamped to the model's positions and the stride is half of it unless given.
     `tasks`: names for lm-evaluation-harness, searched in the folder `task_path` as well. `load(path)` returns the
-    model; by default `load_checked`. `on_progress(what, done, total)` is called as work advances.
+    model; by default `coterie.load`. `on_progress(what, done, total)` is called as work advances.
 
     Returns `{"models": [{"path", "perplexity": {NAME: {"value", "low", "high", "tokens"}},
     "exact_match": {NAME: {"value", "low", "high", "count"}}}]}`, with `"tasks": {TASK: {METRIC: value}}` if asked.
     Resamples depend on `seed` and the number of blocks alone, so models are compared on the same ones.
 
-    Raises: CoterieError for bad options or data, a model that does not load completely, and results that are no numbers.
+    Raises: CoterieError for bad options or data, a model that does not load completely, results that are no numbers.
     """
     paths = [models] if isinstance(models, str | Path) else list(models)
     names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
@@ -117,9 +114,9 @@ def evaluate(
         raise CoterieError("no data was given; expected NAME=FILE or tasks")
     # All data is read, and every task found, before the first model: bad input should not cost an hour.
     documents = {name: list(read_documents(file)) for name, file in files.items()}
-    manager = _task_manager(options) if names else None
+    manager = harness.task_manager(names, task_path) if names else None
     report = on_progress or (lambda what, done, total: None)
-    load = load or (lambda path: load_checked(path, dtype=dtype))
+    load = load or (lambda path: loading.load(path, dtype=dtype))
     return {"models": [_evaluate_model(path, documents, options, manager, load, report) for path in paths]}
 
 
@@ -130,14 +127,16 @@ def _evaluate_model(
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False  # a balancing loss that nobody asks for, and gigabytes to compute
     needed = options.tasks or any(d.input_ids is None for entries in documents.values() for d in entries)
-    tokenizer = load_tokenizer(path) if needed else None
+    tokenizer = loading.load_tokenizer(path) if needed else None
     result: dict[str, Any] = {"path": str(path), "perplexity": {}, "exact_match": {}}
     for name, entries in documents.items():
         kind, measure = ("exact_match", exact_match) if entries[0].is_problem else ("perplexity", perplexity)
         what = f"{path}: {name}"
         result[kind][name] = measure(model, tokenizer, entries, what=what, options=options, report=report)
     if options.tasks:
-        result["tasks"] = _run_tasks(model, tokenizer, options, manager, what=str(path))
+        result["tasks"] = harness.run_tasks(
+            model, tokenizer, options.tasks, manager, batch_size=options.batch_size, seed=options.seed, what=str(path)
+        )
     return result
 
 
@@ -387,7 +386,7 @@ def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )
     try:
-        with _quiet_transformers():
+        with loading.quiet_transformers():
             rows = model.generate(
                 ids, attention_mask=torch.ones_like(ids), stopping_criteria=[complete], logits_processor=[refuse_nan]
             )
@@ -406,137 +405,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def _until(row: list[int], ends: set[int]) -> list[int]:
     return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
-
-
-# Tasks of lm-evaluation-harness
-
-
-def _task_manager(options: Options) -> Any:
-    """The harness's index of tasks, its own and those below `task_path`, with every task asked for in it."""
-    folder = options.task_path
-    if folder is not None and not Path(folder).is_dir():
-        raise CoterieError(f"task_path {folder}: no such folder; expected one with YAML files of tasks")
-    try:
-        tasks = importlib.import_module("lm_eval.tasks")
-    except ImportError as e:
-        raise CoterieError(f"tasks need lm-evaluation-harness ({e}); run: pip install 'coterie[eval]'") from e
-    try:
-        with _silence():
-            # The harness's own thousands of files take seconds to index: only if the folder lacks a task.
-            for theirs in (False, True) if folder is not None else (True,):
-                manager = tasks.TaskManager(
-                    include_path=None if folder is None else str(folder), include_defaults=theirs
-                )
-                unknown = [task for task in options.tasks if not manager.match_tasks([task])]
-                if not unknown:
-                    return manager
-    except Exception as e:  # whatever a YAML file may provoke
-        raise CoterieError(f"task_path {folder}: the harness cannot read its tasks ({e})") from e
-    raise CoterieError(f"tasks {', '.join(unknown)}: not known to the harness; check the names, or give task_path")
-
-
-def _run_tasks(model: Any, tokenizer: Any, options: Options, manager: Any, what: str) -> dict[str, dict[str, float]]:
-    """Every number the harness reports, by task and by the harness's own name of the metric."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    seeds = dict.fromkeys(
-        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), options.seed
-    )
-    try:
-        with _silence(), _quiet_transformers():
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
-            found = simple_evaluate(
-                model=wrapped, tasks=list(options.tasks), task_manager=manager, log_samples=False, **seeds
-            )
-    except Exception as e:  # downloads, templates and metrics of others: anything can happen
-        raise CoterieError(f"{what}: the harness failed on {', '.join(options.tasks)}: {type(e).__name__}: {e}") from e
-    return {
-        task: {metric: float(value) for metric, value in metrics.items() if isinstance(value, int | float)}
-        for task, metrics in found["results"].items()
-    }
-
-
-# Loading
-
-
-def load_checked(path: str | Path, *, dtype: str = "auto") -> Any:
-    """The causal language model in a folder or on the hub, in stock transformers, on the GPU if there is one.
-
-    Raises: CoterieError if it does not load or any tensor is missing, unexpected or of another shape. Never runs code
-    that comes with the checkpoint, never unpickles.
-    """
-    from transformers import AutoModelForCausalLM
-
-    _check_folder(path)
-    try:
-        with _quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
-            )
-    except Exception as e:  # a checkpoint can provoke anything in there
-        raise CoterieError(f"{path}: transformers cannot load it: {type(e).__name__}: {e}") from e
-    faults = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if faults:
-        found = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in faults.items())
-        raise CoterieError(f"{path}: the weights do not fit the config: {found}; expected every tensor exactly once")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model.
-
-    Raises: CoterieError if there is none. transformers makes an empty one for some families then, which turns every
-    text into no tokens, so the files of a folder are looked for here.
-    """
-    from transformers import AutoTokenizer
-
-    _check_folder(path)
-    try:
-        with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as e:
-        raise CoterieError(f"{path}: no tokenizer that loads ({type(e).__name__}: {e}); {_TOKENIZER_NEEDED}") from e
-    files = sorted(set(getattr(tokenizer, "vocab_files_names", {}).values()))
-    if Path(path).is_dir() and files and not any((Path(path) / file).exists() for file in files):
-        raise CoterieError(f"{path}: found none of {', '.join(files)}; {_TOKENIZER_NEEDED}")
-    return tokenizer
-
-
-_TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
-
-
-def _check_folder(path: str | Path) -> None:
-    local = isinstance(path, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith(".")
-    if local and not Path(path).is_dir():
-        raise CoterieError(f"{path}: no such folder; expected one with config.json, or a hub id")
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keeps transformers from writing progress bars and reports: what matters in them is raised or returned."""
-    from transformers.utils import logging as theirs
-
-    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity(logging.CRITICAL)
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(verbosity)
-        if bars:
-            theirs.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Swallows what the harness prints, and what the git it calls writes straight to the process's standard error."""
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)

@@ -76,6 +76,13 @@ class Family:
         """The routed experts per layer, from the config. Raises: CoterieError when no key says."""
         return self._positive(config, self.count)
 
+    def layer_counts(self, config: dict[str, Any]) -> dict[str, int]:
+        """Layers with a count of their own, by key: only our own layout has them."""
+        found: Any = next((v for _, _, v in lookup(config, ("coterie.num_experts",))), {})
+        if not isinstance(found, dict) or not all(type(n) is int and 0 < n < 2**20 for n in found.values()):
+            raise CoterieError(f"config.json: coterie.num_experts must map layers to counts, found {found!r:.80}")
+        return found
+
     def num_experts_per_token(self, config: dict[str, Any]) -> int:
         """Top-k. Raises: CoterieError when no key says."""
         return self._positive(config, self.top_k)
@@ -96,7 +103,14 @@ class Family:
             if next((v for _, _, v in lookup(config, (key,))), None) != value:
                 return Groups(1, 1, 1)
         found = [next((v for _, _, v in lookup(config, (key,)) if type(v) is int), 1) for key in self.group_keys]
-        return Groups(found[0], found[1], self.min_per_group) if found[0] > 1 else Groups(1, 1, 1)
+        if found[0] <= 1:
+            return Groups(1, 1, 1)
+        if self.num_experts(config) % found[0] or found[1] < 1:
+            raise CoterieError(
+                f"config.json ({self.name}): {self.num_experts(config)} experts in {found[0]} routing groups, of which "
+                f"{found[1]} compete; expected equal groups and at least one"
+            )
+        return Groups(found[0], found[1], self.min_per_group)
 
 
 def lookup(config: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -128,15 +142,18 @@ def registry() -> dict[str, Family]:
 
 def detect(config: dict[str, Any], names: Iterator[str] | list[str] | tuple[str, ...] = ()) -> Family:
     """The family of a checkpoint. Raises: CoterieError for a dense or an unknown one."""
-    types = [v for _, _, v in lookup(config, ("model_type",)) if isinstance(v, str)]
+    types = [v for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if isinstance(v, str)]
     for model_type in types:
         if model_type in registry():
             return registry()[model_type]
     shown = repr(types[0])[:60] if types else "no model_type"
     if names and not any(re.search(r"experts?\b|router|moe", name) for name in names):
-        raise CoterieError(f"config.json: {shown} is a dense model (no tensor of an expert); expected a mixture of experts")
+        raise CoterieError(
+            f"config.json: {shown} is dense (no tensor of an expert); expected a mixture-of-experts model"
+        )
     near = difflib.get_close_matches(types[0], registry(), n=3, cutoff=0.3) if types else []
     hint = f"; the nearest known ones are {', '.join(near)}" if near else ""
     raise CoterieError(
-        f"config.json: {shown} is not a family we know{hint}. Adding one is a file in coterie/families: see CONTRIBUTING.md"
+        f"config.json: {shown} is not a family we know{hint}. Adding one is a file in coterie/families "
+        "(CONTRIBUTING.md says how)"
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from coterie.checkpoint import Checkpoint, Tensor
+from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.family import Family, Layout, lookup
 
@@ -56,40 +56,18 @@ class Blocks:
 
 def find_blocks(checkpoint: Checkpoint, family: Family) -> Blocks:
     """Claims every tensor by one rule. Raises: CoterieError for an unclaimed one, or a block that is not whole."""
-    num_experts = family.num_experts(checkpoint.config)
-    layers: dict[str, dict[str, str]] = {}
+    found: list[MoE] = []
     roles: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        match = LAYER.fullmatch(name)
-        if match:
-            layers.setdefault(match["prefix"], {})[match["rest"]] = name
-        else:
-            _refuse_expert_like(name, name)
-            roles[name] = "other"
-    found = []
-    for prefix, names in layers.items():
-        claimed: dict[str, str] = {}
+    for prefix, names in _by_layer(checkpoint).items():
         blocks = []
         for attention, layouts in ((False, family.layouts), (True, family.attention)):
-            layout = next((lay for lay in layouts if lay.router in names), None)
+            layout = _layout(layouts, names) if prefix else None
             if layout:
-                block = _block(checkpoint, family, prefix, layout, names, attention, num_experts)
-                _check_block(checkpoint, block, num_experts)
-                claimed |= _claims(block)
-                blocks.append(block)
-        below = tuple(b for block in blocks for b in block.layout.blocks)
-        for rest, name in names.items():
-            if name not in claimed:
-                if rest.startswith(below) if below else False:
-                    raise CoterieError(
-                        f"tensor {name!r} stands in a MoE block, but no rule of family {family.name} claims it; "
-                        "refusing to guess: report it, or add it to the family's record"
-                    )
-                _refuse_expert_like(rest, name)
-                claimed[name] = "other"
-        roles |= claimed
+                blocks.append(_block(checkpoint, family, prefix, layout, names, attention))
+                _check_block(checkpoint, blocks[-1])
+        roles |= _claim(family, blocks, names)
         found += blocks
-    if not any(not block.mtp for block in found):
+    if all(block.mtp for block in found):
         raise CoterieError(
             f"{checkpoint.path}: no layer has a router named like {family.layouts[0].router!r}; "
             f"a dense model, or a spelling that family {family.name} does not know"
@@ -97,16 +75,49 @@ def find_blocks(checkpoint: Checkpoint, family: Family) -> Blocks:
     return Blocks(tuple(sorted(found, key=lambda b: (b.mtp, _order(b.key), b.attention))), roles)
 
 
+def _by_layer(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Layer prefix -> the layer's tensors (relative name -> full name); "" holds what stands outside layers."""
+    layers: dict[str, dict[str, str]] = {}
+    for name in checkpoint.tensors:
+        match = LAYER.fullmatch(name)
+        layers.setdefault(match["prefix"] if match else "", {})[match["rest"] if match else name] = name
+    return layers
+
+
+def _layout(layouts: tuple[Layout, ...], names: dict[str, str]) -> Layout | None:
+    """The spelling whose router stands in the layer; of several that name it alike, the one whose experts do."""
+    fits = [layout for layout in layouts if layout.router in names]
+    for layout in fits if len(fits) > 1 else ():
+        if any(rest.startswith((f"{layout.experts}0.", *layout.fused)) for rest in names):
+            return layout
+    return fits[0] if fits else None
+
+
+def _claim(family: Family, blocks: list[MoE], names: dict[str, str]) -> dict[str, str]:
+    """The role of every tensor of a layer. Raises: CoterieError for an expert-like one that no rule claims."""
+    roles: dict[str, str] = {}
+    for block in blocks:
+        roles |= _claims(block)
+    below = tuple(b for block in blocks for b in block.layout.blocks)
+    for rest, name in names.items():
+        if name in roles:
+            continue
+        if below and rest.startswith(below):
+            raise CoterieError(
+                f"tensor {name!r} stands in a MoE block, but no rule of family {family.name} claims it; "
+                "refusing to guess: report it, or add it to the family's record"
+            )
+        if EXPERT_LIKE.search(rest) and "shared" not in rest:
+            raise CoterieError(
+                f"tensor {name!r} is named like an expert's or a router's, but belongs to no MoE block that family "
+                f"{family.name} knows; refusing to skip it"
+            )
+        roles[name] = "other"
+    return roles
+
+
 def _order(key: str) -> int:
     return int(key.rpartition(".")[2])
-
-
-def _refuse_expert_like(rest: str, name: str) -> None:
-    if EXPERT_LIKE.search(rest) and "shared" not in rest:
-        raise CoterieError(
-            f"tensor {name!r} is named like an expert's or a router's, but belongs to no MoE block that we know; "
-            "refusing to skip it"
-        )
 
 
 def _block(
@@ -116,13 +127,15 @@ def _block(
     layout: Layout,
     names: dict[str, str],
     attention: bool,
-    num_experts: int,
 ) -> MoE:
     """Sorts a layer's tensors (`names`: relative -> full) into the block's roles."""
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
     num_layers = next((v for _, _, v in lookup(checkpoint.config, ("num_hidden_layers", "n_layers", "num_layers"))), 0)
     mtp_prefix = "mtp" in prefix or "nextn" in prefix
     mtp = mtp_prefix or (type(num_layers) is int and 0 < num_layers <= index)
+    key = f"mtp.{index}" if mtp_prefix else str(index)
+    counts = family.layer_counts(checkpoint.config)
+    num_experts = counts[key] if key in counts else family.num_experts(checkpoint.config)
     numbered = re.compile(re.escape(layout.experts) + r"(\d{1,6})\.(.+)", re.DOTALL)
     experts: list[dict[str, str]] = [{} for _ in range(num_experts)]
     fused, shared, whole = [], [], []
@@ -140,7 +153,7 @@ def _block(
         elif rest.startswith(layout.whole) if layout.whole else False:
             whole.append(name)
     return MoE(
-        key=f"mtp.{index}" if mtp_prefix else str(index),
+        key=key,
         attention=attention,
         mtp=mtp,
         prefix=prefix,
@@ -165,17 +178,20 @@ def _claims(block: MoE) -> dict[str, str]:
     return dict(claims)
 
 
-def _check_block(checkpoint: Checkpoint, block: MoE, num_experts: int) -> None:
+def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
     """The block is whole: one spelling, all experts alike, one router row and one entry of each kind per expert."""
     where = f"{checkpoint.path}: {block.name}"
-    tensors = checkpoint.tensors
+    tensors, num_experts = checkpoint.tensors, block.num_experts
     if bool(block.experts) == bool(block.fused):
         fault = "experts both fused and by number" if block.fused else "a router but no experts"
         raise CoterieError(f"{where}: found {fault}; expected one of the two spellings")
     for number, expert in enumerate(block.experts):
-        if {k: _kind(tensors[n]) for k, n in expert.items()} != {k: _kind(tensors[n]) for k, n in block.experts[0].items()}:
-            odd = sorted(set(expert) ^ set(block.experts[0])) or ["shapes"]
-            raise CoterieError(f"{where}: expert {number} differs from expert 0 in {', '.join(odd)}; expected all alike")
+        kinds, first = (
+            {key: (tensors[n].dtype, tensors[n].shape) for key, n in e.items()} for e in (expert, block.experts[0])
+        )
+        if kinds != first:
+            odd = ", ".join(sorted(set(kinds) ^ set(first))) or "dtype or shape"
+            raise CoterieError(f"{where}: expert {number} differs from expert 0 ({odd}); expected all alike")
     for name in block.fused:
         shape = tensors[name].shape
         if not shape or shape[0] == 0 or shape[0] % num_experts:
@@ -184,10 +200,6 @@ def _check_block(checkpoint: Checkpoint, block: MoE, num_experts: int) -> None:
         shape = tensors[name].shape
         if expert_axis(shape, num_experts) is None:
             raise CoterieError(f"{where}: {name!r} has shape {list(shape)}; the config counts {num_experts} experts")
-
-
-def _kind(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-    return tensor.dtype, tensor.shape
 
 
 def expert_axis(shape: tuple[int, ...], num_rows: int) -> int | None:
@@ -247,7 +259,12 @@ def read_layer(checkpoint: Checkpoint, block: MoE, num_groups: int = 1) -> Layer
     import numpy as np
 
     values = checkpoint.read(block.router).astype(np.float32, copy=False)
-    router = values.reshape(-1, values.shape[-1])[: block.num_experts]
+    if values.size == 0 or values.size != block.num_experts * values.shape[-1]:
+        raise CoterieError(
+            f"{checkpoint.path}: router {block.router!r} has shape {list(values.shape)}; "
+            f"expected one row for each of {block.num_experts} experts"
+        )
+    router = values.reshape(block.num_experts, -1)
     if not np.isfinite(router).all():
-        raise CoterieError(f"{checkpoint.path}: router {block.router!r} holds NaN or infinite values; expected finite ones")
+        raise CoterieError(f"{checkpoint.path}: router {block.router!r} holds NaN or infinite values; expected finite")
     return Layer(block.key, router, Experts(checkpoint, block), num_groups)

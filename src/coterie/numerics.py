@@ -35,7 +35,13 @@ def encode(values: np.ndarray, dtype: str, name: str) -> bytes:
 
 def round_to_bf16(values: np.ndarray) -> np.ndarray:
     """The bf16 bit patterns (uint16) nearest to `values`, ties to even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(values, dtype=np.float32)
+    bits = single.view(np.uint32)
+    if values.dtype == np.float64:
+        # Through float32, cut short with an odd last bit where inexact: rounding that again is rounding once.
+        bits = bits - (np.abs(single) > np.abs(values))
+        bits = bits | (bits.view(np.float32) != values)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
@@ -72,6 +78,8 @@ def expert_matrices(checkpoint, block, e: int) -> tuple[np.ndarray | None, np.nd
         first, down = first.T, down.T
     if layout.gate is None:
         return None, first, down
+    if len(first) % 2:
+        raise CoterieError(f"{block.name}: {len(first)} fused rows per expert; expected gate and up, an even number")
     if layout.interleaved:
         return first[0::2], first[1::2], down
     gate, up = np.split(first, 2)
@@ -95,10 +103,12 @@ def _matrix(checkpoint, names: dict[str, str], part: str) -> np.ndarray:
 
 def dequantise(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """values (O, I) times their scale: one number, one per row (O, 1), or one per equal block (O/r, I/c)."""
-    if scale.ndim < 2 or scale.size == 1:
-        return values * scale.reshape(-1, 1).astype(np.float32)
-    if any(n % s for n, s in zip(values.shape, scale.shape, strict=True)):
-        raise CoterieError(f"scale of shape {scale.shape} does not divide weights of shape {values.shape}; dequantise first")
+    if scale.size == 1:
+        return values * scale.reshape(()).astype(np.float32)
+    if scale.ndim == 1:
+        scale = scale[:, None]
+    if values.ndim != scale.ndim or any(s == 0 or n % s for n, s in zip(values.shape, scale.shape, strict=True)):
+        raise CoterieError(f"scale of shape {scale.shape} does not divide weights {values.shape}; dequantise first")
     rows, columns = (n // s for n, s in zip(values.shape, scale.shape, strict=True))
     return values * np.repeat(np.repeat(scale.astype(np.float32), rows, 0), columns, 1)
 
@@ -118,12 +128,27 @@ def _fused_weights(checkpoint, block) -> list[str]:
 def _fused_slice(checkpoint, block, name: str, e: int) -> np.ndarray:
     """Expert e's rows of a fused tensor, as float32."""
     if f"{name}_blocks" in checkpoint.tensors:
+        _check_mxfp4(checkpoint, block, name)
         blocks = checkpoint.read_rows(f"{name}_blocks", e, e + 1)[0]
         scales = checkpoint.read_rows(f"{name}_scales", e, e + 1)[0]
         return _mxfp4(blocks, scales).T  # stored (out, in); the layout says transposed
+    shape = checkpoint.tensors[name].shape
+    if len(shape) != 2 and not (len(shape) == 3 and shape[0] == block.num_experts):
+        raise CoterieError(f"tensor {name!r}: shape {list(shape)}; expected one matrix per expert")
     rows = checkpoint.tensors[name].shape[0] // block.num_experts
     values = checkpoint.read_rows(name, e * rows, (e + 1) * rows).astype(np.float32, copy=False)
     return values[0] if values.ndim == 3 else values
+
+
+def _check_mxfp4(checkpoint, block, name: str) -> None:
+    found = [checkpoint.tensors.get(f"{name}_{part}") for part in ("blocks", "scales")]
+    kinds = [(t.dtype, t.shape) if t else None for t in found]
+    rows = kinds[0][1][:3] if kinds[0] else ()
+    if len(rows) != 3 or rows[0] != block.num_experts or kinds != [("U8", (*rows, 16)), ("U8", rows)]:
+        raise CoterieError(
+            f"tensor {name + '_blocks'!r}: found blocks and scales {kinds}; "
+            "expected U8 (expert, out, group, 16) and U8 (expert, out, group)"
+        )
 
 
 def _mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -61,19 +61,18 @@ def read_plan(source: str | Path | dict[str, Any]) -> Plan:
 
     Raises: CoterieError naming the layer and what is wrong with it.
     """
-    where = "plan"
-    if not isinstance(source, dict):
-        where = str(source)
-        path = Path(source)
-        source = load_json(path / "coterie.json" if path.is_dir() else path)
-    if "plan" in source:
-        source = source["plan"]
-    layers = source.get("layers") if isinstance(source, dict) else None
+    if isinstance(source, dict):
+        where, content = "plan", source
+    else:
+        where, path = str(source), Path(source)
+        content = load_json(path / "coterie.json" if path.is_dir() else path)
+    content = content.get("plan", content)
+    layers = content.get("layers") if isinstance(content, dict) else None
     if not isinstance(layers, dict):
         raise CoterieError(f"{where}: no `layers` object; expected a coterie.json or its `plan`")
     known = {"layers", "budget", "drop_mtp"}
-    if set(source) - known:
-        raise CoterieError(f"{where}: unknown keys {sorted(set(source) - known)}; expected {sorted(known)}")
+    if set(content) - known:
+        raise CoterieError(f"{where}: unknown keys {sorted(set(content) - known)}; expected {sorted(known)}")
     experts, attention = {}, {}
     for key, value in layers.items():
         at = f"{where}: layer {key!r}"
@@ -83,10 +82,10 @@ def read_plan(source: str | Path | dict[str, Any]) -> Plan:
             experts[key] = _choice(at, {k: v for k, v in value.items() if k != "attention"})
         if "attention" in value:
             attention[key] = _choice(f"{at} (attention)", value["attention"])
-    budget = source.get("budget", {})
-    if not isinstance(budget, dict) or not isinstance(source.get("drop_mtp", False), bool):
+    budget = content.get("budget", {})
+    if not isinstance(budget, dict) or not isinstance(content.get("drop_mtp", False), bool):
         raise CoterieError(f"{where}: budget must be an object and drop_mtp a boolean")
-    return Plan(experts, attention, budget, source.get("drop_mtp", False))
+    return Plan(experts, attention, budget, content.get("drop_mtp", False))
 
 
 def _choice(at: str, value: Any) -> Choice:

@@ -88,7 +88,7 @@ def prune(
     plan, warnings = make_plan(checkpoint, family, blocks, options, dry_run=dry_run, on_progress=on_progress)
     return execute(
         checkpoint, family, blocks, plan, Path(out), command="prune", model=model,
-        options={k: v for k, v in vars(options).items()}, clock=clock, warnings=warnings,
+        options=vars(options).copy(), clock=clock, warnings=warnings,
         dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
     )  # fmt: skip
 
@@ -112,9 +112,16 @@ def check_options(options: Options) -> None:
     shaping = ("budget", "linkage", "distance", "kappa", "min_experts", "non_uniform", "threshold")
     given = [n for n in shaping if getattr(options, n) != getattr(default, n)]
     if options.method != "stun" and given:
-        raise CoterieError(f"--{given[0].replace('_', '-')} shapes the method stun and would be ignored by {options.method}")
+        flag = f"--{given[0].replace('_', '-')}"
+        raise CoterieError(f"{flag} shapes the method stun and would be ignored by {options.method}")
     if options.min_experts is not None and options.budget != "global":
         raise CoterieError("--min-experts is the floor of a global budget and would be ignored; add --budget global")
+    if options.non_uniform != default.non_uniform and options.budget != "global":
+        raise CoterieError("--non-uniform is about a global budget and would be ignored; add --budget global")
+    if options.threshold != default.threshold and (options.linkage, options.budget) != ("official", "global"):
+        raise CoterieError("--threshold would be ignored; it belongs to --linkage official --budget global")
+    if options.min_experts is not None and options.linkage == "official":
+        raise CoterieError("--min-experts: the published program knows no floor; use --linkage complete")
 
 
 def num_kept(options: Options, num_experts: int) -> int:
@@ -141,8 +148,12 @@ def make_plan(
     groups, top_k = family.groups(config), family.num_experts_per_token(config)
     total = family.num_experts(config)
     uniform = num_kept(options, total)
-    check_count(uniform, top_k, groups, f"--experts {uniform}" if options.experts else f"ratio {options.ratio or 0.25}")
+    asked = f"--experts {uniform}" if options.experts else f"--ratio {0.25 if options.ratio is None else options.ratio}"
+    check_count(uniform, top_k, groups, asked)
     chosen = [b for b in blocks.moe if not (b.mtp and options.drop_mtp)]
+    small = min(chosen, key=lambda b: b.num_experts)
+    if small.num_experts < uniform:
+        raise CoterieError(f"{asked}: would keep {uniform} experts, but {small.name} has {small.num_experts}; keep fewer")
     layers = {b: read_layer(checkpoint, b, groups.num_groups) for b in chosen}
     warnings = _awkward(uniform, total)
     budget: dict[str, Any] = {"kind": options.budget, "experts": uniform}
@@ -205,7 +216,9 @@ def _settle(asked: dict[MoE, int], options: Options, found: dict[str, Any]) -> d
         return {}
     if options.non_uniform == "refuse":
         low, high = min(asked.values()), max(asked.values())
-        raise CoterieError(f"--non-uniform refuse: the global budget keeps {low} to {high} experts per layer; stock configs hold one count")
+        raise CoterieError(
+            f"--non-uniform refuse: the budget keeps {low} to {high} experts; stock configs hold one count"
+        )
     if any(b.attention for b in asked):
         raise CoterieError("--non-uniform coterie: attention experts share the config's one count; use round")
     found["layout"] = "coterie"
@@ -240,17 +253,17 @@ def _official(
     """The published program: single linkage at a fixed count, or its threshold search for a total."""
     import numpy as np
 
+    found: dict[str, Any] = {}
+    searched: dict[MoE, stun.Clusters] = {}
     if options.budget == "global":
         if num_groups > 1:
-            raise CoterieError("--linkage official --budget global knows nothing of routing groups; use --linkage complete")
+            raise CoterieError("--linkage official --budget global knows no routing groups; use --linkage complete")
         main = [b for b in matrices if not b.mtp]
         lists = stun.official_global([matrices[b] for b in main], uniform * len(main), options.threshold)
         asked = {b: len(c) for b, c in zip(main, lists, strict=True)}
-        found: dict[str, Any] = {"global": {b.name: n for b, n in asked.items()}}
-        if _settle(asked, options, found):
-            return dict(zip(main, lists, strict=True)), found
-    else:
-        found = {}
+        found["global"] = {b.name: n for b, n in asked.items()}
+        _settle(asked, options, found)
+        searched = {} if found.get("rounded") else dict(zip(main, lists, strict=True))
     clusters = {}
     for block, matrix in matrices.items():
         size, parts = len(matrix) // num_groups, _per_group(matrix, num_groups)
@@ -258,7 +271,7 @@ def _official(
         clusters[block] = [
             [g * size + e for e in c] for g, m in enumerate(parts) for c in stun.official_clusters(m, np.inf, merges)
         ]
-    return clusters, found
+    return clusters | searched, found
 
 
 def _choose(layer: Layer, clusters: stun.Clusters, kappa: int, dry_run: bool) -> Choice:

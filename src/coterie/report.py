@@ -84,7 +84,8 @@ def removed_shares(before: dict[str, int], after: dict[str, int]) -> dict[str, f
 def model_card(source: Checkpoint, report: Report) -> str:
     """README.md of the result: what was done to what, the numbers, and how to repeat it."""
     before, after = report.report["before"], report.report["after"]
-    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in report.options.items() if v not in (None, False, True))
+    given = {k.replace("_", "-"): v for k, v in report.options.items() if v not in (None, False)}
+    options = " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in given.items())
     rows = "\n".join(
         f"| {name} | {_show(before[key])} | {_show(after[key])} |"
         for name, key in (("parameters", "parameters"), ("bytes", "bytes"), ("routed experts per layer", "experts"))

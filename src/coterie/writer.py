@@ -101,7 +101,9 @@ class Writer:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._journal.close()
-            raise CoterieError(f"{self.partial}: another run is writing here; wait for it, or choose another OUT") from error
+            raise CoterieError(
+                f"{self.partial}: another run writes here; wait for it, or choose another OUT"
+            ) from error
         self._done = self._recover(resume)
 
     def __enter__(self) -> Writer:
@@ -125,7 +127,7 @@ class Writer:
                     f"{self.partial}: was begun with another source, plan or option; "
                     "repeat the first command, or start anew with --overwrite"
                 )
-            done = {entry["shard"]: entry["bytes"] for entry in lines[1:] if isinstance(entry, dict) and "shard" in entry}
+            done = {e["shard"]: e["bytes"] for e in lines[1:] if isinstance(e, dict) and "shard" in e}
             return {s: n for s, n in done.items() if self._size(s) == n}
         for path in self.partial.iterdir():
             if path.name != JOURNAL:
@@ -150,7 +152,7 @@ class Writer:
             return action()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            hint = "free some space and add --resume" if full else "check the folder's permissions, or choose another OUT"
+            hint = "free some space and add --resume" if full else "check permissions, or choose another OUT"
             raise CoterieError(f"{self.partial}: cannot be written ({error.strerror or error}); {hint}") from error
 
     def check_space(self, num_bytes: int) -> None:
@@ -296,7 +298,7 @@ def _copy_range(source: int, target: int, run: Run, on_bytes: Callable[[int], No
             copied = len(block)
             _write_all(target, block)
         if copied == 0:
-            raise CoterieError(f"{run.file}: ended at byte {position:,}, expected {run.end:,}; the source changed meanwhile")
+            raise CoterieError(f"{run.file}: ended at byte {position:,}, expected {run.end:,}; the source changed")
         position += copied
         on_bytes(copied)
 

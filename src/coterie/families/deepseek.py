@@ -8,7 +8,7 @@ BIASES = (
     "mlp.e_score_correction_bias",
     "mlp.experts.e_score_correction_bias",
 )
-LAYOUT = Layout(rows=BIASES)
+LAYOUT = Layout(rows=BIASES, whole=("mlp.post_mlp_layernorm.",))
 
 FAMILIES = (
     # Remote code only; softmax and plain top-k.

@@ -13,7 +13,8 @@ HUB = Layout(
     up="w3",
     down="w2",
 )
-SAVED = Layout(rows=("mlp.gate.e_score_correction_bias",))  # transformers' own spelling of the same
+# transformers' own spelling of the same
+SAVED = Layout(rows=("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"))
 
 FAMILIES = (
     Family(("mixtral", "minimax", "minimax_m2"), layouts=(HUB, SAVED)),

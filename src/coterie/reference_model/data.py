@@ -26,7 +26,7 @@ from pathlib import Path
 from coterie.reference_model.problems import problems
 
 END = "<|endoftext|>"
-DOMAINS = ("code", "docs", "prose", "spanish", "arithmetic")
+
 PIECE = 20_000  # characters; the unit of the split
 SLICE = 100_000  # characters of a held-out or calibration slice
 

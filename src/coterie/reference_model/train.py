@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from coterie.reference_model.data import DOMAINS, END
+from coterie.reference_model import DOMAINS
+from coterie.reference_model.data import END
 
 MIX = {"code": 0.20, "docs": 0.18, "prose": 0.22, "spanish": 0.12, "arithmetic": 0.28}
 SEQ_LEN, BATCH = 512, 16

@@ -104,7 +104,7 @@ def cut_globally(heights: Sequence[Sequence[float]], num_merges: int, max_merges
     allowed = [(h, layer) for layer, hs in enumerate(heights) for h in hs[: max_merges[layer]]]
     if num_merges > len(allowed):
         raise CoterieError(
-            f"the budget removes {num_merges} experts in all, but the floor of experts per layer allows {len(allowed)}; "
+            f"the budget removes {num_merges} experts in all, but the layers' floors allow {len(allowed)}; "
             "lower --ratio or --min-experts"
         )
     counts = [0] * len(heights)
@@ -120,9 +120,7 @@ def pair_winner(members: Sequence[int], router: np.ndarray, tokens: np.ndarray |
     return min(members, key=lambda e: (-usage[e], -norms[e], e))
 
 
-def representative(
-    members: Sequence[int], experts: Flat, router: np.ndarray, tokens: np.ndarray | None = None
-) -> int:
+def representative(members: Sequence[int], experts: Flat, router: np.ndarray, tokens: np.ndarray | None = None) -> int:
     """The member nearest to the mean of the members' weights: argmin_e ||theta_e - mean||_2.
 
     Streams: one expert and one mean in memory. Two members are equally near by construction: see `pair_winner`.

@@ -1,0 +1,48 @@
+# Each target sets itself up in a virtual environment of its own; nothing but Python 3.11+ is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread per core that exists; a busy machine does better with OMP_NUM_THREADS=1.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check bench serve-check clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/python benchmarks/demo.py
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/results.py
+
+serve-check: $(VENV)/installed
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/pip install --quiet torch==2.13.0
+	.venv-serve/bin/pip install --quiet -r benchmarks/serve_requirements.txt
+	.venv-serve/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python benchmarks/serve_check.py --serve-python .venv-serve/bin/python
+
+# torch first and by exact version: a plain range would fetch the newest build with gigabytes of GPU libraries.
+$(VENV)/torch:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed (make PYTHON=python3.11 ...)"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-serve build

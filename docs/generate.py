@@ -1,0 +1,68 @@
+"""Writes docs/cli.md, docs/methods.md and docs/families.md from the code; `--check` fails when they are stale."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import typer
+
+from coterie.cli import app
+from coterie.family import registry
+from coterie.methods import prune as methods
+
+FOLDER = Path(__file__).parent
+
+
+def cli() -> str:
+    """The help of every command, as typed."""
+    from typer.testing import CliRunner
+
+    runner = CliRunner(env={"COLUMNS": "110", "TERMINAL_WIDTH": "110"})
+    verbs = [name for name in typer.main.get_command(app).commands]  # type: ignore[attr-defined]
+    pages = [
+        runner.invoke(app, arguments, prog_name="coterie").output
+        for arguments in [["--help"], *([v, "--help"] for v in verbs)]
+    ]
+    return "# The command line\n\n" + "\n".join(f"```\n{page.strip()}\n```\n" for page in pages)
+
+
+def method_table() -> str:
+    """Every pruning method with the first sentence of its file."""
+    rows = []
+    for name in methods.names():
+        doc = (importlib.import_module(f"coterie.methods.prune.{name.replace('-', '_')}").__doc__ or "").strip()
+        rows.append(f"| `{name}` | {' '.join(doc.split(chr(10) * 2)[0].split())} |")
+    return "# Pruning methods\n\n| method | what it does |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def family_table() -> str:
+    """Every model type with where its experts and routers stand."""
+    rows = []
+    for model_type, family in sorted(registry().items()):
+        layout = family.layouts[0]
+        notes = [f"rows: `{r}`" for r in layout.rows] + [f"table: `{t}`" for t in layout.tables]
+        notes += ["attention experts"] if family.attention else []
+        loads = "yes" if family.stock else "no class"
+        rows.append(f"| `{model_type}` | `{layout.router}` | `{layout.experts}N.` | {loads} | {'; '.join(notes)} |")
+    head = "| model type | router | experts | stock transformers | beside the router |\n|---|---|---|---|---|\n"
+    return (
+        f"# Model families\n\n{len(rows)} model types. Names are relative to `...layers.N.`.\n\n{head}"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def main() -> None:
+    stale = []
+    for name, text in {"cli.md": cli(), "methods.md": method_table(), "families.md": family_table()}.items():
+        page = FOLDER / name
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                page.write_text(text, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        sys.exit(f"stale: {', '.join(stale)}; run python docs/generate.py")
+
+
+if __name__ == "__main__":
+    main()

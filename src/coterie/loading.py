@@ -1,0 +1,146 @@
+"""Loads a finished checkpoint into transformers, and refuses one that does not fill its model exactly.
+
+`from_pretrained` succeeding proves nothing: it fills what is missing with random numbers and drops what it does
+not know. Our own layout (layers with different numbers of experts) is built from stock layers here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from coterie.checkpoint import Checkpoint, load_json
+from coterie.errors import CoterieError
+from coterie.family import detect, lookup
+
+TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
+
+
+def load(path: str | Path, *, dtype: str = "auto") -> Any:
+    """The causal language model in a folder or on the hub, on the GPU if there is one.
+
+    Never runs code that comes with the checkpoint, never unpickles.
+    Raises: CoterieError if it does not load, or any tensor is missing, unexpected or of another shape.
+    """
+    import torch
+
+    check_folder(path)
+    config = Path(path) / "config.json"
+    ours = config.is_file() and load_json(config).get("model_type") == "coterie"
+    try:
+        with quiet_transformers():
+            model, faults = (_load_ours if ours else _load_stock)(path, dtype)
+    except CoterieError:
+        raise
+    except Exception as e:  # a checkpoint can provoke anything in there
+        raise CoterieError(f"{path}: transformers cannot load it: {type(e).__name__}: {e}") from e
+    if faults:
+        found = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in faults.items())
+        raise CoterieError(f"{path}: the weights do not fit the config: {found}; expected every tensor exactly once")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _load_stock(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
+    from transformers import AutoModelForCausalLM
+
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+    )
+    model, info = found
+    return model, {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+
+
+def _load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
+    """A model whose layers keep different numbers of experts: each layer is taken from a stock model (on the
+    meta device) of its own count, then the weights are read by the library's own loader."""
+    import torch
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    checkpoint = Checkpoint.open(path)
+    layout, family = checkpoint.config["coterie"], detect(checkpoint.config)
+    counts = {int(key): n for key, n in layout["num_experts"].items() if key.isdigit()}
+    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    wanted = getattr(torch, str(stored if dtype == "auto" else dtype))
+
+    def empty(num_experts: int) -> Any:
+        plain = {k: v for k, v in checkpoint.config.items() if k not in ("coterie", "model_type")}
+        for key, holder, value in list(lookup(plain, family.count)):
+            if value is not None:
+                holder[key.rpartition(".")[2]] = num_experts
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(layout["model_type"], **plain), dtype=wanted)
+
+    models = {n: empty(n) for n in set(counts.values())}
+    model = models[max(models)]
+    layers = model.get_decoder().layers
+    for index, n in counts.items():
+        if index < len(layers):
+            layers[index] = models[n].get_decoder().layers[index]
+    slices: dict[str, Any] = {}
+    for shard in checkpoint.shards:
+        file = safe_open(str(checkpoint.path / shard), "pt")
+        slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    mapping: Any = get_model_conversion_mapping(model)
+    how = LoadStateDictConfig(weight_mapping=mapping, dtype=wanted, device_map={"": "cpu"})
+    info, _ = convert_and_load_state_dict_in_model(model, slices, how, None)
+    model.tie_weights()
+    empty_now = sorted(n for n, p in model.named_parameters() if p.is_meta)
+    faults = {
+        "missing_keys": empty_now,
+        "unexpected_keys": sorted(map(str, info.unexpected_keys)),
+        "mismatched_keys": sorted(map(str, info.mismatched_keys)),
+        "conversion_errors": sorted(map(str, info.conversion_errors)),
+    }
+    return model, {kind: keys for kind, keys in faults.items() if keys}
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer beside a model.
+
+    Raises: CoterieError if there is none. transformers makes an empty one for some families then, which turns every
+    text into no tokens, so the files of a folder are looked for here.
+    """
+    from transformers import AutoTokenizer
+
+    check_folder(path)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as e:
+        raise CoterieError(f"{path}: no tokenizer that loads ({type(e).__name__}: {e}); {TOKENIZER_NEEDED}") from e
+    files = sorted(set(getattr(tokenizer, "vocab_files_names", {}).values()))
+    if Path(path).is_dir() and files and not any((Path(path) / file).exists() for file in files):
+        raise CoterieError(f"{path}: found none of {', '.join(files)}; {TOKENIZER_NEEDED}")
+    return tokenizer
+
+
+def check_folder(path: str | Path) -> None:
+    """Raises: CoterieError for a path that is neither a folder nor spelled like a hub id."""
+    local = isinstance(path, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith(".")
+    if local and not Path(path).is_dir():
+        raise CoterieError(f"{path}: no such folder; expected one with config.json, or a hub id")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers from writing progress bars and reports: what matters in them is raised or returned."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()

@@ -1,0 +1,59 @@
+"""`coterie inspect`: what is inside a checkpoint, from its headers alone, and what can be done to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from coterie.checkpoint import Checkpoint
+from coterie.family import detect
+from coterie.layer import ROLES, find_blocks
+
+
+def inspect(model: str | Path) -> dict[str, Any]:
+    """Family, routing, experts per layer, parameters and bytes by role and by dtype. Reads headers only.
+
+    Returns `{"path", "family", "model_type", "stock", "layers", "moe_layers", "mtp_layers", "experts" (per layer),
+    "experts_per_token", "groups", "parameters", "bytes", "roles": {role: {"parameters", "bytes", "tensors"}},
+    "dtypes", "shards", "expert_bytes", "can": [...]}`.
+    Raises: CoterieError for a dense, unknown or damaged checkpoint.
+    """
+    checkpoint = Checkpoint.open(model)
+    family = detect(checkpoint.config, list(checkpoint.tensors))
+    blocks = find_blocks(checkpoint, family)
+    groups = family.groups(checkpoint.config)
+    roles = {role: {"tensors": 0, "parameters": 0, "bytes": 0} for role in ROLES}
+    dtypes: dict[str, int] = {}
+    for name, tensor in checkpoint.tensors.items():
+        found = roles[blocks.roles[name]]
+        found["tensors"] += 1
+        found["parameters"] += tensor.num_parameters
+        found["bytes"] += tensor.num_bytes
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.num_bytes
+    main = [b for b in blocks.moe if not b.mtp and not b.attention]
+    num_experts = sum(b.num_experts for b in blocks.moe)
+    return {
+        "path": str(model),
+        "family": family.name,
+        "model_type": checkpoint.config.get("model_type"),
+        "stock": family.stock,
+        "moe_layers": len(main),
+        "mtp_layers": sum(b.mtp for b in blocks.moe),
+        "experts": {b.key: b.num_experts for b in main},
+        "experts_per_token": family.num_experts_per_token(checkpoint.config),
+        "groups": groups.num_groups,
+        "parameters": checkpoint.num_parameters,
+        "bytes": checkpoint.num_bytes,
+        "expert_bytes": roles["expert"]["bytes"] // num_experts,
+        "roles": {role: found for role, found in roles.items() if found["tensors"]},
+        "dtypes": dtypes,
+        "shards": len(checkpoint.shards),
+        "can": _abilities(family.stock),
+    }
+
+
+def _abilities(stock: bool) -> list[str]:
+    """What the commands can do to this checkpoint."""
+    written = "prune, apply: expert dropping by file editing"
+    loaded = "verify, eval: loads in stock transformers"
+    return [written, loaded if stock else "verify: files and bytes only (transformers has no class for this family)"]

@@ -1,0 +1,460 @@
+"""`coterie verify`: does a written checkpoint hold what its plan says, load in stock transformers, and compute it?
+
+Last step of the flow. Each check is one function that answers with what it found; a fault in OUT is an answer,
+not an exception. torch and transformers are imported only when a model has to be loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from coterie.apply import check_plan, patched_config, plan_outputs
+from coterie.checkpoint import INDEX, Checkpoint, load_json
+from coterie.data import Document, encode, read_documents
+from coterie.errors import CoterieError
+from coterie.family import Family, detect, lookup
+from coterie.layer import LAYER, Blocks, find_blocks
+from coterie.plan import Plan, read_plan
+from coterie.report import Progress, no_progress
+from coterie.writer import Made, Output, Run
+
+CHUNK = 4 << 20  # bytes compared at a time
+NUM_BLOCKS, BLOCK = 2, 64  # sequences and tokens of the random batch, and of a text
+MAX_SEQUENCES = 8  # of a file that gives token ids
+HEADROOM = 1.25  # loading holds some tensors twice
+ROUNDING = 1e-5  # of the largest logit; a wrong expert shows as 1e-2 and more
+ALIGNMENT = 64  # bytes, of what torch allocates
+MTP = re.compile(r"(^|[._])(mtp|nextn)")
+
+Check = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The original that OUT was made from."""
+
+    checkpoint: Checkpoint
+    family: Family
+    blocks: Blocks
+
+    @classmethod
+    def open(cls, model: str | Path) -> Source:
+        checkpoint = Checkpoint.open(model)
+        family = detect(checkpoint.config, list(checkpoint.tensors))
+        return cls(checkpoint, family, find_blocks(checkpoint, family))
+
+
+def verify(
+    out: str | Path,
+    *,
+    against: str | Path | None = None,
+    data: str | Path | None = None,
+    on_progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Checks a checkpoint folder: `{"ok": bool, "checks": [{"name", "ok", "detail"}]}`.
+
+    against: the original; its bytes, and its logits with the dropped experts masked, are compared with OUT's.
+    data: text, or JSONL with input_ids, to compute logits on (default: a fixed random batch of token ids).
+    A check that cannot be made here (no stock class, too little memory) is ok, and its detail begins with "not".
+    Raises: CoterieError when OUT is no folder, or when `against` or `data` cannot be used.
+    """
+    folder = Path(out)
+    if not folder.is_dir():
+        raise CoterieError(f"{out}: no such folder; expected a checkpoint folder that coterie wrote")
+    documents = list(islice(read_documents(data), MAX_SEQUENCES)) if data is not None else None
+    source = Source.open(against) if against is not None else None
+    checks: list[Check] = []
+
+    def run(name: str, check: Callable[[], Any]) -> Any:
+        """Adds the check's answer; a CoterieError about OUT is a fault. Returns what the check has to hand on."""
+        on_progress("verifying", len(checks), 5 if source else 3)
+        try:
+            ok, detail, found = check()
+        except CoterieError as error:
+            ok, detail, found = False, str(error), None
+        checks.append({"name": name, "ok": ok, "detail": detail})
+        return found
+
+    opened = run("files", lambda: check_files(folder))
+    if opened:
+        _check_contents(opened, source, documents, run, on_progress)
+    return {"ok": all(check["ok"] for check in checks), "checks": checks}
+
+
+def _check_contents(
+    out: Checkpoint,
+    source: Source | None,
+    documents: list[Document] | None,
+    run: Callable[[str, Callable[[], Any]], Any],
+    on_progress: Progress,
+) -> None:
+    """The checks that need OUT's headers to be in order."""
+    if source:
+        run("accounts for every tensor", lambda: check_bytes(out, source, on_progress))
+    model = run("loads in stock transformers", lambda: check_loads(out))
+    if model is None and _is_ours(out):
+        model = _own_model(out)
+    sequences = _sequences(out, documents, model) if model is not None else []
+    logits = run("computes", lambda: check_computes(model, sequences))
+    del model  # one model in memory at a time
+    if source:
+        run("logits equal the masked original", lambda: check_logits(out, source, sequences, logits))
+
+
+Answer = tuple[bool, str, Any]  # ok, detail, what later checks need
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def check_files(folder: Path) -> tuple[bool, str, Checkpoint | None]:
+    """Headers, index, tensor names and expert counts agree with each other, with config.json and with the plan."""
+    out = Checkpoint.open(folder)
+    try:
+        if out.indexed:
+            _check_index(out)
+        blocks = find_blocks(out, detect(out.config, list(out.tensors)))
+        planned = _check_counts(blocks, _plan(out)) if _record(out) else "no coterie.json"
+    except CoterieError as error:
+        return False, str(error), out
+    counts = sorted({block.num_experts for block in blocks.moe})
+    return True, (
+        f"{len(out.tensors):,} tensors in {len(out.shards)} file(s); {len(blocks.moe)} MoE blocks "
+        f"of {' to '.join(map(str, sorted({counts[0], counts[-1]})))} experts; {planned}"
+    ), out  # fmt: skip
+
+
+def _check_index(out: Checkpoint) -> None:
+    """Raises: CoterieError for a tensor that the index leaves out (`Checkpoint.open` has seen to the reverse)."""
+    unlisted = set(out.tensors) - set(load_json(out.path / INDEX)["weight_map"])
+    if unlisted:
+        raise CoterieError(f"{out.path / INDEX}: leaves out {_first(unlisted)}; loaders would not see them")
+
+
+def _check_counts(blocks: Blocks, plan: Plan) -> str:
+    """Raises: CoterieError unless every block holds the experts that the plan keeps."""
+    found = {(block.key, block.attention): block.num_experts for block in blocks.moe}
+    for keys, attention in ((plan.layers, False), (plan.attention, True)):
+        for key, choice in keys.items():
+            count = found.get((key, attention))
+            if count != len(choice.kept):
+                where = f"layer {key}" + (" (attention)" if attention else "")
+                shown = "no experts" if count is None else f"{count} experts"
+                raise CoterieError(f"{where} has {shown}; the plan in coterie.json keeps {len(choice.kept)}")
+    left = [block.name for block in blocks.moe if block.mtp and plan.drop_mtp]
+    if left:
+        raise CoterieError(f"{left[0]} is a multi-token-prediction layer; the plan in coterie.json drops those")
+    return "as the plan in coterie.json says"
+
+
+def _record(out: Checkpoint) -> dict[str, Any] | None:
+    """The content of coterie.json, if OUT has one."""
+    path = out.path / "coterie.json"
+    return load_json(path) if path.is_file() else None
+
+
+def _plan(out: Checkpoint) -> Plan:
+    record = _record(out)
+    if record is None:
+        raise CoterieError(f"{out.path}: no coterie.json, so nothing says what was done to the original")
+    return read_plan(record)
+
+
+def _first(names: Any, limit: int = 3) -> str:
+    """The first few names and how many there are: `a, b, c and 4 more`."""
+    ordered = sorted(map(str, names))
+    more = f" and {len(ordered) - limit:,} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------
+
+
+def check_bytes(out: Checkpoint, source: Source, on_progress: Progress = no_progress) -> Answer:
+    """Every tensor that the plan makes of the original is in OUT, byte for byte, and nothing else is."""
+    plan, record = _plan(out), _record(out)
+    recorded = record.get("source") if record else None
+    if not isinstance(recorded, dict) or recorded.get("hash") != source.checkpoint.hash:
+        return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
+    check_plan(source.checkpoint, source.family, source.blocks, plan)
+    outputs = [o for shard in plan_outputs(source.checkpoint, source.blocks, plan).values() for o in shard]
+    faults = _header_faults(out, outputs)
+    config = patched_config(source.checkpoint, source.family, source.blocks, plan)
+    wrong = [key for key in {*config, *out.config} if config.get(key) != out.config.get(key)]
+    if wrong:
+        faults.append(f"config.json is not the original's with new counts: {_first(wrong)}")
+    if not faults:
+        differing = list(_differing(out, source.checkpoint, outputs, on_progress))
+        faults += [f"other bytes in {_first(differing)}"] if differing else []
+    return not faults, "; ".join(faults) or _tally(source.checkpoint, outputs), None
+
+
+def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:
+    meant = {o.name: (o.dtype, o.shape) for o in outputs}
+    found = {t.name: (t.dtype, t.shape) for t in out.tensors.values()}
+    faults = {
+        "missing": meant.keys() - found.keys(),
+        "not meant to be there": found.keys() - meant.keys(),
+        "of another shape or dtype": {n for n in meant.keys() & found.keys() if meant[n] != found[n]},
+    }
+    return [f"{fault}: {_first(names)}" for fault, names in faults.items() if names]
+
+
+def _differing(out: Checkpoint, source: Checkpoint, outputs: list[Output], on_progress: Progress) -> Iterator[str]:
+    """The outputs whose bytes in OUT are not those meant; reads both sides once, a chunk at a time."""
+    total, done = sum(o.num_bytes for o in outputs), 0
+    with contextlib.ExitStack() as stack:
+        opened: dict[Path, int] = {}
+
+        def read(path: Path, start: int, length: int) -> bytes:
+            if path not in opened:
+                opened[path] = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, opened[path])
+            return os.pread(opened[path], length, start)
+
+        for output in outputs:
+            tensor, position, same = out.tensors[output.name], 0, True
+            for part in output.parts:
+                at = tensor.start + position
+                position += part.num_bytes
+                if isinstance(part, Made):
+                    same = same and part.make() == read(out.path / tensor.file, at, part.num_bytes)
+                    continue
+                for skip in range(0, part.num_bytes if same else 0, CHUNK):
+                    length = min(CHUNK, part.num_bytes - skip)
+                    meant = read(source.path / part.file, part.start + skip, length)
+                    same = same and meant == read(out.path / tensor.file, at + skip, length)
+            done += output.num_bytes
+            on_progress("comparing bytes", done, total)
+            if not same:
+                yield output.name
+
+
+def _tally(source: Checkpoint, outputs: list[Output]) -> str:
+    """How many tensors had which fate."""
+    places = {(t.file, t.start, t.end): t.name for t in source.tensors.values()}
+
+    def fate(output: Output) -> str:
+        first = output.parts[0] if output.parts else None
+        if any(isinstance(part, Made) for part in output.parts):
+            return "computed"
+        original = source.tensors.get(output.name)
+        if original and original.num_bytes == output.num_bytes == 0:
+            return "kept as is"
+        if not isinstance(first, Run) or (first.file, first.start, first.end) not in places or len(output.parts) > 1:
+            return "row-sliced"
+        return "kept as is" if places[first.file, first.start, first.end] == output.name else "renamed"
+
+    counts = Counter(fate(output) for output in outputs)
+    counts["dropped"] = len(source.tensors) - len(outputs)
+    return ", ".join(f"{counts[f]:,} {f}" for f in ("kept as is", "renamed", "row-sliced", "computed", "dropped"))
+
+
+# --- loading ----------------------------------------------------------------------------------------------------
+
+
+def check_loads(out: Checkpoint) -> Answer:
+    """Stock transformers fills its model from OUT exactly: nothing missing, unexpected or of another shape."""
+    if _is_ours(out):
+        return True, "not loaded: layers keep different numbers of experts, which only `coterie.load` reads", None
+    if not detect(out.config, list(out.tensors)).stock:
+        return True, (
+            f"not loaded: transformers has no class for {out.config['model_type']}, so names, shapes and bytes were "
+            "checked, but not that the model computes"
+        ), None  # fmt: skip
+    short = _memory_short(out)
+    if short:
+        return True, f"not loaded: {short}", None
+    model, faults = _load(out)
+    if faults:
+        return False, "; ".join(f"{kind.replace('_', ' ')}: {_first(keys)}" for kind, keys in faults.items()), None
+    return True, f"{type(model).__name__} in float32, no key missing, unexpected or mismatched", model
+
+
+def _is_ours(out: Checkpoint) -> bool:
+    return out.config.get("model_type") == "coterie"
+
+
+def _memory_short(checkpoint: Checkpoint) -> str:
+    """What is missing to load the model in float32; empty if nothing is, or if the system does not say."""
+    needed = 4 * checkpoint.num_parameters * HEADROOM
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return ""
+    available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    if available is None or needed <= available:
+        return ""
+    return f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB available"
+
+
+def _load(checkpoint: Checkpoint) -> tuple[Any, dict[str, list[str]]]:
+    """The stock model in float32, and what did not fit by kind. Raises: CoterieError when it does not load at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    architecture = str((checkpoint.config.get("architectures") or [""])[0])
+    multimodal = architecture.endswith("ForConditionalGeneration")
+    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    try:
+        with _quiet():
+            model, info = auto.from_pretrained(
+                str(checkpoint.path), dtype=torch.float32, output_loading_info=True, use_safetensors=True,
+                trust_remote_code=False, experts_implementation="eager",
+            )  # fmt: skip
+    except Exception as error:  # a checkpoint can provoke anything in there
+        raise CoterieError(f"transformers cannot load it: {type(error).__name__}: {error!s:.500}") from error
+    faults = {kind: [str(key) for key in keys] for kind, keys in info.items()}
+    faults["unexpected_keys"] = [k for k in faults.get("unexpected_keys", []) if not _is_mtp(k, checkpoint)]
+    _align(model)
+    return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
+
+
+def _align(model: Any) -> None:
+    """Moves weights that lie unaligned in a mapped file: kernels add in another order there, which shows in the
+    last bits of the logits."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def _is_mtp(key: str, checkpoint: Checkpoint) -> bool:
+    """Whether a key belongs to multi-token-prediction layers, which stock classes leave out by design."""
+    match = LAYER.fullmatch(key)
+    num_layers = next((v for _, _, v in lookup(checkpoint.config, ("num_hidden_layers", "n_layers"))), None)
+    beyond = match is not None and type(num_layers) is int and int(match["index"]) >= num_layers
+    return beyond or MTP.search(key) is not None
+
+
+def _own_model(out: Checkpoint) -> Any:
+    """A model in our own layout; None where it does not load here."""
+    from coterie.loading import load
+
+    if _memory_short(out):
+        return None
+    model = load(out.path, dtype="float32").to("cpu")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing that transformers says or warns of reaches the terminal."""
+    from coterie.loading import quiet_transformers
+
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# --- logits -----------------------------------------------------------------------------------------------------
+
+
+def _sequences(out: Checkpoint, documents: list[Document] | None, model: Any) -> list[list[int]]:
+    """Token ids to compute logits on. Raises: CoterieError for ids that the model does not know."""
+    config = model.config.get_text_config()
+    if documents is None:
+        return _random_sequences(config)
+    tokenizer = None
+    if any(d.input_ids is None for d in documents):
+        from coterie.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(out.path)
+    sequences = []
+    for document in documents:
+        tokens = encode(document, tokenizer)
+        cut = [tokens] if document.input_ids else [tokens[i : i + BLOCK] for i in range(0, len(tokens), BLOCK)]
+        sequences += cut if document.input_ids else cut[: max(0, NUM_BLOCKS - len(sequences))]
+    largest = max((t for s in sequences for t in s), default=None)
+    if largest is None or largest >= config.vocab_size:
+        found = "no tokens" if largest is None else f"token {largest}"
+        raise CoterieError(f"{documents[0].where}: found {found}; expected ids below {config.vocab_size:,}")
+    return sequences
+
+
+def _random_sequences(config: Any) -> list[list[int]]:
+    import numpy as np
+
+    positions = getattr(config, "max_position_embeddings", None) or BLOCK
+    shape = (NUM_BLOCKS, min(BLOCK, positions))
+    return np.random.default_rng(0).integers(0, config.vocab_size, shape).tolist()
+
+
+def _forward(model: Any, sequences: list[list[int]]) -> list[Any]:
+    """Logits of each sequence, one forward each: (T, vocabulary) float32."""
+    import torch
+
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False
+    with _quiet(), torch.inference_mode():
+        return [model(input_ids=torch.tensor([s]), use_cache=False).logits[0].float() for s in sequences]
+
+
+def check_computes(model: Any, sequences: list[list[int]]) -> Answer:
+    """The model's logits are finite."""
+    if model is None:
+        return True, "not computed: the model was not loaded", None
+    try:
+        logits = _forward(model, sequences)
+    except Exception as error:  # whatever modelling code raises for a wrong checkpoint
+        return False, f"the forward pass failed: {type(error).__name__}: {error!s:.300}", None
+    tokens = f"{sum(map(len, sequences)):,} tokens in {len(sequences)} sequence(s)"
+    bad = sum(int((~values.isfinite()).sum()) for values in logits)
+    if bad:
+        return False, f"{bad:,} logits are NaN or infinite, on {tokens}", None
+    return True, f"finite logits on {tokens}", logits
+
+
+def check_logits(out: Checkpoint, source: Source, sequences: list[list[int]], logits: list[Any] | None) -> Answer:
+    """OUT computes exactly what the original does when its routers cannot choose the dropped experts."""
+    plan = _plan(out)
+    if logits is None:
+        return True, "not compared: OUT gave no logits", None
+    if any(choice.merged for choice in (*plan.layers.values(), *plan.attention.values())):
+        return True, "not compared: experts were averaged, so the original has no such experts to leave on", None
+    short = _memory_short(source.checkpoint)
+    if short:
+        return True, f"not compared: the original {short}", None
+    model, faults = _load(source.checkpoint)
+    if faults:
+        raise CoterieError(f"{source.checkpoint.path}: the original itself does not load: {_first(faults)}")
+    before = _forward(model, sequences)
+    from coterie.masked import mask_experts
+
+    routing = mask_experts(model, source.checkpoint, source.blocks, plan)
+    with routing:
+        expected = _forward(model, sequences)
+    idle = [name for name, hits in routing.hits.items() if hits == 0]
+    if idle:
+        return False, f"not a comparison: the router of {_first(idle)} was never seen at work in the original", None
+    moved = _largest_gap(before, expected)
+    effect = f"leaving experts out of {len(routing.hits)} routers moved them by up to {moved:.3g}" if routing.hits else ""
+    ok, detail = _judge(_largest_gap(logits, expected), expected)
+    return ok, "; ".join(filter(None, (detail, effect))), None
+
+
+def _judge(gap: float, expected: list[Any]) -> tuple[bool, str]:
+    """Equal to the last bit, or but for sums whose order a family's router makes depend on the number of experts."""
+    if gap == 0.0:
+        return True, "bit-equal"
+    scale = max(float(values.abs().max()) for values in expected)
+    if gap <= ROUNDING * scale:
+        return True, f"equal but for rounding (up to {gap:.2g})"
+    return False, f"they differ by up to {gap:.3g}"
+
+
+def _largest_gap(a: list[Any], b: list[Any]) -> float:
+    """max |a - b|; NaN, which equals nothing, becomes infinity."""
+    gaps = [float((x - y).abs().max()) if x.shape == y.shape else float("inf") for x, y in zip(a, b, strict=True)]
+    return max((float("inf") if gap != gap else gap for gap in gaps), default=0.0)
+

@@ -1,0 +1,100 @@
+"""The command line: exit codes, one line per refusal, JSON alone on standard output, a quick start."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from handmade import qwen
+
+from coterie.cli import main
+
+
+def coterie(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Runs the command in this process: exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_prune_prints_coterie_json_and_nothing_else(tmp_path, capsys):
+    """With --json, standard output is the content of coterie.json."""
+    model = qwen(tmp_path / "model")
+    code, out, _ = coterie("prune", model, tmp_path / "out", "--ratio", 0.25, "--json", capsys=capsys)
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "out" / "coterie.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["prune", "MODEL", "OUT", "--no-such-flag"], "No such option"),
+        (["prune", "MODEL"], "Missing argument"),
+        (["prune", "MODEL", "OUT", "--method", "astrology"], "expected one of"),
+        (["prune", "MODEL", "OUT", "--ratio", "1"], "[0, 1)"),
+        (["prune", "MODEL", "OUT", "--ratio", "-0.1"], "[0, 1)"),
+        (["prune", "MODEL", "OUT", "--ratio", "nan"], "[0, 1)"),
+        (["prune", "MODEL", "OUT", "--ratio", "0.99"], "per token"),
+        (["prune", "MODEL", "OUT", "--method", "first", "--linkage", "official"], "ignored"),
+        (["prune", "MODEL", "OUT", "--min-experts", "4"], "ignored"),
+        (["prune", "nowhere", "OUT"], "no such folder"),
+        (["inspect", "nowhere"], "no such folder"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, says):
+    """Every refusal is one line beginning `error:`, exits with 2 and writes nothing."""
+    model = qwen(tmp_path / "model")
+    paths = {"MODEL": model, "OUT": tmp_path / "out", "nowhere": tmp_path / "nowhere"}
+    code, out, err = coterie(*(paths.get(a, a) for a in arguments), capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_dry_run_decides_and_writes_nothing(tmp_path, capsys):
+    """--dry-run prints the plan with the kept counts and leaves no file."""
+    model = qwen(tmp_path / "model")
+    code, out, _ = coterie("prune", model, tmp_path / "out", "--dry-run", "--json", capsys=capsys)
+    assert code == 0 and not (tmp_path / "out").exists()
+    assert all(len(layer["kept"]) < 8 for layer in json.loads(out)["plan"]["layers"].values())
+
+
+def test_inspect_counts_what_the_headers_say(tmp_path, capsys):
+    """`inspect --json` sums to the checkpoint's parameters and bytes."""
+    model = qwen(tmp_path / "model")
+    _, out, _ = coterie("inspect", model, "--json", capsys=capsys)
+    found = json.loads(out)
+    assert sum(role["bytes"] for role in found["roles"].values()) == found["bytes"]
+    assert sum(role["parameters"] for role in found["roles"].values()) == found["parameters"]
+
+
+def test_a_full_resume_of_a_finished_run_exits_with_0(tmp_path, capsys):
+    """--resume on a complete OUT changes nothing and exits with 0."""
+    model = qwen(tmp_path / "model")
+    coterie("prune", model, tmp_path / "out", capsys=capsys)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    code, _, _ = coterie("prune", model, tmp_path / "out", "--resume", capsys=capsys)
+    assert code == 0 and before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "MODEL"], ["prune", "MODEL", "OUT"]])
+def test_light_commands_import_neither_torch_nor_transformers(tmp_path, arguments):
+    """Help, inspect and prune start without the heavy libraries."""
+    model = qwen(tmp_path / "model")
+    argv = [str({"MODEL": model, "OUT": tmp_path / "out"}.get(a, a)) for a in arguments]
+    code = (
+        "import sys\nfrom coterie.cli import main\n"
+        f"try: main({argv!r})\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_public_name_is_there():
+    """What `coterie.__all__` promises can be imported."""
+    import coterie
+
+    for name in coterie.__all__:
+        assert getattr(coterie, name) is not None

@@ -1,0 +1,256 @@
+"""Tiny random float32 checkpoints of every family in the registry: hidden 32, 8 experts, top-2, 2 to 4 layers.
+
+`save("qwen3_moe", folder)` writes one as the hub spells it, `fused=True` as transformers holds it in memory. A
+new family needs nothing here if transformers has it and names its sizes as others do; else add to `SPECIAL`
+(config values), `WRAPPERS` (vision towers to shrink) or `HAND_MADE` (families without a stock class).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coterie.family import registry
+
+NUM_EXPERTS, TOP_K, HIDDEN, EXPERT_HIDDEN, VOCABULARY = 8, 2, 32, 16, 128
+
+# Every spelling of a size that configs use; a config class takes the ones it knows.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model"), HIDDEN),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), NUM_EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"), TOP_K),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), EXPERT_HIDDEN),
+    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size"), 48),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 24),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "max_seq_len"), VOCABULARY),
+    **dict.fromkeys(("num_hidden_layers", "n_layers"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_heads"), 4),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_head_dim", "index_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "mamba_n_heads", "mamba_d_head", "mamba_num_heads", "mamba_head_dim"), 8),
+    **dict.fromkeys(("ssm_state_size", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("mamba_d_conv", "mamba_dt_rank", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "mamba_expand", "linear_num_key_heads", "index_n_heads", "num_layers"), 2),
+    **dict.fromkeys(("mamba_n_groups", "n_groups", "n_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "decoder_sparse_step"), 1),
+    **dict.fromkeys(("index_topk", "sliding_window"), 64),
+    **dict.fromkeys(("n_group", "num_expert_group"), 2),
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 0,
+    "use_mamba_kernels": False,
+    "q_bias": False,
+    **{"moe_layer_start_index": 1, "moe_layer_end_index": 3, "moe_layer_interval": 1},
+    **{"expert_layer_offset": 1, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+LATENT_ATTENTION = {"num_key_value_heads": 4}  # as many as attention heads
+SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), LATENT_ATTENTION),
+    "deepseek_v2": {**LATENT_ATTENTION, "topk_method": "group_limited_greedy"},
+    "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8},
+    "dots3_note_text": {
+        **LATENT_ATTENTION,
+        "layer_types": ["full_attention"] * 4,
+        "shared_experts_intermediate_size": 24,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": EXPERT_HIDDEN, "moe_num_experts": NUM_EXPERTS, "moe_top_k": TOP_K},
+    },
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 0,
+    },
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        "moe_shared_expert_intermediate_size": 24,
+    },
+}
+
+
+def model_types() -> list[str]:
+    """Every model type of the registry."""
+    return sorted(registry())
+
+
+def save(model_type: str, folder: Path, *, fused: bool = False) -> Path:
+    """Writes a tiny checkpoint and returns its folder. Raises: LookupError when nothing here can build the family."""
+    if model_type in HAND_MADE:
+        assert not fused, f"{model_type} has one spelling"
+        tensors, config = HAND_MADE[model_type]()
+        write(folder, tensors, {"model_type": model_type, **config})
+    else:
+        model = build(model_type)
+        model.save_pretrained(folder, save_original_format=not fused)
+    return folder
+
+
+def write(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> Path:
+    """A checkpoint folder from arrays and a config, in one unindexed file."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A float32 checkpoint's arrays and config: what `write` takes, to be changed in between."""
+    from safetensors.numpy import load_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors, json.loads((folder / "config.json").read_text())
+
+
+def build(model_type: str, seed: int = 0) -> Any:
+    """The stock model with random weights. Raises: LookupError naming what to add for a family it cannot build."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = tiny_config(model_type)
+    auto = AutoModelForImageTextToText if model_type in WRAPPERS else AutoModelForCausalLM
+    try:
+        model = auto.from_config(config, dtype=torch.float32).eval()
+    except Exception as error:
+        raise LookupError(f"{model_type}: no tiny model ({error}); add its sizes to SPECIAL in tests/tiny.py") from error
+    _randomise(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def tiny_config(model_type: str) -> Any:
+    """The family's config with every size small."""
+    from transformers import AutoConfig
+
+    try:
+        known = _fields(type(AutoConfig.for_model(model_type)))
+    except ValueError as error:
+        raise LookupError(f"{model_type}: transformers has no such model; add it to HAND_MADE in tests/tiny.py") from error
+    if model_type in WRAPPERS:
+        text, vision = WRAPPERS[model_type]
+        inner = tiny_config(text).to_dict()
+        return AutoConfig.for_model(model_type, text_config=inner, **vision)
+    sizes = {key: value for key, value in SIZES.items() if key in known}
+    aliases = type(AutoConfig.for_model(model_type)).attribute_map
+    sizes = {key: value for key, value in sizes.items() if aliases.get(key) not in sizes}
+    return AutoConfig.for_model(model_type, **{**sizes, **SPECIAL.get(model_type, {})})
+
+
+def _fields(config_class: type) -> set[str]:
+    annotated = {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
+    return annotated | set(getattr(config_class, "attribute_map", {}))
+
+
+def _randomise(model: Any, generator: Any) -> None:
+    """Weights large enough that losing an expert shows in the logits, biases that change the selection."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("tid2eid"):  # zeros by default, by which any mapping would pass
+                tensor.copy_(_table(tensor.shape, generator))
+            if not tensor.is_floating_point():
+                continue
+            values = torch.randn(tensor.shape, generator=generator)
+            if "bias" in name:
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                if is_parameter or any(part in name for part in ("correction_bias", "expert_bias", "router_bias")):
+                    tensor.copy_(0.1 * values)
+            elif isinstance(tensor, torch.nn.Parameter) and tensor.dim() >= 2:
+                scale = 0.5 if "router" in name or "gate.weight" in name else 0.6 / tensor.shape[-1] ** 0.5
+                tensor.copy_(scale * values)
+
+
+def _table(shape: tuple[int, ...], generator: Any) -> Any:
+    """Token -> distinct expert ids, spread over all experts."""
+    import torch
+
+    return torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[: shape[1]] for _ in range(shape[0])])
+
+
+# Vision towers of the wrappers around text models: (the text model's type, what makes the tower small).
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "aria": ("aria_text", {"vision_config": {**VISION, "model_type": "idefics3_vision", "image_size": 28, "patch_size": 14}}),
+    "gemma4": ("gemma4_text", {"vision_config": VISION, "audio_config": None}),
+    "llama4": ("llama4_text", {"vision_config": {**VISION, "vision_output_dim": 16, "image_size": 28, "projector_input_dim": 16, "projector_output_dim": 16}}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": {"hidden_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 32}}),
+}
+
+
+# --- families without a stock class: their hub names, written directly ------------------------------------------
+
+
+def _normal(seed: int = 0) -> Any:
+    generator = np.random.default_rng(seed)
+    return lambda *shape: (0.2 * generator.standard_normal(shape)).astype(np.float32)
+
+
+def _decoder(num_layers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Embeddings, head, norms and attention of a llama-like decoder."""
+    draw = _normal(1)
+    yield "model.embed_tokens.weight", draw(VOCABULARY, HIDDEN)
+    yield "model.norm.weight", np.ones(HIDDEN, np.float32)
+    yield "lm_head.weight", draw(VOCABULARY, HIDDEN)
+    for layer in range(num_layers):
+        for part in "qkvo":
+            yield f"model.layers.{layer}.self_attn.{part}_proj.weight", draw(HIDDEN, HIDDEN)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{norm}.weight", np.ones(HIDDEN, np.float32)
+
+
+def expert(prefix: str, draw: Any, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> dict[str, Any]:
+    """One expert's (or dense MLP's) three matrices under `prefix`."""
+    gate, up, down = names
+    return {
+        f"{prefix}.{gate}.weight": draw(EXPERT_HIDDEN, HIDDEN),
+        f"{prefix}.{up}.weight": draw(EXPERT_HIDDEN, HIDDEN),
+        f"{prefix}.{down}.weight": draw(HIDDEN, EXPERT_HIDDEN),
+    }
+
+
+def _deepseek(*, bias: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """DeepSeekMoE: first layer dense, shared experts beside the routed ones; Kimi K2 adds the selection bias."""
+    draw, tensors = _normal(), dict(_decoder(3))
+    tensors |= expert("model.layers.0.mlp", draw)
+    for layer in (1, 2):
+        mlp = f"model.layers.{layer}.mlp"
+        tensors |= {f"{mlp}.gate.weight": draw(NUM_EXPERTS, HIDDEN), **expert(f"{mlp}.shared_experts", draw)}
+        if bias:
+            tensors[f"{mlp}.gate.e_score_correction_bias"] = draw(NUM_EXPERTS)
+        for e in range(NUM_EXPERTS):
+            tensors |= expert(f"{mlp}.experts.{e}", draw)
+    config = {"num_hidden_layers": 3, "n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}
+    return tensors, {**config, "first_k_dense_replace": 1, **({"n_group": 1, "topk_group": 1} if bias else {})}
+
+
+def _arctic() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arctic: a residual MLP in every layer, experts in every second one."""
+    draw, tensors = _normal(), dict(_decoder(2))
+    names = ("w1", "w3", "w2")
+    for layer in (0, 1):
+        tensors |= expert(f"model.layers.{layer}.residual_mlp", draw, names)
+        tensors[f"model.layers.{layer}.residual_layernorm.weight"] = np.ones(HIDDEN, np.float32)
+    tensors |= expert("model.layers.0.block_sparse_moe.mlp", draw, names)  # the dense layers' spelling
+    tensors["model.layers.1.block_sparse_moe.gate.weight"] = draw(NUM_EXPERTS, HIDDEN)
+    for e in range(NUM_EXPERTS):
+        tensors |= expert(f"model.layers.1.block_sparse_moe.experts.{e}", draw, names)
+    return tensors, {"num_hidden_layers": 2, "num_local_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}
+
+
+HAND_MADE: dict[str, Any] = {
+    "arctic": _arctic,
+    "deepseek": lambda: _deepseek(bias=False),
+    "kimi_k2": lambda: _deepseek(bias=True),
+}
