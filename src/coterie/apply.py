@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coterie.checkpoint import PICKLES, Checkpoint, Tensor, load_json
+from coterie.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.errors import CoterieError
 from coterie.family import Family, detect, lookup
-from coterie.layer import Blocks, MoE, expert_axis, find_blocks
+from coterie.layer import Blocks, MoE, expert_axis, find_blocks, mtp_names
 from coterie.plan import Choice, Plan, read_plan, to_json
 from coterie.report import Progress, Report, Stopwatch, count, model_card, no_progress, removed_shares, versions
 from coterie.writer import Made, Output, Run, Writer, check_out, partial_of
@@ -100,9 +100,10 @@ def _finished(out: Path, asked: Report) -> Report:
     """The report of a complete OUT, if it is what was asked for."""
     found = load_json(out / "coterie.json")
     same = all(found.get(k) == v for k, v in asked.as_dict().items() if k in ("command", "options", "plan"))
-    if not same or found.get("source", {}).get("hash") != asked.source["hash"]:
+    record = {key: found[key] for key in ("source", "report", "versions") if isinstance(found.get(key), dict)}
+    if not same or len(record) < 3 or record["source"].get("hash") != asked.source["hash"]:
         raise CoterieError(f"{out}: is complete, but was made with another source, plan or option; choose another OUT")
-    return Report(asked.command, asked.options, found["source"], found["plan"], found["report"], found["versions"])
+    return Report(asked.command, asked.options, plan=asked.plan, **record)
 
 
 def _write(
@@ -131,7 +132,7 @@ def _write(
 
 def _travels(path: Path) -> bool:
     """Tokenizer, generation config, chat template and licence travel; code, pickles and old cards do not."""
-    if path.name in OURS or path.name.endswith(".safetensors.index.json"):
+    if path.name in OURS or path.name.endswith(".index.json") or leads_outside(path):
         return False
     return path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_NAMES)
 
@@ -139,8 +140,9 @@ def _travels(path: Path) -> bool:
 def _left_behind(checkpoint: Checkpoint) -> list[str]:
     """Files that do not travel and that somebody might miss."""
     names = [p.name for p in checkpoint.other_files() if not _travels(p) and p.name not in OURS]
-    missed = [n for n in names if n.endswith((".py", ".safetensors", *PICKLES))]
-    return [f"not copied (code, pickles and unused weights never are): {', '.join(missed)}"] if missed else []
+    missed = [n for n in names if n.endswith((".py", ".safetensors", *PICKLES)) or leads_outside(checkpoint.path / n)]
+    kinds = "code, pickles, unused weights and links out of the folder never are"
+    return [f"not copied ({kinds}): {', '.join(missed)}"] if missed else []
 
 
 def check_plan(checkpoint: Checkpoint, family: Family, blocks: Blocks, plan: Plan) -> None:
@@ -215,11 +217,10 @@ def plan_outputs(checkpoint: Checkpoint, blocks: Blocks, plan: Plan) -> dict[str
     by_name: dict[str, Output | None] = {}
     for block in blocks.moe:
         choice = plan.choice(block)
-        if block.mtp and plan.drop_mtp:
-            names = [n for n in checkpoint.tensors if n.startswith(block.prefix)]
-            by_name |= dict.fromkeys(names)
-        elif choice and len(choice.kept) < block.num_experts:
+        if choice and len(choice.kept) < block.num_experts:
             by_name |= block_outputs(checkpoint, block, choice)
+    if plan.drop_mtp:
+        by_name |= dict.fromkeys(mtp_names(checkpoint, blocks))
     shards: dict[str, list[Output]] = {shard: [] for shard in checkpoint.shards}
     for name, tensor in checkpoint.tensors.items():
         output = by_name.get(name, whole(tensor))
@@ -306,6 +307,8 @@ def sliced(checkpoint: Checkpoint, tensor: Tensor, choice: Choice, num_experts: 
 def _table(checkpoint: Checkpoint, block: MoE, tensor: Tensor, choice: Choice) -> Output:
     """Token -> expert ids, with a dropped id replaced by its cluster's representative, or (where the plan has no
     clusters) by the kept expert with the nearest router row."""
+    if tensor.dtype not in ("I64", "I32", "I16", "I8", "U8"):
+        raise CoterieError(f"tensor {tensor.name!r}: a table of expert ids as {tensor.dtype}; expected integers")
 
     def make() -> bytes:
         import numpy as np
@@ -337,7 +340,8 @@ def patched_config(checkpoint: Checkpoint, family: Family, blocks: Blocks, plan:
             holder[key.rpartition(".")[2]] = max(kept.values())
     if len(set(kept.values())) > 1:
         # Loud in stock software: an unknown model type, not a model with random weights.
-        config["coterie"] = {"format": 1, "model_type": config["model_type"], "num_experts": kept}
+        model_type = next(v for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if isinstance(v, str))
+        config["coterie"] = {"format": 1, "model_type": model_type, "num_experts": kept}
         config["model_type"] = "coterie"
     return config
 

@@ -61,6 +61,8 @@ def load_json(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
 
     Raises: CoterieError for everything else the file may hold.
     """
+    if "\0" in str(path):
+        raise CoterieError(f"{str(path)!r:.200}: not a file name")
     try:
         size = path.stat().st_size
         if size > limit:
@@ -297,7 +299,7 @@ def _hash_shard(digest: hashlib._Hash, path: Path) -> None:
 def resolve(model: str | Path) -> Path:
     """The local folder of a model given as a folder or as a hub id (`owner/name`)."""
     path, text = Path(model), str(model)
-    if text and os.path.isdir(path):  # noqa: PTH112: Path.is_dir raises for names too long for the file system
+    if text and os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         return path
     if text and os.path.exists(path):  # noqa: PTH110
         raise CoterieError(f"{text}: found a file; expected a model folder or a hub id such as owner/name")
@@ -345,8 +347,13 @@ def _shards(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
 
 def _check_link(path: Path, shard: str) -> None:
     """A linked shard is fine inside the folder or the hub's own cache; anywhere else it is refused."""
-    target = (path / shard).resolve()
-    home = path.resolve()
-    cache = home.parent.parent if home.parent.name == "snapshots" else home
-    if home not in target.parents and cache / "blobs" not in target.parents:
+    if leads_outside(path / shard):
+        target = (path / shard).resolve()
         raise CoterieError(f"{path / shard}: a link to {target}, outside the model's folder; copy the file there")
+
+
+def leads_outside(path: Path) -> bool:
+    """Whether a file of a model folder is a link to neither the folder nor the hub's own cache."""
+    target, home = path.resolve(), path.parent.resolve()
+    cache = home.parent.parent if home.parent.name == "snapshots" else home
+    return home not in target.parents and cache / "blobs" not in target.parents

@@ -202,6 +202,18 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
             raise CoterieError(f"{where}: {name!r} has shape {list(shape)}; the config counts {num_experts} experts")
 
 
+def mtp_names(checkpoint: Checkpoint, blocks: Blocks) -> list[str]:
+    """All tensors of the multi-token-prediction layers, with what stands beside them (`mtp.fc.weight`)."""
+    found = []
+    for prefix in {block.prefix for block in blocks.moe if block.mtp}:
+        match = LAYER.fullmatch(prefix + "x")
+        assert match
+        root = prefix[: match.start("index")].removesuffix("layers.").removesuffix("blocks.")
+        below = root if "mtp" in root or "nextn" in root else prefix
+        found += [name for name in checkpoint.tensors if name.startswith(below)]
+    return found
+
+
 def expert_axis(shape: tuple[int, ...], num_rows: int) -> int | None:
     """The axis that counts experts, if everything before it has length 1 (so that rows are byte ranges)."""
     for axis, length in enumerate(shape):
@@ -234,10 +246,15 @@ class Experts(Sequence):
         return expert_matrices(self.checkpoint, self.block, e)
 
     def flat(self, e: int) -> np.ndarray:
-        """All weights of expert e as one float32 vector: gate, up, down."""
+        """All weights of expert e as one float32 vector: gate, up, down. Raises: CoterieError for NaN or infinity."""
         import numpy as np
 
-        return np.concatenate([m.ravel() for m in self[e] if m is not None])
+        found = np.concatenate([m.ravel() for m in self[e] if m is not None])
+        if not np.isfinite(found).all():
+            raise CoterieError(
+                f"{self.checkpoint.path}: {self.block.name}: expert {e} holds NaN or infinite weights; expected finite"
+            )
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from coterie.checkpoint import Checkpoint, load_json
+from coterie.checkpoint import Checkpoint, load_json, resolve
 from coterie.errors import CoterieError
 from coterie.family import detect, lookup
+from coterie.layer import LAYER
 
+MTP = re.compile(r"(^|[._])(mtp|nextn)")
 TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
 
 
@@ -29,32 +32,53 @@ def load(path: str | Path, *, dtype: str = "auto") -> Any:
     import torch
 
     check_folder(path)
-    config = Path(path) / "config.json"
-    ours = config.is_file() and load_json(config).get("model_type") == "coterie"
-    try:
-        with quiet_transformers():
-            model, faults = (_load_ours if ours else _load_stock)(path, dtype)
-    except CoterieError:
-        raise
-    except Exception as e:  # a checkpoint can provoke anything in there
-        raise CoterieError(f"{path}: transformers cannot load it: {type(e).__name__}: {e}") from e
+    folder = resolve(path)
+    model, faults = load_ours(folder, dtype) if is_ours(folder) else load_stock(folder, dtype)
     if faults:
         found = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in faults.items())
         raise CoterieError(f"{path}: the weights do not fit the config: {found}; expected every tensor exactly once")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load_stock(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
-    from transformers import AutoModelForCausalLM
-
-    found: Any = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
-    )
-    model, info = found
-    return model, {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+def is_ours(folder: Path) -> bool:
+    """Whether a checkpoint is in our own layout, which stock transformers refuses by its model type."""
+    config = folder / "config.json"
+    return config.is_file() and load_json(config).get("model_type") == "coterie"
 
 
-def _load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
+def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, list[str]]]:
+    """The stock model, and the keys that did not fit by kind. `how` goes to `from_pretrained`.
+
+    Raises: CoterieError when transformers does not load it at all.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = load_json(folder / "config.json")
+    architectures = config.get("architectures") or [""]
+    multimodal = str(architectures[0]).endswith("ForConditionalGeneration")
+    auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    try:
+        with quiet_transformers():
+            model, info = auto.from_pretrained(
+                str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+                use_safetensors=True, trust_remote_code=False, **how,
+            )  # fmt: skip
+    except Exception as error:  # a checkpoint can provoke anything in there
+        raise CoterieError(f"{folder}: transformers cannot load it: {type(error).__name__}: {error!s:.500}") from error
+    faults = {kind: sorted(k if isinstance(k, str) else str(k[0]) for k in keys) for kind, keys in info.items()}
+    faults["unexpected_keys"] = [k for k in faults.get("unexpected_keys", []) if not _is_mtp(k, config)]
+    return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
+
+
+def _is_mtp(key: str, config: dict[str, Any]) -> bool:
+    """Whether a key belongs to multi-token-prediction layers, which stock classes leave out by design."""
+    match = LAYER.fullmatch(key)
+    num_layers = next((v for _, _, v in lookup(config, ("num_hidden_layers", "n_layers"))), None)
+    beyond = match is not None and type(num_layers) is int and int(match["index"]) >= num_layers
+    return beyond or MTP.search(key) is not None
+
+
+def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
     """A model whose layers keep different numbers of experts: each layer is taken from a stock model (on the
     meta device) of its own count, then the weights are read by the library's own loader."""
     import torch
@@ -100,7 +124,7 @@ def _load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]
         "mismatched_keys": sorted(map(str, info.mismatched_keys)),
         "conversion_errors": sorted(map(str, info.conversion_errors)),
     }
-    return model, {kind: keys for kind, keys in faults.items() if keys}
+    return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -132,14 +156,16 @@ def check_folder(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers from writing progress bars and reports: what matters in them is raised or returned."""
+    """Keeps transformers from writing bars, reports and warnings: what matters in them is raised or returned."""
     from transformers.utils import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity(logging.CRITICAL)
     theirs.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         theirs.set_verbosity(verbosity)
         if bars:

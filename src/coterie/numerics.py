@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from coterie.errors import CoterieError
+
+if TYPE_CHECKING:
+    from coterie.checkpoint import Checkpoint
+    from coterie.layer import MoE
 
 PLAIN = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
@@ -63,17 +69,17 @@ def _float8_values(dtype: str) -> np.ndarray:
     return np.where(exponent == 31, special, values).astype(np.float32)
 
 
-def expert_matrices(checkpoint, block, e: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
     """(gate, up, down) of expert e as float32 (out, in) matrices, whatever the layout on disk."""
     layout = block.layout
     if block.experts:
         names = block.experts[e]
         up, down = (_matrix(checkpoint, names, part) for part in (layout.up, layout.down))
         return (_matrix(checkpoint, names, layout.gate) if layout.gate else None), up, down
-    parts = [_fused_slice(checkpoint, block, name, e) for name in _fused_weights(checkpoint, block)]
-    if len(parts) == 3:  # dbrx: gate (F, D), up (F, D), down stored (F, D)
-        return parts[0], parts[1], parts[2].T
-    first, down = parts
+    first, *rest = (_fused_slice(checkpoint, block, name, e) for name in _fused_weights(checkpoint, block))
+    if len(rest) == 2:  # dbrx: gate (F, D), up (F, D), down stored (F, D)
+        return first, rest[0], rest[1].T
+    down = rest[0]
     if layout.transposed:
         first, down = first.T, down.T
     if layout.gate is None:
@@ -86,7 +92,7 @@ def expert_matrices(checkpoint, block, e: int) -> tuple[np.ndarray | None, np.nd
     return gate, up, down
 
 
-def _matrix(checkpoint, names: dict[str, str], part: str) -> np.ndarray:
+def _matrix(checkpoint: Checkpoint, names: dict[str, str], part: str) -> np.ndarray:
     """A matrix stored under a number: `part.weight` or `part`, dequantised by the scale beside it."""
     key = next((k for k in (f"{part}.weight", part) if k in names), None)
     if key is None:
@@ -113,7 +119,7 @@ def dequantise(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return values * np.repeat(np.repeat(scale.astype(np.float32), rows, 0), columns, 1)
 
 
-def _fused_weights(checkpoint, block) -> list[str]:
+def _fused_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
     """The weight tensors among the fused ones, in the layout's order."""
     found = []
     for name in block.layout.fused:
@@ -125,7 +131,7 @@ def _fused_weights(checkpoint, block) -> list[str]:
     return found
 
 
-def _fused_slice(checkpoint, block, name: str, e: int) -> np.ndarray:
+def _fused_slice(checkpoint: Checkpoint, block: MoE, name: str, e: int) -> np.ndarray:
     """Expert e's rows of a fused tensor, as float32."""
     if f"{name}_blocks" in checkpoint.tensors:
         _check_mxfp4(checkpoint, block, name)
@@ -143,7 +149,7 @@ def _fused_slice(checkpoint, block, name: str, e: int) -> np.ndarray:
 def _check_mxfp4(checkpoint, block, name: str) -> None:
     found = [checkpoint.tensors.get(f"{name}_{part}") for part in ("blocks", "scales")]
     kinds = [(t.dtype, t.shape) if t else None for t in found]
-    rows = kinds[0][1][:3] if kinds[0] else ()
+    rows: tuple[int, ...] = found[1].shape if found[1] else ()
     if len(rows) != 3 or rows[0] != block.num_experts or kinds != [("U8", (*rows, 16)), ("U8", rows)]:
         raise CoterieError(
             f"tensor {name + '_blocks'!r}: found blocks and scales {kinds}; "
@@ -160,3 +166,48 @@ def _mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     table = np.concatenate([positive, -positive])
     values = np.stack([table[blocks & 15], table[blocks >> 4]], -1).reshape(*scales.shape, 32)
     return (values * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(scales.shape[0], -1)
+
+
+def expert_biases(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Biases of expert e as float32: of gate above up (2F,), and of down (D,); None where there are none."""
+    layout = block.layout
+    if block.experts:
+        names = block.experts[e]
+        parts = [p for p in (layout.gate, layout.up) if p and f"{p}.bias" in names]
+        first = [checkpoint.read(names[f"{p}.bias"]).astype(np.float32) for p in parts]
+        down = names.get(f"{layout.down}.bias")
+        return (np.concatenate(first) if first else None), (checkpoint.read(down).astype(np.float32) if down else None)
+    found = [f"{block.prefix}{name}_bias" for name in layout.fused]
+    rows = [checkpoint.read_rows(n, e, e + 1)[0].astype(np.float32) if n in checkpoint.tensors else None for n in found]
+    first_row = rows[0]
+    if first_row is not None and layout.interleaved:
+        first_row = np.concatenate([first_row[0::2], first_row[1::2]])
+    return first_row, rows[-1]
+
+
+def store_expert(
+    checkpoint: Checkpoint, block: MoE, e: int, matrices: tuple[np.ndarray | None, np.ndarray, np.ndarray]
+) -> list[tuple[str, int, bytes]]:
+    """(tensor name, offset in it, bytes) of expert e's changed (gate, up, down): the inverse of `expert_matrices`."""
+    layout, (gate, up, down) = block.layout, matrices
+    if block.experts:
+        pairs = [(layout.gate, gate), (layout.up, up), (layout.down, down)]
+        names = [
+            (block.experts[e].get(f"{p}.weight") or block.experts[e][str(p)], m) for p, m in pairs if m is not None
+        ]
+        return [(n, 0, encode(m, checkpoint.tensors[n].dtype, n)) for n, m in names]
+    stored = [f"{block.prefix}{name}" for name in layout.fused]
+    if len(stored) == 3:  # dbrx
+        parts = [gate, up, down.T]
+    elif gate is None:
+        parts = [up, down]
+    elif layout.interleaved:
+        parts = [np.stack([gate, up], 1).reshape(-1, gate.shape[1]), down]
+    else:
+        parts = [np.concatenate([gate, up]), down]
+    if layout.transposed:
+        parts = [p.T for p in parts if p is not None]
+    found = [
+        (n, encode(p, checkpoint.tensors[n].dtype, n)) for n, p in zip(stored, parts, strict=True) if p is not None
+    ]
+    return [(n, e * len(raw), raw) for n, raw in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def read_plan(source: str | Path | dict[str, Any]) -> Plan:
         where, content = "plan", source
     else:
         where, path = str(source), Path(source)
-        content = load_json(path / "coterie.json" if path.is_dir() else path)
+        folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for names that are too long
+        content = load_json(path / "coterie.json" if folder else path)
     content = content.get("plan", content)
     layers = content.get("layers") if isinstance(content, dict) else None
     if not isinstance(layers, dict):
@@ -115,4 +117,5 @@ def to_json(value: Any) -> str:
     import re
 
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    return re.sub(r"\[\s+([-\d.,\s]+?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
+    # Strings hold no line breaks once encoded, so what has them is a list.
+    return re.sub(r"\[\n\s*([-\d.,\s]+?)\n\s*\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"

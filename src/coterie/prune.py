@@ -7,10 +7,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import check_count, execute
+from coterie.apply import check_count, execute, fits_groups
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.family import Family, Groups, detect
+from coterie.family import Family, detect
 from coterie.layer import Blocks, Layer, MoE, find_blocks, read_layer
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
@@ -153,12 +153,16 @@ def make_plan(
     chosen = [b for b in blocks.moe if not (b.mtp and options.drop_mtp)]
     small = min(chosen, key=lambda b: b.num_experts)
     if small.num_experts < uniform:
-        raise CoterieError(f"{asked}: would keep {uniform} experts, but {small.name} has {small.num_experts}; keep fewer")
+        raise CoterieError(f"{asked}: keeps {uniform} experts, but {small.name} has {small.num_experts}; keep fewer")
     layers = {b: read_layer(checkpoint, b, groups.num_groups) for b in chosen}
     warnings = _awkward(uniform, total)
     budget: dict[str, Any] = {"kind": options.budget, "experts": uniform}
     if options.method == "stun":
-        clusters, found = _cluster(checkpoint, layers, options, uniform, max(top_k, options.min_experts or 0), groups)
+        least = max(top_k, options.min_experts or 0)
+        floor = next((n for n in range(least, uniform + 1) if fits_groups(n, top_k, groups)), None)
+        if floor is None:
+            raise CoterieError(f"--min-experts {least}: the budget keeps {uniform} experts on average; ask for fewer")
+        clusters, found = _cluster(checkpoint, layers, options, uniform, floor, groups.num_groups)
         budget |= found
         choices = {}
         for done, (block, layer) in enumerate(layers.items()):
@@ -185,10 +189,9 @@ def _awkward(count: int, before: int) -> tuple[str, ...]:
 
 
 def _cluster(
-    checkpoint: Checkpoint, layers: dict[MoE, Layer], options: Options, uniform: int, floor: int, groups: Groups
+    checkpoint: Checkpoint, layers: dict[MoE, Layer], options: Options, uniform: int, floor: int, size: int
 ) -> tuple[dict[MoE, stun.Clusters], dict[str, Any]]:
-    """Each block's clusters under the budget, and what the budget came to."""
-    size = groups.num_groups
+    """Each block's clusters under the budget, and what the budget came to. `size` is the number of routing groups."""
     matrices = {b: _distance(checkpoint, b, layer, options) for b, layer in layers.items()}
     if options.linkage == "official":
         return _official(matrices, options, uniform, size)
@@ -199,7 +202,7 @@ def _cluster(
     if options.budget == "global":
         main = [b for b in layers if not b.mtp]
         merges = [heights[b] for b in main]
-        limits = [(len(layers[b].router) - max(floor, size * groups.min_per_group)) // size for b in main]
+        limits = [(len(layers[b].router) - floor) // size for b in main]
         wanted = sum(len(layers[b].router) - uniform for b in main) // size
         cut = stun.cut_globally(merges, wanted, limits)
         asked = {b: len(layers[b].router) - n * size for b, n in zip(main, cut, strict=True)}

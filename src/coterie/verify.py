@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,11 +19,11 @@ from coterie.apply import check_plan, patched_config, plan_outputs
 from coterie.checkpoint import INDEX, Checkpoint, load_json
 from coterie.data import Document, encode, read_documents
 from coterie.errors import CoterieError
-from coterie.family import Family, detect, lookup
-from coterie.layer import LAYER, Blocks, find_blocks
+from coterie.family import Family, detect
+from coterie.layer import Blocks, find_blocks
 from coterie.plan import Plan, read_plan
 from coterie.report import Progress, no_progress
-from coterie.writer import Made, Output, Run
+from coterie.writer import Hole, Made, Output, Run
 
 CHUNK = 4 << 20  # bytes compared at a time
 NUM_BLOCKS, BLOCK = 2, 64  # sequences and tokens of the random batch, and of a text
@@ -33,7 +31,6 @@ MAX_SEQUENCES = 8  # of a file that gives token ids
 HEADROOM = 1.25  # loading holds some tensors twice
 ROUNDING = 1e-5  # of the largest logit; a wrong expert shows as 1e-2 and more
 ALIGNMENT = 64  # bytes, of what torch allocates
-MTP = re.compile(r"(^|[._])(mtp|nextn)")
 
 Check = dict[str, Any]
 
@@ -63,7 +60,8 @@ def verify(
     """Checks a checkpoint folder: `{"ok": bool, "checks": [{"name", "ok", "detail"}]}`.
 
     against: the original; its bytes, and its logits with the dropped experts masked, are compared with OUT's.
-    data: text, or JSONL with input_ids, to compute logits on (default: a fixed random batch of token ids).
+    data: what to compute logits on: the first 2 blocks of 64 tokens of a text, or the first 8 lines of a JSONL with
+    input_ids, uncut (default: 2 blocks of random token ids, always the same).
     A check that cannot be made here (no stock class, too little memory) is ok, and its detail begins with "not".
     Raises: CoterieError when OUT is no folder, or when `against` or `data` cannot be used.
     """
@@ -100,14 +98,18 @@ def _check_contents(
     """The checks that need OUT's headers to be in order."""
     if source:
         run("accounts for every tensor", lambda: check_bytes(out, source, on_progress))
-    model = run("loads in stock transformers", lambda: check_loads(out))
-    if model is None and _is_ours(out):
-        model = _own_model(out)
-    sequences = _sequences(out, documents, model) if model is not None else []
-    logits = run("computes", lambda: check_computes(model, sequences))
-    del model  # one model in memory at a time
+    sequences, logits = _own_logits(out, documents, run)
     if source:
         run("logits equal the masked original", lambda: check_logits(out, source, sequences, logits))
+
+
+def _own_logits(
+    out: Checkpoint, documents: list[Document] | None, run: Callable[[str, Callable[[], Any]], Any]
+) -> tuple[list[list[int]], list[Any] | None]:
+    """The tokens and OUT's logits on them; returning frees the model before the original is loaded."""
+    model = run("loads in stock transformers", lambda: check_loads(out))
+    sequences = _sequences(out, documents, model) if model is not None else []
+    return sequences, run("computes", lambda: check_computes(model, sequences))
 
 
 Answer = tuple[bool, str, Any]  # ok, detail, what later checks need
@@ -123,7 +125,7 @@ def check_files(folder: Path) -> tuple[bool, str, Checkpoint | None]:
         if out.indexed:
             _check_index(out)
         blocks = find_blocks(out, detect(out.config, list(out.tensors)))
-        planned = _check_counts(blocks, _plan(out)) if _record(out) else "no coterie.json"
+        planned = _check_counts(blocks, _plan(out)) if _record(out) is not None else "no coterie.json"
     except CoterieError as error:
         return False, str(error), out
     counts = sorted({block.num_experts for block in blocks.moe})
@@ -212,51 +214,69 @@ def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:
 def _differing(out: Checkpoint, source: Checkpoint, outputs: list[Output], on_progress: Progress) -> Iterator[str]:
     """The outputs whose bytes in OUT are not those meant; reads both sides once, a chunk at a time."""
     total, done = sum(o.num_bytes for o in outputs), 0
-    with contextlib.ExitStack() as stack:
-        opened: dict[Path, int] = {}
-
-        def read(path: Path, start: int, length: int) -> bytes:
-            if path not in opened:
-                opened[path] = os.open(path, os.O_RDONLY)
-                stack.callback(os.close, opened[path])
-            return os.pread(opened[path], length, start)
-
+    with _Reader() as read:
         for output in outputs:
-            tensor, position, same = out.tensors[output.name], 0, True
+            tensor = out.tensors[output.name]
+            position = tensor.start
             for part in output.parts:
-                at = tensor.start + position
+                if not _same(part, source.path, read, out.path / tensor.file, position):
+                    yield output.name
+                    break
                 position += part.num_bytes
-                if isinstance(part, Made):
-                    same = same and part.make() == read(out.path / tensor.file, at, part.num_bytes)
-                    continue
-                for skip in range(0, part.num_bytes if same else 0, CHUNK):
-                    length = min(CHUNK, part.num_bytes - skip)
-                    meant = read(source.path / part.file, part.start + skip, length)
-                    same = same and meant == read(out.path / tensor.file, at + skip, length)
             done += output.num_bytes
             on_progress("comparing bytes", done, total)
-            if not same:
-                yield output.name
+
+
+def _same(part: Run | Made | Hole, folder: Path, read: _Reader, target: Path, position: int) -> bool:
+    """Whether the file `target` holds the part at `position`. What a run computed meanwhile cannot be told."""
+    if isinstance(part, Made):
+        return part.make() == read(target, position, part.num_bytes)
+    if isinstance(part, Hole):
+        return True
+    for skip in range(0, part.num_bytes, CHUNK):
+        length = min(CHUNK, part.num_bytes - skip)
+        if read(folder / part.file, part.start + skip, length) != read(target, position + skip, length):
+            return False
+    return True
+
+
+class _Reader(contextlib.ExitStack):
+    """Reads runs of bytes of any number of files, each opened once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened: dict[Path, int] = {}
+
+    def __call__(self, path: Path, start: int, length: int) -> bytes:
+        try:
+            if path not in self._opened:
+                self._opened[path] = os.open(path, os.O_RDONLY)
+                self.callback(os.close, self._opened[path])
+            return os.pread(self._opened[path], length, start)
+        except OSError as error:
+            raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _tally(source: Checkpoint, outputs: list[Output]) -> str:
     """How many tensors had which fate."""
-    places = {(t.file, t.start, t.end): t.name for t in source.tensors.values()}
+    fates = Counter(_fate(source, output) for output in outputs)
+    fates["dropped"] = len(source.tensors) - len(outputs)
+    always = dict.fromkeys(("kept as is", "renamed", "row-sliced", "computed", "dropped"), 0)
+    return ", ".join(f"{count:,} {fate}" for fate, count in (always | fates).items())
 
-    def fate(output: Output) -> str:
-        first = output.parts[0] if output.parts else None
-        if any(isinstance(part, Made) for part in output.parts):
-            return "computed"
-        original = source.tensors.get(output.name)
-        if original and original.num_bytes == output.num_bytes == 0:
-            return "kept as is"
-        if not isinstance(first, Run) or (first.file, first.start, first.end) not in places or len(output.parts) > 1:
-            return "row-sliced"
-        return "kept as is" if places[first.file, first.start, first.end] == output.name else "renamed"
 
-    counts = Counter(fate(output) for output in outputs)
-    counts["dropped"] = len(source.tensors) - len(outputs)
-    return ", ".join(f"{counts[f]:,} {f}" for f in ("kept as is", "renamed", "row-sliced", "computed", "dropped"))
+def _fate(source: Checkpoint, output: Output) -> str:
+    """What became of one source tensor on its way to an output."""
+    if any(isinstance(part, Hole) for part in output.parts):
+        return "computed from data (not compared)"
+    if any(isinstance(part, Made) for part in output.parts):
+        return "computed"
+    original = source.tensors.get(output.name)
+    runs = [(part.file, part.start, part.end) for part in output.parts if isinstance(part, Run)]
+    if original and runs == [(original.file, original.start, original.end)]:
+        return "kept as is"
+    same_shape = original is None or original.shape == output.shape
+    return "renamed" if same_shape and len(runs) == 1 else "row-sliced"
 
 
 # --- loading ----------------------------------------------------------------------------------------------------
@@ -264,20 +284,21 @@ def _tally(source: Checkpoint, outputs: list[Output]) -> str:
 
 def check_loads(out: Checkpoint) -> Answer:
     """Stock transformers fills its model from OUT exactly: nothing missing, unexpected or of another shape."""
+    short = _memory_short(out)
     if _is_ours(out):
-        return True, "not loaded: layers keep different numbers of experts, which only `coterie.load` reads", None
-    if not detect(out.config, list(out.tensors)).stock:
+        model = None if short else _own_model(out)
+        return True, "not loaded: layers keep different numbers of experts, which only `coterie.load` reads", model
+    family = detect(out.config, list(out.tensors))
+    if not family.stock:
         return True, (
-            f"not loaded: transformers has no class for {out.config['model_type']}, so names, shapes and bytes were "
+            f"not loaded: transformers has no class for {family.name}; names, shapes and bytes were "
             "checked, but not that the model computes"
         ), None  # fmt: skip
-    short = _memory_short(out)
-    if short:
-        return True, f"not loaded: {short}", None
-    model, faults = _load(out)
+    model, faults = _load(out, device="meta" if short else "cpu")
     if faults:
         return False, "; ".join(f"{kind.replace('_', ' ')}: {_first(keys)}" for kind, keys in faults.items()), None
-    return True, f"{type(model).__name__} in float32, no key missing, unexpected or mismatched", model
+    fits = f"{type(model).__name__}: no key missing, unexpected or of another shape"
+    return True, fits + (f"; values were not read ({short})" if short else ""), None if short else model
 
 
 def _is_ours(out: Checkpoint) -> bool:
@@ -297,64 +318,34 @@ def _memory_short(checkpoint: Checkpoint) -> str:
     return f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB available"
 
 
-def _load(checkpoint: Checkpoint) -> tuple[Any, dict[str, list[str]]]:
-    """The stock model in float32, and what did not fit by kind. Raises: CoterieError when it does not load at all."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def _load(checkpoint: Checkpoint, device: str = "cpu") -> tuple[Any, dict[str, list[str]]]:
+    """The stock model in float32, and what did not fit by kind; on the device "meta", names and shapes alone."""
+    from coterie.loading import load_stock
 
-    architecture = str((checkpoint.config.get("architectures") or [""])[0])
-    multimodal = architecture.endswith("ForConditionalGeneration")
-    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    try:
-        with _quiet():
-            model, info = auto.from_pretrained(
-                str(checkpoint.path), dtype=torch.float32, output_loading_info=True, use_safetensors=True,
-                trust_remote_code=False, experts_implementation="eager",
-            )  # fmt: skip
-    except Exception as error:  # a checkpoint can provoke anything in there
-        raise CoterieError(f"transformers cannot load it: {type(error).__name__}: {error!s:.500}") from error
-    faults = {kind: [str(key) for key in keys] for kind, keys in info.items()}
-    faults["unexpected_keys"] = [k for k in faults.get("unexpected_keys", []) if not _is_mtp(k, checkpoint)]
+    model, faults = load_stock(checkpoint.path, "float32", device_map=device, experts_implementation="eager")
     _align(model)
-    return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
+    return model, faults
 
 
 def _align(model: Any) -> None:
     """Moves weights that lie unaligned in a mapped file: kernels add in another order there, which shows in the
     last bits of the logits."""
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % ALIGNMENT:
+        if not tensor.is_meta and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
 
 
-def _is_mtp(key: str, checkpoint: Checkpoint) -> bool:
-    """Whether a key belongs to multi-token-prediction layers, which stock classes leave out by design."""
-    match = LAYER.fullmatch(key)
-    num_layers = next((v for _, _, v in lookup(checkpoint.config, ("num_hidden_layers", "n_layers"))), None)
-    beyond = match is not None and type(num_layers) is int and int(match["index"]) >= num_layers
-    return beyond or MTP.search(key) is not None
-
-
 def _own_model(out: Checkpoint) -> Any:
-    """A model in our own layout; None where it does not load here."""
-    from coterie.loading import load
+    """A model in our own layout, with the same experts computation as `_load`'s."""
+    from coterie.loading import load_ours
 
-    if _memory_short(out):
-        return None
-    model = load(out.path, dtype="float32").to("cpu")
+    model, faults = load_ours(out.path, "float32")
+    if faults:
+        raise CoterieError(f"the weights do not fit the config: {_first(next(iter(faults.values())))}")
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
+    _align(model)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing that transformers says or warns of reaches the terminal."""
-    from coterie.loading import quiet_transformers
-
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 # --- logits -----------------------------------------------------------------------------------------------------
@@ -370,7 +361,7 @@ def _sequences(out: Checkpoint, documents: list[Document] | None, model: Any) ->
         from coterie.loading import load_tokenizer
 
         tokenizer = load_tokenizer(out.path)
-    sequences = []
+    sequences: list[list[int]] = []
     for document in documents:
         tokens = encode(document, tokenizer)
         cut = [tokens] if document.input_ids else [tokens[i : i + BLOCK] for i in range(0, len(tokens), BLOCK)]
@@ -394,16 +385,18 @@ def _forward(model: Any, sequences: list[list[int]]) -> list[Any]:
     """Logits of each sequence, one forward each: (T, vocabulary) float32."""
     import torch
 
+    from coterie.loading import quiet_transformers
+
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False
-    with _quiet(), torch.inference_mode():
+    with quiet_transformers(), torch.inference_mode():
         return [model(input_ids=torch.tensor([s]), use_cache=False).logits[0].float() for s in sequences]
 
 
 def check_computes(model: Any, sequences: list[list[int]]) -> Answer:
     """The model's logits are finite."""
     if model is None:
-        return True, "not computed: the model was not loaded", None
+        return True, "not computed: no model was loaded", None
     try:
         logits = _forward(model, sequences)
     except Exception as error:  # whatever modelling code raises for a wrong checkpoint
@@ -417,6 +410,8 @@ def check_computes(model: Any, sequences: list[list[int]]) -> Answer:
 
 def check_logits(out: Checkpoint, source: Source, sequences: list[list[int]], logits: list[Any] | None) -> Answer:
     """OUT computes exactly what the original does when its routers cannot choose the dropped experts."""
+    from coterie.masked import mask_experts
+
     plan = _plan(out)
     if logits is None:
         return True, "not compared: OUT gave no logits", None
@@ -429,8 +424,6 @@ def check_logits(out: Checkpoint, source: Source, sequences: list[list[int]], lo
     if faults:
         raise CoterieError(f"{source.checkpoint.path}: the original itself does not load: {_first(faults)}")
     before = _forward(model, sequences)
-    from coterie.masked import mask_experts
-
     routing = mask_experts(model, source.checkpoint, source.blocks, plan)
     with routing:
         expected = _forward(model, sequences)
@@ -438,9 +431,8 @@ def check_logits(out: Checkpoint, source: Source, sequences: list[list[int]], lo
     if idle:
         return False, f"not a comparison: the router of {_first(idle)} was never seen at work in the original", None
     moved = _largest_gap(before, expected)
-    effect = f"leaving experts out of {len(routing.hits)} routers moved them by up to {moved:.3g}" if routing.hits else ""
     ok, detail = _judge(_largest_gap(logits, expected), expected)
-    return ok, "; ".join(filter(None, (detail, effect))), None
+    return ok, f"{detail}; leaving experts out of {len(routing.hits)} routers moved them by up to {moved:.3g}", None
 
 
 def _judge(gap: float, expected: list[Any]) -> tuple[bool, str]:
@@ -457,4 +449,3 @@ def _largest_gap(a: list[Any], b: list[Any]) -> float:
     """max |a - b|; NaN, which equals nothing, becomes infinity."""
     gaps = [float((x - y).abs().max()) if x.shape == y.shape else float("inf") for x, y in zip(a, b, strict=True)]
     return max((float("inf") if gap != gap else gap for gap in gaps), default=0.0)
-

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,20 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
+class Hole:
+    """Bytes that come later, through `Writer.put`."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """A tensor to write: its parts, end to end, are its bytes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    parts: tuple[Run | Made, ...]
+    parts: tuple[Run | Made | Hole, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -65,23 +73,43 @@ def check_out(out: Path, source: Path, *, resume: bool, overwrite: bool) -> None
     """Refuses an OUT that would destroy or swallow something. Raises: CoterieError."""
     if resume and overwrite:
         raise CoterieError("--resume and --overwrite exclude each other; choose one")
-    target, home = out.resolve(), source.resolve()
-    if target == home or home in target.parents or target in home.parents:
-        raise CoterieError(f"{out}: lies inside MODEL ({source}), or MODEL inside it; choose another OUT")
+    try:
+        _check_place(out, source, resume or overwrite)
+    except OSError as error:
+        raise CoterieError(f"{out}: cannot be written ({error.strerror or error}); choose another OUT") from error
+
+
+def _check_place(out: Path, source: Path, may_exist: bool) -> None:
+    if out.name in ("", "..") or "\0" in out.name:
+        raise CoterieError(f"{out}: names no folder of its own; choose another OUT")
+    home = source.resolve()
+    for target in (out.resolve(), partial_of(out).resolve()):
+        if target == home or home in target.parents or target in home.parents:
+            raise CoterieError(f"{target}: lies inside MODEL ({source}), or MODEL inside it; choose another OUT")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CoterieError(f"{out}: exists and is not a plain folder; choose another OUT")
-    if out.exists() and not (resume or overwrite):
+    if out.exists() and not may_exist:
         raise CoterieError(f"{out}: exists already; choose another OUT, or add --overwrite")
     if out.exists() and any(out.iterdir()) and not (out / "coterie.json").is_file():
         raise CoterieError(f"{out}: is not a folder that coterie wrote (no coterie.json); refusing to replace it")
-    if partial_of(out).exists() and not (resume or overwrite):
+    if partial_of(out).exists() and not may_exist:
         raise CoterieError(
             f"{partial_of(out)}: left by an interrupted run; add --resume to go on, or --overwrite to start anew"
         )
+    if not _ours(partial_of(out)):
+        raise CoterieError(f"{partial_of(out)}: in the way, and nothing that coterie wrote; choose another OUT")
 
 
 def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
+
+
+def _ours(partial: Path) -> bool:
+    """Whether `OUT.partial` may be emptied: it is absent, empty, or a plain folder with our journal or report."""
+    if not partial.exists():
+        return not partial.is_symlink()
+    plain = partial.is_dir() and not partial.is_symlink()
+    return plain and (not any(partial.iterdir()) or any((partial / n).is_file() for n in (JOURNAL, "coterie.json")))
 
 
 class Writer:
@@ -96,7 +124,7 @@ class Writer:
         self.out, self.partial = out, partial_of(out)
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._guarded(lambda: self.partial.mkdir(parents=True, exist_ok=True))
-        self._journal = self._guarded(lambda: (self.partial / JOURNAL).open("a+", encoding="utf-8"))
+        self._journal = self._guarded(lambda: (self.partial / JOURNAL).open("ab+", buffering=0))
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -104,7 +132,11 @@ class Writer:
             raise CoterieError(
                 f"{self.partial}: another run writes here; wait for it, or choose another OUT"
             ) from error
-        self._done = self._recover(resume)
+        try:
+            self._done = self._guarded(lambda: self._recover(resume))
+        except CoterieError:
+            self._journal.close()
+            raise
 
     def __enter__(self) -> Writer:
         return self
@@ -114,21 +146,16 @@ class Writer:
 
     def _recover(self, resume: bool) -> dict[str, int]:
         """The finished shards and their sizes, after a resume; a fresh run empties the folder."""
-        self._journal.seek(0)
-        lines = []
-        for line in self._journal.read().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break  # cut while being written: what it named is written again
-        if resume and lines:
-            if not isinstance(lines[0], dict) or lines[0].get("identity") != self.identity:
+        entries, end = self._entries()
+        if resume and entries:
+            if entries[0].get("identity") != self.identity:
                 raise CoterieError(
                     f"{self.partial}: was begun with another source, plan or option; "
                     "repeat the first command, or start anew with --overwrite"
                 )
-            done = {e["shard"]: e["bytes"] for e in lines[1:] if isinstance(e, dict) and "shard" in e}
-            return {s: n for s, n in done.items() if self._size(s) == n}
+            self._journal.truncate(end)
+            done = {e["shard"]: e.get("bytes") for e in entries[1:] if isinstance(e.get("shard"), str)}
+            return {s: n for s, n in done.items() if type(n) is int and self._size(s) == n}
         for path in self.partial.iterdir():
             if path.name != JOURNAL:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -136,15 +163,31 @@ class Writer:
         self._log({"identity": self.identity})
         return {}
 
+    def _entries(self) -> tuple[list[dict[str, Any]], int]:
+        """The journal's whole lines, and where they end: what a cut line named is written again."""
+        self._journal.seek(0)
+        entries, end = [], 0
+        for line in self._journal.read().splitlines(keepends=True):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(entry, dict) or not line.endswith(b"\n"):
+                break
+            entries.append(entry)
+            end += len(line)
+        return entries, end
+
     def _size(self, shard: str) -> int | None:
         path = self.partial / shard
         return path.stat().st_size if path.is_file() else None
 
     def _log(self, entry: dict[str, Any]) -> None:
-        self._journal.seek(0, os.SEEK_END)
-        self._journal.write(json.dumps(entry) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        def write() -> None:
+            _write_all(self._journal.fileno(), json.dumps(entry).encode() + b"\n")
+            os.fsync(self._journal.fileno())
+
+        self._guarded(write)
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         """Runs a file operation; a full or read-only disk becomes a CoterieError."""
@@ -189,7 +232,8 @@ class Writer:
 
     def text(self, name: str, content: str) -> None:
         def write() -> None:
-            with (self.partial / name).open("w", encoding="utf-8") as file:
+            # A path that is not UTF-8 is written escaped.
+            with (self.partial / name).open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -210,14 +254,17 @@ class Writer:
             found, _ = read_header(self.partial / shard)
             written = {n: (t.dtype, t.shape) for n, t in found.items()}
             assert written == {n: (o.dtype, o.shape) for n, o in outputs.items()}, f"{shard} is not what was meant"
-        old = self.out.with_name(self.out.name + ".old")
 
         def swap() -> None:
             (self.partial / JOURNAL).unlink()
             _fsync_folder(self.partial)
-            if self.out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                self.out.rename(old)
+            if not self.out.exists():
+                self.partial.rename(self.out)
+                _fsync_folder(self.out.parent)
+                return
+            # An empty folder of a new name is the only thing that a rename may replace here.
+            old = tempfile.mkdtemp(prefix=f"{self.out.name}.old-", dir=self.out.parent)
+            self.out.rename(old)
             self.partial.rename(self.out)
             _fsync_folder(self.out.parent)
             shutil.rmtree(old, ignore_errors=True)
@@ -254,7 +301,7 @@ def header_bytes(outputs: list[Output], metadata: dict[str, str]) -> bytes:
 
 
 def copy_parts(
-    target: int, folder: Path, parts: Iterable[Run | Made], on_bytes: Callable[[int], None] = lambda _: None
+    target: int, folder: Path, parts: Iterable[Run | Made | Hole], on_bytes: Callable[[int], None] = lambda _: None
 ) -> None:
     """Appends parts to the open file `target`; neighbouring runs of one source file are copied as one."""
     pending: Run | None = None
@@ -273,6 +320,8 @@ def copy_parts(
                 continue
             flush()
             pending = part if isinstance(part, Run) else None
+            if isinstance(part, Hole):
+                os.truncate(target, os.lseek(target, part.num_bytes, os.SEEK_CUR))
             if isinstance(part, Made):
                 made = part.make()
                 assert len(made) == part.num_bytes

@@ -161,7 +161,7 @@ def train(corpus: Path, out: Path, *, steps: int, seed: int = 0, save_every: int
     sequences = encode(corpus, PreTrainedTokenizerFast.from_pretrained(out))
 
     ALL_EXPERTS_FUNCTIONS.register("tiled", tiled_experts)
-    model = Qwen2MoeForCausalLM(CONFIG).to(torch.bfloat16)
+    model = Qwen2MoeForCausalLM(CONFIG).bfloat16()
     model.set_experts_implementation("tiled")
     masters = [p.detach().float().requires_grad_() for p in model.parameters()]
     matrices = [m for m in masters if m.dim() > 1]

@@ -149,11 +149,15 @@ def official_distances(router: np.ndarray, dtype: str, *, normalise: bool) -> np
     """Router distances in float32 as the program computes them: ||W||_F is rounded to the checkpoint's dtype.
 
     The diagonal is +inf, by which the program rejects pairs already in one cluster.
+    Raises: CoterieError for distances or a norm beyond the range of these types.
     """
     rows = router.astype(np.float32)
-    gap = np.stack([np.linalg.norm(rows - row, axis=1) for row in rows]).astype(np.float32)
-    if normalise:
-        gap = gap / _rounded(np.float32(np.linalg.norm(rows)), dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        gap = np.stack([np.linalg.norm(rows - row, axis=1) for row in rows]).astype(np.float32)
+        norm = _rounded(np.float32(np.linalg.norm(rows)), dtype) if normalise else np.float32(1)
+    if not np.isfinite(gap).all() or not np.isfinite(norm):
+        raise CoterieError("--linkage official: router distances overflow the program's precision; use complete")
+    gap = gap / (norm or np.float32(1))
     np.fill_diagonal(gap, np.inf)
     return gap
 

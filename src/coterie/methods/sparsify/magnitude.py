@@ -1,0 +1,8 @@
+"""Magnitude: the smallest weights go. Needs no data; the baseline, and what cold experts fall back to."""
+
+import numpy as np
+
+
+def score(weight: np.ndarray, norms: np.ndarray | None = None) -> np.ndarray:
+    """|W_ij|, (O, I)."""
+    return np.abs(weight)
