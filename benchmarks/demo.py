@@ -8,9 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import Row, judge, run, table
-
 from coterie.reference_model import MODEL
+from results import Row, judge, run, table
 
 RATIO = 0.25
 

@@ -18,7 +18,7 @@ def cli() -> str:
     from typer.testing import CliRunner
 
     runner = CliRunner(env={"COLUMNS": "110", "TERMINAL_WIDTH": "110"})
-    verbs = [name for name in typer.main.get_command(app).commands]  # type: ignore[attr-defined]
+    verbs = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     pages = [
         runner.invoke(app, arguments, prog_name="coterie").output
         for arguments in [["--help"], *([v, "--help"] for v in verbs)]

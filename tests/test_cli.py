@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from handmade import qwen
 
 from coterie.cli import main
+from handmade import qwen
 
 
 def coterie(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -77,7 +77,8 @@ def execute(
     report = Report(
         command=command,
         options=options,
-        source={"path": str(model), "hash": checkpoint.hash},
+        # A dry run reads headers and routers only; the fingerprint reads a few blocks of every shard.
+        source={"path": str(model), "hash": None if dry_run else checkpoint.hash},
         plan=plan.as_dict(),
         report={**numbers, **clock.read(), "cold_experts": [], "warnings": notes, "dry_run": dry_run},
         versions=versions(),
@@ -141,7 +142,8 @@ def _left_behind(checkpoint: Checkpoint) -> list[str]:
     """Files that do not travel and that somebody might miss."""
     names = [p.name for p in checkpoint.other_files() if not _travels(p) and p.name not in OURS]
     missed = [n for n in names if n.endswith((".py", ".safetensors", *PICKLES)) or leads_outside(checkpoint.path / n)]
-    kinds = "code, pickles, unused weights and links out of the folder never are"
+    missed += [f"{p.name}/" for p in sorted(checkpoint.path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    kinds = "code, pickles, unused weights, subfolders and links out of the folder never are"
     return [f"not copied ({kinds}): {', '.join(missed)}"] if missed else []
 
 

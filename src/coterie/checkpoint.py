@@ -309,7 +309,7 @@ def resolve(model: str | Path) -> Path:
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
     try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(text, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # the hub library raises a dozen kinds: network, cache, validation
         raise CoterieError(f"{text}: not a folder, and the hub did not give it ({error!s:.200})") from error
 

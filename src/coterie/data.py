@@ -167,6 +167,6 @@ def _token_ids(value: Any, where: str) -> tuple[int, ...]:
         raise CoterieError(f"{where}: 'input_ids' is {found}; expected a list of token ids")
     for token in value:
         if type(token) is not int or not 0 <= token < 2**31:  # bool is an int to isinstance
-            found = token if type(token) is int else type(token).__name__
+            found = str(token) if type(token) is int else type(token).__name__
             raise CoterieError(f"{where}: 'input_ids' holds {found}; expected whole numbers from 0")
     return tuple(value)

@@ -120,6 +120,8 @@ def check_options(options: Options) -> None:
         raise CoterieError("--non-uniform is about a global budget and would be ignored; add --budget global")
     if options.threshold != default.threshold and (options.linkage, options.budget) != ("official", "global"):
         raise CoterieError("--threshold would be ignored; it belongs to --linkage official --budget global")
+    if options.seed != default.seed and options.method != "random":
+        raise CoterieError(f"--seed is of the method random and would be ignored by {options.method}")
     if options.min_experts is not None and options.linkage == "official":
         raise CoterieError("--min-experts: the published program knows no floor; use --linkage complete")
 
@@ -158,7 +160,11 @@ def make_plan(
     warnings = _awkward(uniform, total)
     budget: dict[str, Any] = {"kind": options.budget, "experts": uniform}
     if options.method == "stun":
-        least = max(top_k, options.min_experts or 0)
+        if options.min_experts is not None and options.min_experts < top_k:
+            raise CoterieError(
+                f"--min-experts {options.min_experts}: {top_k} are chosen per token; ask for at least those"
+            )
+        least = options.min_experts or top_k
         floor = next((n for n in range(least, uniform + 1) if fits_groups(n, top_k, groups)), None)
         if floor is None:
             raise CoterieError(f"--min-experts {least}: the budget keeps {uniform} experts on average; ask for fewer")

@@ -165,8 +165,8 @@ about 80 minutes; load-balancing loss per layer, weight 0.02. `python -m coterie
 
 | domain | source | licence |
 |---|---|---|
-| code | Python packages (Django, SymPy, NetworkX, Sphinx, pytest, Celery, Tornado, Twisted, ...) | BSD, MIT, Apache-2.0 |
-| docs | documentation of Python 3.11, SQLAlchemy, pandas, scikit-learn, Celery, Flask, Tornado, Sphinx | PSF, MIT, BSD |
+| code | Python packages (Django, SymPy, Sphinx, pytest, Celery, Tornado, Twisted, ...) | BSD, MIT |
+| docs | documentation of Python 3.11, SQLAlchemy, pandas, scikit-learn, Celery, Tornado, Sphinx | PSF, MIT, BSD |
 | prose | 17 books of Project Gutenberg; State of the Union addresses | public domain |
 | spanish | Reina-Valera Bible, 1909 | public domain |
 | arithmetic | `problems.py`, a seeded generator | Apache-2.0 |

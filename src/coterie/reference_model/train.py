@@ -187,6 +187,7 @@ def train(corpus: Path, out: Path, *, steps: int, seed: int = 0, save_every: int
         balance, worst_load = balance_loss(output.router_logits, CONFIG.num_experts_per_tok)
         (loss + BALANCE * balance).backward()
         for p, master in zip(model.parameters(), masters, strict=True):
+            assert p.grad is not None
             master.grad = p.grad.float()
             p.grad = None
         norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
