@@ -398,7 +398,7 @@ def bytes_read():
 
 
 def test_a_dry_run_reads_almost_nothing_of_a_large_model(tmp_path):
-    """Of 67 MB of experts no byte is read: only config.json, the header and the router."""
+    """Of 67 MB of experts no byte is read."""
     try:
         bytes_read()
     except OSError:
@@ -420,7 +420,7 @@ def test_a_dry_run_reads_almost_nothing_of_a_large_model(tmp_path):
     prune(qwen(tmp_path / "small"), tmp_path / "out", dry_run=True)  # whatever is imported on first use
     before = bytes_read()
     prune(model, tmp_path / "out", dry_run=True)
-    assert position > 67_000_000 and bytes_read() - before < 50_000
+    assert position > 67_000_000 and bytes_read() - before < 200_000  # versions of installed packages
 
 
 def test_pairs_are_chosen_without_reading_weights(tmp_path, reads):

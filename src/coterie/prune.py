@@ -161,9 +161,7 @@ def make_plan(
     budget: dict[str, Any] = {"kind": options.budget, "experts": uniform}
     if options.method == "stun":
         if options.min_experts is not None and options.min_experts < top_k:
-            raise CoterieError(
-                f"--min-experts {options.min_experts}: {top_k} are chosen per token; ask for at least those"
-            )
+            raise CoterieError(f"--min-experts {options.min_experts}: {top_k} are chosen per token; ask for those")
         least = options.min_experts or top_k
         floor = next((n for n in range(least, uniform + 1) if fits_groups(n, top_k, groups)), None)
         if floor is None:
