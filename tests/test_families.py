@@ -122,7 +122,7 @@ def test_removal_is_exact(tiny_checkpoint, tmp_path, model_type, fused, method):
     """After a quarter of the experts is gone, stock transformers loads the result without a complaint, and its
     logits equal to the last bit those of the original with the dropped experts masked, which are not the original's."""
     source = tiny_checkpoint(model_type, fused)
-    prune(source, tmp_path / "out", method=method, ratio=0.25, seed=3)
+    prune(source, tmp_path / "out", method=method, ratio=0.25, seed=3 if method == "random" else 0)
     found = details(verify(tmp_path / "out", against=source))
     assert f"of {tiny.NUM_EXPERTS * 3 // 4} experts" in found["files"]
     if model_type in STOCK:

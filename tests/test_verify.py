@@ -390,9 +390,9 @@ def test_masks_need_their_router(source, pruned):
     model = AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight += 1
-    original = module.Source.open(source)
+    original = module.Model.open(source)
     with pytest.raises(CoterieError, match=r"nothing equal to 'model.layers.1.mlp.gate.weight'"):
-        masked.mask_experts(model, original.checkpoint, original.blocks, read_plan(pruned))
+        masked.mask_experts(model, original, read_plan(pruned))
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "ernie4_5_moe"])

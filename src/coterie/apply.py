@@ -14,8 +14,8 @@ from typing import Any
 
 from coterie.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.errors import CoterieError
-from coterie.family import Family, detect, lookup
-from coterie.layer import Blocks, MoE, expert_axis, find_blocks, mtp_names
+from coterie.family import lookup
+from coterie.layer import Model, MoE, expert_axis, mtp_names
 from coterie.plan import Choice, Plan, read_plan, to_json
 from coterie.report import Progress, Report, Stopwatch, count, model_card, no_progress, removed_shares, versions
 from coterie.writer import Made, Output, Run, Writer, check_out, partial_of
@@ -42,25 +42,20 @@ def apply(
     Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
     """
     clock = Stopwatch()
-    checkpoint = Checkpoint.open(model)
-    family = detect(checkpoint.config, list(checkpoint.tensors))
-    blocks = find_blocks(checkpoint, family)
     return execute(
-        checkpoint, family, blocks, read_plan(plan), Path(out), command="apply", model=model,
+        Model.open(model), read_plan(plan), Path(out), command="apply", path=model,
         options={"plan": str(plan) if not isinstance(plan, dict) else "(given as an object)"},
         clock=clock, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
     )  # fmt: skip
 
 
 def execute(
-    checkpoint: Checkpoint,
-    family: Family,
-    blocks: Blocks,
+    model: Model,
     plan: Plan,
     out: Path,
     *,
     command: str,
-    model: str | Path,
+    path: str | Path,
     options: dict[str, Any],
     clock: Stopwatch,
     warnings: tuple[str, ...] = (),
@@ -70,15 +65,16 @@ def execute(
     on_progress: Progress = no_progress,
 ) -> Report:
     """Checks the plan against the checkpoint, writes OUT (unless dry_run), and reports."""
+    checkpoint = model.checkpoint
     check_out(out, checkpoint.path, resume=resume, overwrite=overwrite)
-    check_plan(checkpoint, family, blocks, plan)
-    outputs = plan_outputs(checkpoint, blocks, plan)
-    numbers, notes = _numbers(checkpoint, family, blocks, plan, outputs), [*warnings, *_left_behind(checkpoint)]
+    check_plan(model, plan)
+    outputs = plan_outputs(model, plan)
+    numbers, notes = _numbers(model, plan, outputs), [*warnings, *_left_behind(checkpoint)]
     report = Report(
         command=command,
         options=options,
         # A dry run reads headers and routers only; the fingerprint reads a few blocks of every shard.
-        source={"path": str(model), "hash": None if dry_run else checkpoint.hash},
+        source={"path": str(path), "hash": None if dry_run else checkpoint.hash},
         plan=plan.as_dict(),
         report={**numbers, **clock.read(), "cold_experts": [], "warnings": notes, "dry_run": dry_run},
         versions=versions(),
@@ -89,7 +85,7 @@ def execute(
     if resume and out.exists() and not partial_of(out).exists():
         return _finished(out, report)
     with Writer(out, identity, resume=resume) as writer:
-        _write(writer, checkpoint, outputs, patched_config(checkpoint, family, blocks, plan), on_progress)
+        _write(writer, checkpoint, outputs, patched_config(model, plan), on_progress)
         report.report.update(clock.read())
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", model_card(checkpoint, report))
@@ -147,18 +143,18 @@ def _left_behind(checkpoint: Checkpoint) -> list[str]:
     return [f"not copied ({kinds}): {', '.join(missed)}"] if missed else []
 
 
-def check_plan(checkpoint: Checkpoint, family: Family, blocks: Blocks, plan: Plan) -> None:
+def check_plan(model: Model, plan: Plan) -> None:
     """Everything that would fail at load, or load and compute something else. Raises: CoterieError."""
-    config = checkpoint.config
-    known = {(b.key, b.attention) for b in blocks.moe}
+    checkpoint, config = model.checkpoint, model.checkpoint.config
+    known = {(b.key, b.attention) for b in model.moe}
     for keys, attention in ((plan.layers, False), (plan.attention, True)):
         for key in keys:
             if (key, attention) not in known:
                 kind = "attention experts" if attention else "experts"
                 raise CoterieError(f"plan: layer {key!r} has no {kind} in {checkpoint.path}")
-    groups, top_k = family.groups(config), family.num_experts_per_token(config)
+    groups, top_k = model.family.groups(config), model.family.num_experts_per_token(config)
     counts = {}
-    for block in blocks.moe:
+    for block in model.moe:
         choice = plan.choice(block)
         if block.mtp and plan.drop_mtp:
             continue
@@ -214,15 +210,15 @@ def fits_groups(num_kept: int, top_k: int, groups: Any) -> bool:
     return rest == 0 and per_group >= groups.min_per_group and groups.top_groups * per_group >= min(top_k, num_kept)
 
 
-def plan_outputs(checkpoint: Checkpoint, blocks: Blocks, plan: Plan) -> dict[str, list[Output]]:
+def plan_outputs(model: Model, plan: Plan) -> dict[str, list[Output]]:
     """What every output shard holds, tensor by tensor, in the source's order. A shard left empty is left out."""
-    by_name: dict[str, Output | None] = {}
-    for block in blocks.moe:
+    checkpoint, by_name = model.checkpoint, dict[str, Output | None]()
+    for block in model.moe:
         choice = plan.choice(block)
         if choice and len(choice.kept) < block.num_experts:
             by_name |= block_outputs(checkpoint, block, choice)
     if plan.drop_mtp:
-        by_name |= dict.fromkeys(mtp_names(checkpoint, blocks))
+        by_name |= dict.fromkeys(mtp_names(model))
     shards: dict[str, list[Output]] = {shard: [] for shard in checkpoint.shards}
     for name, tensor in checkpoint.tensors.items():
         output = by_name.get(name, whole(tensor))
@@ -328,16 +324,16 @@ def _table(checkpoint: Checkpoint, block: MoE, tensor: Tensor, choice: Choice) -
     return Output(tensor.name, tensor.dtype, tensor.shape, (Made(tensor.num_bytes, make),))
 
 
-def patched_config(checkpoint: Checkpoint, family: Family, blocks: Blocks, plan: Plan) -> dict[str, Any]:
+def patched_config(model: Model, plan: Plan) -> dict[str, Any]:
     """config.json with the new expert count under the keys the source used, and everything else as it was."""
-    config = copy.deepcopy(checkpoint.config)
-    kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in blocks.moe if not b.attention}
+    config = copy.deepcopy(model.checkpoint.config)
+    kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in model.moe if not b.attention}
     if plan.drop_mtp:
-        mtp = {b.key for b in blocks.moe if b.mtp}
+        mtp = {b.key for b in model.moe if b.mtp}
         kept = {key: n for key, n in kept.items() if key not in mtp}
-        for key, holder, _ in list(lookup(config, family.mtp_count)):
+        for key, holder, _ in list(lookup(config, model.family.mtp_count)):
             holder[key] = 0
-    for key, holder, value in list(lookup(config, family.count)):
+    for key, holder, value in list(lookup(config, model.family.count)):
         if value is not None:
             holder[key.rpartition(".")[2]] = max(kept.values())
     if len(set(kept.values())) > 1:
@@ -348,17 +344,15 @@ def patched_config(checkpoint: Checkpoint, family: Family, blocks: Blocks, plan:
     return config
 
 
-def _numbers(
-    checkpoint: Checkpoint, family: Family, blocks: Blocks, plan: Plan, outputs: dict[str, list[Output]]
-) -> dict[str, Any]:
+def _numbers(model: Model, plan: Plan, outputs: dict[str, list[Output]]) -> dict[str, Any]:
     """Sizes before and after, and the share removed on all three bases."""
     after = [Tensor(o.name, o.dtype, o.shape, s, 0, o.num_bytes) for s, tensors in outputs.items() for o in tensors]
-    roles = dict(blocks.roles)
-    for block in blocks.moe:  # renumbered experts keep their role
+    checkpoint, roles = model.checkpoint, dict(model.roles)
+    for block in model.moe:  # renumbered experts keep their role
         below = f"{block.prefix}{block.layout.experts}"
         roles |= {f"{below}{i}.{key}": "expert" for i, e in enumerate(block.experts) for key in e}
-    counts = [count(list(checkpoint.tensors.values()), blocks.roles), count(after, roles)]
-    main = [b for b in blocks.moe if not b.mtp and not b.attention]
+    counts = [count(list(checkpoint.tensors.values()), model.roles), count(after, roles)]
+    main = [b for b in model.moe if not b.mtp and not b.attention]
     kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main}
     return {
         "before": {

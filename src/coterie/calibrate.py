@@ -22,7 +22,7 @@ from greenlet import getcurrent, greenlet
 from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.layer import LAYER, Blocks, MoE
+from coterie.layer import LAYER, Model, MoE
 
 Samples = Sequence[Sequence[int]]
 
@@ -62,13 +62,13 @@ Walk = Callable[[Routed], torch.Tensor]  # -> the experts' weighted sum (T, D)
 class Stream:
     """A model whose decoder layers pass through memory one after the other."""
 
-    def __init__(self, checkpoint: Checkpoint, blocks: Blocks, dtype: torch.dtype) -> None:
+    def __init__(self, source: Model, dtype: torch.dtype) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
         moe.register(_suspend)
-        self.checkpoint, self.blocks, self.dtype = checkpoint, blocks, dtype
-        config = _stock_config(checkpoint.config)
+        self.source, self.checkpoint, self.dtype = source, source.checkpoint, dtype
+        config = _stock_config(source.checkpoint.config)
         with init_empty_weights(include_buffers=False):  # rotary buffers are computed, not loaded: they must be real
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model.eval().set_experts_implementation(moe.IMPLEMENTATION)
@@ -90,7 +90,7 @@ class Stream:
             target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
             match = LAYER.fullmatch(target)
             index = int(match["index"]) if match else None
-            if self.blocks.roles[name] != "expert" and (index is None or index < len(self.layers)):
+            if self.source.roles[name] != "expert" and (index is None or index < len(self.layers)):
                 groups.setdefault(index, []).append(name)
         return groups
 
@@ -144,7 +144,7 @@ class Stream:
 
     def run(self, batches: list[Batch], walk: Walk, first: int = 0) -> Iterator[int]:
         """Advances the batches layer by layer (in place), yielding each finished layer's index."""
-        blocks = {int(b.key): b for b in self.blocks.moe if not b.mtp and not b.attention}
+        blocks = {int(b.key): b for b in self.source.moe if not b.mtp and not b.attention}
         for index in range(first, len(self.layers)):
             self._load(index)
             if index in blocks:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coterie.checkpoint import Checkpoint
-from coterie.family import detect
-from coterie.layer import ROLES, find_blocks
+from coterie.layer import ROLES, Model
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
@@ -18,27 +16,26 @@ def inspect(model: str | Path) -> dict[str, Any]:
     "dtypes", "shards", "expert_bytes", "can": [...]}`.
     Raises: CoterieError for a dense, unknown or damaged checkpoint.
     """
-    checkpoint = Checkpoint.open(model)
-    family = detect(checkpoint.config, list(checkpoint.tensors))
-    blocks = find_blocks(checkpoint, family)
+    source = Model.open(model)
+    checkpoint, family = source.checkpoint, source.family
     groups = family.groups(checkpoint.config)
     roles = {role: {"tensors": 0, "parameters": 0, "bytes": 0} for role in ROLES}
     dtypes: dict[str, int] = {}
     for name, tensor in checkpoint.tensors.items():
-        found = roles[blocks.roles[name]]
+        found = roles[source.roles[name]]
         found["tensors"] += 1
         found["parameters"] += tensor.num_parameters
         found["bytes"] += tensor.num_bytes
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.num_bytes
-    main = [b for b in blocks.moe if not b.mtp and not b.attention]
-    num_experts = sum(b.num_experts for b in blocks.moe)
+    main = [b for b in source.moe if not b.mtp and not b.attention]
+    num_experts = sum(b.num_experts for b in source.moe)
     return {
         "path": str(model),
         "family": family.name,
         "model_type": checkpoint.config.get("model_type"),
         "stock": family.stock,
         "moe_layers": len(main),
-        "mtp_layers": sum(b.mtp for b in blocks.moe),
+        "mtp_layers": sum(b.mtp for b in source.moe),
         "experts": {b.key: b.num_experts for b in main},
         "experts_per_token": family.num_experts_per_token(checkpoint.config),
         "groups": groups.num_groups,

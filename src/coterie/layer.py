@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.family import Family, Layout, lookup
+from coterie.family import Family, Layout, detect, lookup
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,14 +48,22 @@ class MoE:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """What `find_blocks` found: the MoE blocks in file order, and every tensor's role."""
+class Model:
+    """A checkpoint understood: its family, its MoE blocks in order, and every tensor's role."""
 
+    checkpoint: Checkpoint
+    family: Family
     moe: tuple[MoE, ...]
     roles: dict[str, str] = field(repr=False)
 
+    @classmethod
+    def open(cls, model: str | Path) -> Model:
+        """MODEL, a folder or a hub id. Raises: CoterieError for what is damaged, dense, unknown or not whole."""
+        checkpoint = Checkpoint.open(model)
+        return find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
 
-def find_blocks(checkpoint: Checkpoint, family: Family) -> Blocks:
+
+def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
     """Claims every tensor by one rule. Raises: CoterieError for an unclaimed one, or a block that is not whole."""
     found: list[MoE] = []
     roles: dict[str, str] = {}
@@ -72,7 +81,7 @@ def find_blocks(checkpoint: Checkpoint, family: Family) -> Blocks:
             f"{checkpoint.path}: no layer has a router named like {family.layouts[0].router!r}; "
             f"a dense model, or a spelling that family {family.name} does not know"
         )
-    return Blocks(tuple(sorted(found, key=lambda b: (b.mtp, _order(b.key), b.attention))), roles)
+    return Model(checkpoint, family, tuple(sorted(found, key=lambda b: (b.mtp, _order(b.key), b.attention))), roles)
 
 
 def _by_layer(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
@@ -202,15 +211,15 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
             raise CoterieError(f"{where}: {name!r} has shape {list(shape)}; the config counts {num_experts} experts")
 
 
-def mtp_names(checkpoint: Checkpoint, blocks: Blocks) -> list[str]:
+def mtp_names(model: Model) -> list[str]:
     """All tensors of the multi-token-prediction layers, with what stands beside them (`mtp.fc.weight`)."""
     found = []
-    for prefix in {block.prefix for block in blocks.moe if block.mtp}:
+    for prefix in {block.prefix for block in model.moe if block.mtp}:
         match = LAYER.fullmatch(prefix + "x")
         assert match
         root = prefix[: match.start("index")].removesuffix("layers.").removesuffix("blocks.")
         below = root if "mtp" in root or "nextn" in root else prefix
-        found += [name for name in checkpoint.tensors if name.startswith(below)]
+        found += [name for name in model.checkpoint.tensors if name.startswith(below)]
     return found
 
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from coterie.apply import block_outputs
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.layer import LAYER, Blocks, MoE
+from coterie.layer import LAYER, Model, MoE
 from coterie.numerics import decode
 from coterie.plan import Choice, Plan
 from coterie.writer import Made
@@ -74,14 +74,14 @@ class MaskedRouting(TorchFunctionMode):
         return bool((values[..., dropped] == -torch.inf).all())
 
 
-def mask_experts(model: Any, checkpoint: Checkpoint, blocks: Blocks, plan: Plan) -> MaskedRouting:
-    """The context in which `model`, loaded from `checkpoint`, routes without the experts that the plan drops.
+def mask_experts(model: Any, source: Model, plan: Plan) -> MaskedRouting:
+    """The context in which `model`, loaded from `source`, routes without the experts that the plan drops.
 
     Selection biases and tables are changed in the model at once, and stay so.
     Raises: CoterieError when the model holds nothing equal to a router, bias or table of the checkpoint.
     """
-    routing = MaskedRouting()
-    for block in blocks.moe:
+    routing, checkpoint = MaskedRouting(), source.checkpoint
+    for block in source.moe:
         choice = plan.choice(block)
         if block.mtp or choice is None or len(choice.kept) == block.num_experts:
             continue

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from coterie.apply import check_count, execute, fits_groups
-from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.family import Family, detect
-from coterie.layer import Blocks, Layer, MoE, find_blocks, read_layer
+from coterie.family import Groups
+from coterie.layer import Layer, Model, MoE, read_layer
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
 from coterie.plan import Choice, Plan
@@ -82,12 +81,10 @@ def prune(
         method, ratio, experts, budget, linkage, distance, kappa, min_experts, non_uniform, threshold, seed, drop_mtp
     )
     check_options(options)
-    checkpoint = Checkpoint.open(model)
-    family = detect(checkpoint.config, list(checkpoint.tensors))
-    blocks = find_blocks(checkpoint, family)
-    plan, warnings = make_plan(checkpoint, family, blocks, options, dry_run=dry_run, on_progress=on_progress)
+    source = Model.open(model)
+    plan, warnings = make_plan(source, options, dry_run=dry_run, on_progress=on_progress)
     return execute(
-        checkpoint, family, blocks, plan, Path(out), command="prune", model=model,
+        source, plan, Path(out), command="prune", path=model,
         options=vars(options).copy(), clock=clock, warnings=warnings,
         dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
     )  # fmt: skip
@@ -137,53 +134,49 @@ def num_kept(options: Options, num_experts: int) -> int:
 
 
 def make_plan(
-    checkpoint: Checkpoint,
-    family: Family,
-    blocks: Blocks,
-    options: Options,
-    *,
-    dry_run: bool = False,
-    on_progress: Progress = no_progress,
+    model: Model, options: Options, *, dry_run: bool = False, on_progress: Progress = no_progress
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan, and what should be said aloud about it. Reads routers, and weights only where a method needs them."""
-    config = checkpoint.config
-    groups, top_k = family.groups(config), family.num_experts_per_token(config)
-    total = family.num_experts(config)
+    family, config = model.family, model.checkpoint.config
+    groups, top_k, total = family.groups(config), family.num_experts_per_token(config), family.num_experts(config)
     uniform = num_kept(options, total)
     asked = f"--experts {uniform}" if options.experts else f"--ratio {0.25 if options.ratio is None else options.ratio}"
     check_count(uniform, top_k, groups, asked)
-    chosen = [b for b in blocks.moe if not (b.mtp and options.drop_mtp)]
+    chosen = [b for b in model.moe if not (b.mtp and options.drop_mtp)]
     small = min(chosen, key=lambda b: b.num_experts)
     if small.num_experts < uniform:
         raise CoterieError(f"{asked}: keeps {uniform} experts, but {small.name} has {small.num_experts}; keep fewer")
-    layers = {b: read_layer(checkpoint, b, groups.num_groups) for b in chosen}
-    warnings = _awkward(uniform, total)
+    layers = {b: read_layer(model.checkpoint, b, groups.num_groups) for b in chosen}
     budget: dict[str, Any] = {"kind": options.budget, "experts": uniform}
     if options.method == "stun":
-        if options.min_experts is not None and options.min_experts < top_k:
-            raise CoterieError(f"--min-experts {options.min_experts}: {top_k} are chosen per token; ask for those")
-        least = options.min_experts or top_k
-        floor = next((n for n in range(least, uniform + 1) if fits_groups(n, top_k, groups)), None)
-        if floor is None:
-            raise CoterieError(f"--min-experts {least}: the budget keeps {uniform} experts on average; ask for fewer")
-        clusters, found = _cluster(checkpoint, layers, options, uniform, floor, groups.num_groups)
+        floor = _floor(options, uniform, top_k, groups)
+        clusters, found = _cluster(layers, options, uniform, floor, groups.num_groups)
+        choices = _representatives(layers, clusters, options.kappa, dry_run, on_progress)
         budget |= found
-        choices = {}
-        for done, (block, layer) in enumerate(layers.items()):
-            choices[block] = _choose(layer, clusters[block], options.kappa, dry_run)
-            on_progress("choosing representatives", done + 1, len(layers))
     else:
         choices = _scored(layers, options, uniform, groups.num_groups, on_progress)
-    if any(b.mtp for b in blocks.moe):
-        fate = "left out" if options.drop_mtp else f"cut to {uniform} experts by the same rule"
-        warnings = (*warnings, f"multi-token-prediction layers are {fate}")
     plan = Plan(
         layers={b.key: c for b, c in choices.items() if not b.attention},
         attention={b.key: c for b, c in choices.items() if b.attention},
         budget=budget,
         drop_mtp=options.drop_mtp,
     )
+    warnings = _awkward(uniform, total)
+    if any(b.mtp for b in model.moe):
+        fate = "left out" if options.drop_mtp else f"cut to {uniform} experts by the same rule"
+        warnings = (*warnings, f"multi-token-prediction layers are {fate}")
     return plan, warnings
+
+
+def _floor(options: Options, uniform: int, top_k: int, groups: Groups) -> int:
+    """The fewest experts that a global budget may leave in a layer."""
+    least = top_k if options.min_experts is None else options.min_experts
+    if least < top_k:
+        raise CoterieError(f"--min-experts {least}: {top_k} are chosen per token; ask for at least those")
+    floor = next((n for n in range(least, uniform + 1) if fits_groups(n, top_k, groups)), None)
+    if floor is None:
+        raise CoterieError(f"--min-experts {least}: the budget keeps {uniform} experts on average; ask for fewer")
+    return floor
 
 
 def _awkward(count: int, before: int) -> tuple[str, ...]:
@@ -193,10 +186,10 @@ def _awkward(count: int, before: int) -> tuple[str, ...]:
 
 
 def _cluster(
-    checkpoint: Checkpoint, layers: dict[MoE, Layer], options: Options, uniform: int, floor: int, size: int
+    layers: dict[MoE, Layer], options: Options, uniform: int, floor: int, size: int
 ) -> tuple[dict[MoE, stun.Clusters], dict[str, Any]]:
     """Each block's clusters under the budget, and what the budget came to. `size` is the number of routing groups."""
-    matrices = {b: _distance(checkpoint, b, layer, options) for b, layer in layers.items()}
+    matrices = {b: _distance(b, layer, options) for b, layer in layers.items()}
     if options.linkage == "official":
         return _official(matrices, options, uniform, size)
     trees = {b: [stun.dendrogram(d) for d in _per_group(m, size)] for b, m in matrices.items()}
@@ -237,10 +230,12 @@ def _cost(heights: dict[MoE, list[float]], counts: dict[MoE, int], size: int) ->
     return float(sum(sum(heights[b][: len(heights[b]) + 1 - n // size]) for b, n in counts.items()))
 
 
-def _distance(checkpoint: Checkpoint, block: MoE, layer: Layer, options: Options) -> Any:
+def _distance(block: MoE, layer: Layer, options: Options) -> Any:
     normalise = options.distance == "frobenius"
     if options.linkage == "official":
-        return stun.official_distances(layer.router, checkpoint.tensors[block.router].dtype, normalise=normalise)
+        return stun.official_distances(
+            layer.router, layer.experts.checkpoint.tensors[block.router].dtype, normalise=normalise
+        )
     return stun.distances(layer.router, normalise=normalise)
 
 
@@ -279,6 +274,20 @@ def _official(
             [g * size + e for e in c] for g, m in enumerate(parts) for c in stun.official_clusters(m, np.inf, merges)
         ]
     return clusters | searched, found
+
+
+def _representatives(
+    layers: dict[MoE, Layer],
+    clusters: dict[MoE, stun.Clusters],
+    kappa: int,
+    dry_run: bool,
+    on_progress: Progress,
+) -> dict[MoE, Choice]:
+    choices = {}
+    for done, (block, layer) in enumerate(layers.items()):
+        choices[block] = _choose(layer, clusters[block], kappa, dry_run)
+        on_progress("choosing representatives", done + 1, len(layers))
+    return choices
 
 
 def _choose(layer: Layer, clusters: stun.Clusters, kappa: int, dry_run: bool) -> Choice:

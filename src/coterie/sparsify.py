@@ -141,9 +141,10 @@ class Pruner:
             self.put(name, offset, raw)
 
 
-def outlier_shares(stream: Stream, batches: list[Batch], checkpoint: Checkpoint, m: float) -> dict[str, float]:
+def outlier_shares(stream: Stream, batches: list[Batch], m: float) -> dict[str, float]:
     """OWL's first pass, on the dense model: the share of outliers in each MoE layer's experts."""
     shares: dict[str, float] = {}
+    checkpoint = stream.checkpoint
 
     def walk(routed: Routed) -> torch.Tensor:
         total = torch.zeros_like(routed.x)

@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from coterie.apply import check_plan, patched_config, plan_outputs
 from coterie.checkpoint import INDEX, Checkpoint, load_json
 from coterie.data import Document, encode, read_documents
 from coterie.errors import CoterieError
-from coterie.family import Family, detect
-from coterie.layer import Blocks, find_blocks
+from coterie.family import detect
+from coterie.layer import Model, find_blocks
 from coterie.plan import Plan, read_plan
 from coterie.report import Progress, no_progress
 from coterie.writer import Hole, Made, Output, Run
@@ -33,21 +32,6 @@ ROUNDING = 1e-5  # of the largest logit; a wrong expert shows as 1e-2 and more
 ALIGNMENT = 64  # bytes, of what torch allocates
 
 Check = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The original that OUT was made from."""
-
-    checkpoint: Checkpoint
-    family: Family
-    blocks: Blocks
-
-    @classmethod
-    def open(cls, model: str | Path) -> Source:
-        checkpoint = Checkpoint.open(model)
-        family = detect(checkpoint.config, list(checkpoint.tensors))
-        return cls(checkpoint, family, find_blocks(checkpoint, family))
 
 
 def verify(
@@ -69,7 +53,7 @@ def verify(
     if not folder.is_dir():
         raise CoterieError(f"{out}: no such folder; expected a checkpoint folder that coterie wrote")
     documents = list(islice(read_documents(data), MAX_SEQUENCES)) if data is not None else None
-    source = Source.open(against) if against is not None else None
+    source = Model.open(against) if against is not None else None
     checks: list[Check] = []
 
     def run(name: str, check: Callable[[], Any]) -> Any:
@@ -90,7 +74,7 @@ def verify(
 
 def _check_contents(
     out: Checkpoint,
-    source: Source | None,
+    source: Model | None,
     documents: list[Document] | None,
     run: Callable[[str, Callable[[], Any]], Any],
     on_progress: Progress,
@@ -142,7 +126,7 @@ def _check_index(out: Checkpoint) -> None:
         raise CoterieError(f"{out.path / INDEX}: leaves out {_first(unlisted)}; loaders would not see them")
 
 
-def _check_counts(blocks: Blocks, plan: Plan) -> str:
+def _check_counts(blocks: Model, plan: Plan) -> str:
     """Raises: CoterieError unless every block holds the experts that the plan keeps."""
     found = {(block.key, block.attention): block.num_experts for block in blocks.moe}
     for keys, attention in ((plan.layers, False), (plan.attention, True)):
@@ -181,16 +165,16 @@ def _first(names: Any, limit: int = 3) -> str:
 # --- bytes ------------------------------------------------------------------------------------------------------
 
 
-def check_bytes(out: Checkpoint, source: Source, on_progress: Progress = no_progress) -> Answer:
+def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progress) -> Answer:
     """Every tensor that the plan makes of the original is in OUT, byte for byte, and nothing else is."""
     plan, record = _plan(out), _record(out)
     recorded = record.get("source") if record else None
     if not isinstance(recorded, dict) or recorded.get("hash") != source.checkpoint.hash:
         return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
-    check_plan(source.checkpoint, source.family, source.blocks, plan)
-    outputs = [o for shard in plan_outputs(source.checkpoint, source.blocks, plan).values() for o in shard]
+    check_plan(source, plan)
+    outputs = [o for shard in plan_outputs(source, plan).values() for o in shard]
     faults = _header_faults(out, outputs)
-    config = patched_config(source.checkpoint, source.family, source.blocks, plan)
+    config = patched_config(source, plan)
     wrong = [key for key in {*config, *out.config} if config.get(key) != out.config.get(key)]
     if wrong:
         faults.append(f"config.json is not the original's with new counts: {_first(wrong)}")
@@ -408,7 +392,7 @@ def check_computes(model: Any, sequences: list[list[int]]) -> Answer:
     return True, f"finite logits on {tokens}", logits
 
 
-def check_logits(out: Checkpoint, source: Source, sequences: list[list[int]], logits: list[Any] | None) -> Answer:
+def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], logits: list[Any] | None) -> Answer:
     """OUT computes exactly what the original does when its routers cannot choose the dropped experts."""
     from coterie.masked import mask_experts
 
@@ -424,7 +408,7 @@ def check_logits(out: Checkpoint, source: Source, sequences: list[list[int]], lo
     if faults:
         raise CoterieError(f"{source.checkpoint.path}: the original itself does not load: {_first(faults)}")
     before = _forward(model, sequences)
-    routing = mask_experts(model, source.checkpoint, source.blocks, plan)
+    routing = mask_experts(model, source, plan)
     with routing:
         expected = _forward(model, sequences)
     idle = [name for name, hits in routing.hits.items() if hits == 0]
