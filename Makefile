@@ -22,12 +22,16 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/results.py
 
-serve-check: $(VENV)/installed
+serve-check: $(VENV)/installed .venv-serve/installed
+	$(BIN)/python benchmarks/serve_check.py --vllm-python .venv-serve/bin/python --write docs/serving.md
+
+# vLLM brings a transformers of its own. The three packages that go do not match the CPU build of torch.
+.venv-serve/installed: benchmarks/serve_requirements.txt
 	$(PYTHON) -m venv .venv-serve
 	.venv-serve/bin/pip install --quiet torch==2.13.0
-	.venv-serve/bin/pip install --quiet -r benchmarks/serve_requirements.txt
+	.venv-serve/bin/pip install --quiet -r $<
 	.venv-serve/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(BIN)/python benchmarks/serve_check.py --serve-python .venv-serve/bin/python
+	touch $@
 
 # torch first and by exact version: a plain range would fetch the newest build with gigabytes of GPU libraries.
 $(VENV)/torch:
