@@ -20,6 +20,7 @@ RANKS = [
     {"family"},
     {"families"},
     {"layer"},
+    {"experts"},
     {"moe", "plan", "report", "stats", "writer"},
     {"methods"},
     {"apply", "calibrate"},

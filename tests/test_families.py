@@ -13,8 +13,9 @@ import pytest
 import tiny
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
+from coterie.experts import Experts
 from coterie.family import detect, registry
-from coterie.layer import ROLES, Experts, expert_axis, find_blocks
+from coterie.layer import ROLES, expert_axis, find_blocks
 from coterie.prune import prune
 from coterie.verify import verify
 

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
+from coterie.experts import Experts
 from coterie.family import detect
-from coterie.layer import Experts, find_blocks
-from coterie.numerics import _mxfp4, decode, dequantise, encode, round_to_bf16
+from coterie.layer import find_blocks
+from coterie.numerics import decode, dequantise, encode, mxfp4, round_to_bf16
 from handmade import save
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
@@ -147,7 +148,7 @@ def test_mxfp4_against_a_slow_loop():
     draw = np.random.default_rng(0)
     blocks = draw.integers(0, 256, (3, 2, 16)).astype(np.uint8)
     scales = draw.integers(100, 150, (3, 2)).astype(np.uint8)
-    found = _mxfp4(blocks, scales)
+    found = mxfp4(blocks, scales)
     assert found.shape == (3, 64) and found.dtype == np.float32
     for (row, group, byte), value in np.ndenumerate(blocks):
         unit = 2.0 ** (int(scales[row, group]) - 127)

@@ -7,7 +7,6 @@ Axes: L layer, E expert, K top-k, T token, D hidden, F expert hidden, O/I out/in
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from coterie.errors import CoterieError
 from coterie.family import Family, Layout, detect, lookup
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 LAYER = re.compile(r"(?P<prefix>(?:.+?\.)?(?:layers|blocks)\.(?P<index>\d{1,6})\.)(?P<rest>.+)", re.DOTALL)
 EXPERT_LIKE = re.compile(r"(^|[._])(experts?|router)([._]|$)")
@@ -231,66 +230,3 @@ def expert_axis(shape: tuple[int, ...], num_rows: int) -> int | None:
         if length != 1:
             return None
     return None
-
-
-@dataclass(frozen=True)
-class Experts(Sequence):
-    """The experts of one block, read from disk one at a time: `experts[e] -> (gate, up, down)`.
-
-    Matrices are float32 (out, in): gate and up (F, D), down (D, F); gate is None where the family has none.
-    Quantised experts (FP8 with scales, MXFP4) are dequantised exactly; other codings are refused.
-    """
-
-    checkpoint: Checkpoint
-    block: MoE
-
-    def __len__(self) -> int:
-        return self.block.num_experts
-
-    def __getitem__(self, e: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:  # type: ignore[override]
-        from coterie.numerics import expert_matrices
-
-        if not 0 <= e < len(self):
-            raise IndexError(e)
-        return expert_matrices(self.checkpoint, self.block, e)
-
-    def flat(self, e: int) -> np.ndarray:
-        """All weights of expert e as one float32 vector: gate, up, down. Raises: CoterieError for NaN or infinity."""
-        import numpy as np
-
-        found = np.concatenate([m.ravel() for m in self[e] if m is not None])
-        if not np.isfinite(found).all():
-            raise CoterieError(
-                f"{self.checkpoint.path}: {self.block.name}: expert {e} holds NaN or infinite weights; expected finite"
-            )
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """What a pruning method sees of one block: the router's rows, and the experts on demand."""
-
-    key: str
-    router: np.ndarray  # (E, D) float32
-    experts: Experts
-    num_groups: int = 1
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.router)
-
-
-def read_layer(checkpoint: Checkpoint, block: MoE, num_groups: int = 1) -> Layer:
-    """Reads the block's router (and nothing else). Raises: CoterieError for NaN or infinite rows."""
-    import numpy as np
-
-    values = checkpoint.read(block.router).astype(np.float32, copy=False)
-    if values.size == 0 or values.size != block.num_experts * values.shape[-1]:
-        raise CoterieError(
-            f"{checkpoint.path}: router {block.router!r} has shape {list(values.shape)}; "
-            f"expected one row for each of {block.num_experts} experts"
-        )
-    router = values.reshape(block.num_experts, -1)
-    if not np.isfinite(router).all():
-        raise CoterieError(f"{checkpoint.path}: router {block.router!r} holds NaN or infinite values; expected finite")
-    return Layer(block.key, router, Experts(checkpoint, block), num_groups)

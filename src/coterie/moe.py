@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from coterie.errors import CoterieError
+from coterie.experts import expert_biases, expert_matrices
 from coterie.layer import MoE
-from coterie.numerics import expert_biases, expert_matrices
 
 if TYPE_CHECKING:
     from coterie.checkpoint import Checkpoint

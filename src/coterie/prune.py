@@ -9,8 +9,9 @@ from typing import Any
 
 from coterie.apply import check_count, execute, fits_groups
 from coterie.errors import CoterieError
+from coterie.experts import Layer, read_layer
 from coterie.family import Groups
-from coterie.layer import Layer, Model, MoE, read_layer
+from coterie.layer import Model, MoE
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
 from coterie.plan import Choice, Plan

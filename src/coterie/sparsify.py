@@ -20,10 +20,10 @@ from coterie import moe
 from coterie.calibrate import Batch, Routed, Stream
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
+from coterie.experts import expert_matrices, store_expert
 from coterie.layer import MoE
 from coterie.methods.sparsify import magnitude, owl
 from coterie.methods.sparsify.select import lowest_per_group, lowest_per_row
-from coterie.numerics import expert_matrices, store_expert
 
 Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # gate, up, down
 PARTS = ("gate", "up", "down")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from coterie.layer import Layer
+from coterie.experts import Layer
 
 
 def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:
