@@ -29,12 +29,12 @@ class Layout:
     Every tensor below one of `blocks` must be claimed by one of these rules.
     """
 
-    blocks: tuple[str, ...] = ("mlp.",)
-    router: str = "mlp.gate.weight"
+    blocks: tuple[str, ...]
+    router: str
+    experts: str
     rows: tuple[str, ...] = ()
-    experts: str = "mlp.experts."
-    fused: tuple[str, ...] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-    shared: tuple[str, ...] = ("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_expert_gate.")
+    fused: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()  # belongs to the block but not to any expert: kept as it is
     gate: str | None = "gate_proj"  # None: the experts have no gate
@@ -42,6 +42,24 @@ class Layout:
     down: str = "down_proj"
     transposed: bool = False  # fused matrices are (E, in, out)
     interleaved: bool = False  # gate and up alternate along the output axis instead of standing side by side
+
+    @classmethod
+    def under(cls, block: str, **changes: Any) -> Layout:
+        """A layout whose names all stand below `block`; what is not given is named as most families do."""
+        names: dict[str, Any] = {
+            "router": "gate.weight",
+            "experts": "experts.",
+            "fused": ("experts.gate_up_proj", "experts.down_proj"),
+            "shared": ("shared_expert.", "shared_experts.", "shared_expert_gate."),
+        }
+        below: dict[str, Any] = {"blocks": (block,)}
+        for key, value in (names | changes).items():
+            if key in ("router", "experts"):
+                value = block + value
+            elif key in ("rows", "fused", "shared", "tables", "whole"):
+                value = tuple(block + name for name in value)
+            below[key] = value
+        return cls(**below)
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,7 @@ class Family:
     """One or more `model_type`s that agree on names, config keys and routing. Keys with dots are nested."""
 
     model_types: tuple[str, ...]
-    layouts: tuple[Layout, ...] = (Layout(),)
+    layouts: tuple[Layout, ...] = (Layout.under("mlp."),)
     attention: tuple[Layout, ...] = ()  # of families whose attention has experts of its own
     count: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     top_k: tuple[str, ...] = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")

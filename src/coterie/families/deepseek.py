@@ -2,13 +2,22 @@
 
 from coterie.family import Family, Layout
 
-BIASES = (
-    "mlp.gate.e_score_correction_bias",
-    "mlp.gate.expert_bias",
-    "mlp.e_score_correction_bias",
-    "mlp.experts.e_score_correction_bias",
+LAYOUT = Layout.under(
+    "mlp.",
+    rows=(
+        "gate.e_score_correction_bias",
+        "gate.expert_bias",
+        "e_score_correction_bias",
+        "experts.e_score_correction_bias",
+    ),
+    whole=("post_mlp_layernorm.",),
 )
-LAYOUT = Layout(rows=BIASES, whole=("mlp.post_mlp_layernorm.",))
+KIMI = Layout.under(
+    "block_sparse_moe.", rows=("gate.e_score_correction_bias",), fused=(), gate="w1", up="w3", down="w2"
+)
+# The first layers route by a table of token ids instead of a router's choice.
+HASHED = Layout.under("ffn.", rows=("gate.bias",), tables=("gate.tid2eid",), fused=(), gate="w1", up="w3", down="w2")
+HASHED_SAVED = Layout.under("mlp.", rows=("gate.e_score_correction_bias",), tables=("gate.tid2eid",))
 
 FAMILIES = (
     # Remote code only; softmax and plain top-k.
@@ -37,41 +46,6 @@ FAMILIES = (
     ),
     Family(("kimi_k2",), layouts=(LAYOUT,), stock=False),
     Family(("bailing_hybrid",), layouts=(LAYOUT,), group_keys=("num_expert_group", "topk_group")),
-    Family(
-        ("kimi_linear",),
-        layouts=(
-            Layout(
-                blocks=("block_sparse_moe.",),
-                router="block_sparse_moe.gate.weight",
-                rows=("block_sparse_moe.gate.e_score_correction_bias",),
-                experts="block_sparse_moe.experts.",
-                fused=(),
-                shared=("block_sparse_moe.shared_experts.",),
-                gate="w1",
-                up="w3",
-                down="w2",
-            ),
-            LAYOUT,
-        ),
-        group_keys=("num_expert_group", "topk_group"),
-    ),
-    # The first layers route by a table of token ids instead of a router's choice.
-    Family(
-        ("deepseek_v4",),
-        layouts=(
-            Layout(
-                blocks=("ffn.",),
-                router="ffn.gate.weight",
-                rows=("ffn.gate.bias",),
-                experts="ffn.experts.",
-                fused=(),
-                shared=("ffn.shared_experts.",),
-                tables=("ffn.gate.tid2eid",),
-                gate="w1",
-                up="w3",
-                down="w2",
-            ),
-            Layout(rows=("mlp.gate.e_score_correction_bias",), tables=("mlp.gate.tid2eid",)),
-        ),
-    ),
+    Family(("kimi_linear",), layouts=(KIMI, LAYOUT), group_keys=("num_expert_group", "topk_group")),
+    Family(("deepseek_v4",), layouts=(HASHED, HASHED_SAVED)),
 )

@@ -1,34 +1,33 @@
-"""Sigmoid or biased routers under names of their own, without expert groups."""
+"""Sigmoid or biased routers under names of their own: selection biases stand in odd places."""
+
+from dataclasses import replace
 
 from coterie.family import Family, Layout
 
 FAMILIES = (
-    Family(
-        ("afmoe",),
-        layouts=(Layout(router="mlp.router.gate.weight", rows=("mlp.expert_bias",)),),
-    ),
+    Family(("afmoe",), layouts=(Layout.under("mlp.", router="router.gate.weight", rows=("expert_bias",)),)),
     Family(
         ("hy_v3",),
         layouts=(
-            Layout(router="mlp.router.gate.weight", rows=("mlp.expert_bias",), shared=("mlp.shared_mlp.",)),
-            Layout(rows=("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias")),
+            Layout.under("mlp.", router="router.gate.weight", rows=("expert_bias",), shared=("shared_mlp.",)),
+            Layout.under("mlp.", rows=("gate.e_score_correction_bias", "e_score_correction_bias")),
         ),
     ),
     Family(
         ("ernie4_5_moe",),
         layouts=(
-            Layout(
-                rows=(
-                    "mlp.moe_statics.e_score_correction_bias",
-                    "mlp.gate.moe_statics.e_score_correction_bias",
-                ),
+            Layout.under(
+                "mlp.",
+                rows=("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),
             ),
         ),
     ),
+    # One bias stands outside the block.
     Family(
         ("kolibri1",),
         layouts=(
-            Layout(
+            replace(
+                Layout.under("mlp."),
                 blocks=("mlp.", "moe."),
                 rows=("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),
             ),
@@ -36,30 +35,16 @@ FAMILIES = (
     ),
     Family(
         ("lfm2_moe",),
-        layouts=(
-            Layout(
-                blocks=("feed_forward.",),
-                router="feed_forward.gate.weight",
-                rows=("feed_forward.expert_bias",),
-                experts="feed_forward.experts.",
-                fused=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
-                gate="w1",
-                up="w3",
-                down="w2",
-            ),
-        ),
+        layouts=(Layout.under("feed_forward.", rows=("expert_bias",), gate="w1", up="w3", down="w2"),),
     ),
     Family(
         ("nemotron_h",),
         layouts=(
-            Layout(
-                blocks=("mixer.",),
-                router="mixer.gate.weight",
-                rows=("mixer.gate.e_score_correction_bias",),
-                experts="mixer.experts.",
-                fused=("mixer.experts.up_proj", "mixer.experts.down_proj"),
-                shared=("mixer.shared_experts.",),
-                whole=("mixer.fc1_latent_proj.", "mixer.fc2_latent_proj."),
+            Layout.under(
+                "mixer.",
+                rows=("gate.e_score_correction_bias",),
+                fused=("experts.up_proj", "experts.down_proj"),
+                whole=("fc1_latent_proj.", "fc2_latent_proj."),
                 gate=None,
             ),
         ),

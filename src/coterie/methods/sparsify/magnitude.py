@@ -2,6 +2,8 @@
 
 import numpy as np
 
+NEEDS = "nothing"
+
 
 def score(weight: np.ndarray, norms: np.ndarray | None = None) -> np.ndarray:
     """|W_ij|, (O, I)."""

@@ -5,6 +5,8 @@ Source: Xie et al., MoE-Pruner, arXiv 2410.12013. The weight enters the inputs o
 
 import numpy as np
 
+NEEDS = "gated norms"
+
 
 def score(weight: np.ndarray, norms: np.ndarray) -> np.ndarray:
     """|W_ij| * ||X_j . g||_2, (O, I) in float32; norms (I,) of the router-weighted tokens."""

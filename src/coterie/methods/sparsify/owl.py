@@ -12,13 +12,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from coterie.methods.sparsify.wanda import score
+from coterie.methods.sparsify.wanda import NEEDS, score
 
 M = 3.0  # the published program's default
 LAMBDA = 0.08
-FLOOR = 0.01  # the published program's smallest sparsity
+FLOOR = 0.01  # what the published program makes of a sparsity of zero or less
 
-__all__ = ["layer_sparsities", "outlier_share", "score"]
+__all__ = ["NEEDS", "layer_sparsities", "outlier_share", "score"]
 
 
 def outlier_share(scores: Iterable[np.ndarray], mean: float, m: float = M) -> float:
@@ -35,14 +35,14 @@ def layer_sparsities(
 ) -> np.ndarray:
     """Sparsity of each layer (L,) from D (L,) and the layers' prunable weights (L,).
 
-    s_l = S - (r_l - mean r), r_l = 2 lambda (D_l - min D)/(max D - min D); clipped to [0.01, 1] as published, or
-    (weighted) to [0, 1] and shifted until the weighted mean is S again.
+    s_l = S - (r_l - mean r), r_l = 2 lambda (D_l - min D)/(max D - min D). As published, s_l <= 0 becomes 0.01;
+    weighted, s_l is clipped to [0, 1] and shifted until the weighted mean is S again.
     """
     gap = outliers.max() - outliers.min()
     r = 2 * spread * (outliers - outliers.min()) / gap if gap > 0 else np.zeros_like(outliers, dtype=float)
     if not weighted:
         s = sparsity - (r - r.mean())
-        return np.where(s < 0, FLOOR, np.minimum(s, 1.0))
+        return np.where(s <= 0, FLOOR, np.minimum(s, 1.0))
     share = sizes / sizes.sum()
     low, high = sparsity - 2 * spread - 1, sparsity + 2 * spread + 1
     for _ in range(200):  # the clipped mean rises with the shift: bisection

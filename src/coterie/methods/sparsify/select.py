@@ -9,6 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from coterie.errors import CoterieError
+
 
 def row_counts(rows: int, columns: int, sparsity: float | Fraction, *, exact: bool) -> np.ndarray:
     """Zeros per row (rows,): `floor(S * C)` each, as published; exact spreads the remainder over the first rows so
@@ -38,7 +40,19 @@ def lowest_per_row(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def lowest_per_group(scores: np.ndarray, n: int, m: int) -> np.ndarray:
-    """N:M pattern: mask (R, C), True at the n lowest of every m consecutive scores of a row; C divides by m."""
+    """N:M pattern: mask (R, C), True at the n lowest of every m consecutive scores of a row.
+
+    Raises: CoterieError where m does not divide C.
+    """
     rows, columns = scores.shape
+    check_pattern(columns, n, m)
     grouped = scores.reshape(rows * columns // m, m)
     return lowest_per_row(grouped, np.full(len(grouped), n)).reshape(rows, columns)
+
+
+def check_pattern(columns: int, n: int, m: int) -> None:
+    """Raises: CoterieError unless n of every m consecutive columns can become zero."""
+    if not 0 <= n <= m or m < 1:
+        raise CoterieError(f"pattern {n}:{m}: expected N zeros in every M weights with 0 <= N <= M")
+    if columns % m:
+        raise CoterieError(f"pattern {n}:{m}: rows of {columns} weights do not divide into groups of {m}")

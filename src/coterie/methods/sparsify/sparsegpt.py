@@ -1,16 +1,20 @@
 """SparseGPT: prune column by column and let the columns after make up for what was lost.
 
-With H = 2/N sum x x^T (damped) and U the upper Cholesky factor of H^-1: in blocks of 128 columns the mask takes the
+With H = sum x x^T (damped) and U the upper Cholesky factor of H^-1: in blocks of 128 columns the mask takes the
 lowest w^2 / U_jj^2 of the whole block; each pruned weight's error is then spread over the later columns along U's row.
 
 Source: Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1.
+Deviates: exactly as many weights go as asked (the published threshold takes ties too). Weights of channels that never
+fired go first, but no more of them than asked, and those channels do not enter the damping, so that the scale of H
+(published: 2/N) does not matter.
 """
 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
-from coterie.methods.sparsify.select import lowest_per_row
+from coterie.methods.sparsify.select import check_pattern, lowest_per_group, lowest_per_row
 
+NEEDS = "hessian"
 BLOCK = 128
 DAMPING = 0.01  # of the mean diagonal
 
@@ -18,41 +22,51 @@ DAMPING = 0.01  # of the mean diagonal
 def prune(
     weight: np.ndarray, hessian: np.ndarray, num_zeros: int, *, pattern: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """The pruned and corrected weights (O, I) in float64; hessian (I, I) = sum x x^T over the tokens.
+    """The pruned and corrected weights (O, I) in float64; hessian (I, I) = sum x x^T over the tokens, times anything.
 
     `num_zeros` is of the whole matrix, shared among blocks by their size; pattern (n, m) zeroes n of every m
     consecutive columns instead. Ties go to the lower column of the earlier row.
+    Raises: CoterieError for a pattern that does not divide the columns.
     """
-    w = weight.astype(np.float64).copy()
+    w = weight.astype(np.float64)
     columns = w.shape[1]
-    u = _inverse_factor(hessian.astype(np.float64).copy(), w)
-    done = 0
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        wanted = round(num_zeros * stop / columns) - done
-        done += wanted
-        block, factor = w[:, start:stop], u[start:stop, start:stop]
-        errors = np.zeros_like(block)
-        scores = block**2 / np.diag(factor) ** 2
-        mask = lowest_per_row(scores.reshape(1, -1), np.array([wanted])).reshape(scores.shape)
-        for j in range(stop - start):
-            if pattern and j % pattern[1] == 0:
-                ahead = block[:, j : j + pattern[1]] ** 2 / np.diag(factor)[j : j + pattern[1]] ** 2
-                mask[:, j : j + pattern[1]] = lowest_per_row(ahead, np.full(len(ahead), pattern[0]))
-            kept = np.where(mask[:, j], 0.0, block[:, j])
-            errors[:, j] = (block[:, j] - kept) / factor[j, j]
-            block[:, j + 1 :] -= np.outer(errors[:, j], factor[j, j + 1 :])
-            block[:, j] = kept
+    u = inverse_factor(hessian)
+    pivots = np.where(np.diag(hessian) == 0, np.inf, np.diag(u))  # a dead channel's weights cost nothing
+    if pattern:
+        check_pattern(columns, *pattern)
+    size = max(BLOCK // pattern[1], 1) * pattern[1] if pattern else BLOCK  # no group stands in two blocks
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
+        wanted = num_zeros * stop // columns - num_zeros * start // columns
+        errors = _prune_block(w[:, start:stop], u[start:stop, start:stop], pivots[start:stop], wanted, pattern)
         w[:, stop:] -= errors @ u[start:stop, stop:]
     return w
 
 
-def _inverse_factor(hessian: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """U with H^-1 = U^T U. Channels that never fired get a unit diagonal, and their weights (useless) become zero."""
-    dead = np.diag(hessian) == 0
-    hessian[dead, dead] = 1.0
-    weight[:, dead] = 0.0
-    hessian[np.diag_indices_from(hessian)] += DAMPING * np.diag(hessian).mean()
-    lower = cholesky(hessian, lower=True)
-    inverse = solve_triangular(lower, np.eye(len(hessian)), lower=True)
+def _prune_block(
+    block: np.ndarray, factor: np.ndarray, pivots: np.ndarray, num_zeros: int, pattern: tuple[int, int] | None
+) -> np.ndarray:
+    """Prunes the columns of `block` (a view, changed in place); returns the errors (O, B) for the columns after."""
+    flat = (block / pivots).reshape(1, -1) ** 2
+    mask = lowest_per_row(flat, np.array([0 if pattern else num_zeros])).reshape(block.shape)
+    errors = np.zeros_like(block)
+    for j in range(block.shape[1]):
+        if pattern and j % pattern[1] == 0:  # on the weights as they have been corrected so far
+            group = slice(j, j + pattern[1])
+            mask[:, group] = lowest_per_group((block[:, group] / pivots[group]) ** 2, *pattern)
+        errors[:, j] = np.where(mask[:, j], block[:, j], 0.0) / factor[j, j]
+        block[:, j + 1 :] -= np.outer(errors[:, j], factor[j, j + 1 :])
+        block[mask[:, j], j] = 0.0
+    return errors
+
+
+def inverse_factor(hessian: np.ndarray) -> np.ndarray:
+    """Upper triangular U (I, I) with U^T U = (H + 0.01 mean(diag H) I)^-1; channels that never fired get the mean."""
+    damped = hessian.astype(np.float64)
+    diagonal = np.diag(damped).copy()
+    dead = diagonal == 0
+    mean = 1.0 if dead.all() else diagonal[~dead].mean()
+    damped[np.diag_indices_from(damped)] += np.where(dead, mean, 0.0) + DAMPING * mean
+    lower = cholesky(damped, lower=True)
+    inverse = solve_triangular(lower, np.eye(len(damped)), lower=True)
     return cholesky(inverse.T @ inverse, lower=False)

@@ -5,6 +5,8 @@ Source: Sun et al., A Simple and Effective Pruning Approach for Large Language M
 
 import numpy as np
 
+NEEDS = "norms"
+
 
 def score(weight: np.ndarray, norms: np.ndarray) -> np.ndarray:
     """|W_ij| * ||X_j||_2, (O, I) in float32; norms (I,) over the tokens that reach the matrix."""
