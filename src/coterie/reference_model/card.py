@@ -152,7 +152,7 @@ Training and test problems are disjoint in their numbers and templates.
 ## How it was made
 
 {tokens:.1f} M tokens ({steps} steps of {batch} x {seq}), AdamW with a peak rate of {rate}, cosine, on two CPU cores in
-about 80 minutes; load-balancing loss per layer, weight 0.02. `python -m coterie.reference_model.data CORPUS`, then
+about 95 minutes; load-balancing loss per layer, weight 0.02. `python -m coterie.reference_model.data CORPUS`, then
 `... .train CORPUS RUN`, then `... .card CORPUS RUN` make it again.
 
 ![training loss](loss.svg)
@@ -167,7 +167,7 @@ about 80 minutes; load-balancing loss per layer, weight 0.02. `python -m coterie
 |---|---|---|
 | code | Python packages (Django, SymPy, Sphinx, pytest, Celery, Tornado, Twisted, ...) | BSD, MIT |
 | docs | documentation of Python 3.11, SQLAlchemy, pandas, scikit-learn, Celery, Tornado, Sphinx | PSF, MIT, BSD |
-| prose | 17 books of Project Gutenberg; State of the Union addresses | public domain |
+| prose | 18 books of Project Gutenberg; State of the Union addresses | public domain |
 | spanish | Reina-Valera Bible, 1909 | public domain |
 | arithmetic | `problems.py`, a seeded generator | Apache-2.0 |
 
