@@ -20,10 +20,11 @@ import coterie
 from coterie.reference_model import DOMAINS, HELD_OUT, MODEL, PROBLEMS
 from coterie.report import versions
 
-PAGE = Path(__file__).parent.parent / "docs" / "results.md"
-BEGIN, END = "<!-- expert-dropping:begin -->", "<!-- expert-dropping:end -->"
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 RATIOS = (0.125, 0.25, 0.5)
 DRAWS = 3
+README_ROWS = ("stun 12.5 %", "stun 25 %", "stun 50 %", "random 25 % (seed 0)")
 SOME_TEXT = 50_000  # characters per domain, half of what is held out: a row takes a minute instead of two
 
 
@@ -121,12 +122,20 @@ def all_rows() -> list[Row]:
         return [original.result(), *rows]
 
 
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Replaces what stands between the page's `<!-- mark:begin -->` and `<!-- mark:end -->`."""
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    content = page.read_text(encoding="utf-8")
+    page.write_text(f"{content.split(begin)[0]}{begin}\n{text}\n{end}{content.split(end)[1]}", encoding="utf-8")
+
+
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
     used = ", ".join(f"{p} {v}" for p, v in versions().items())
-    body = f"{BEGIN}\n\n{table(all_rows())}\n\nMeasured by `make bench` on {platform.machine()}; {used}.\n\n{END}"
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(before + body + after, encoding="utf-8")
+    rows = all_rows()
+    note = f"Measured by `make bench` on {platform.machine()}; {used}."
+    write_between(PAGE, "expert-dropping", f"{table(rows)}\n\n{note}")
+    some = [row for row in rows if row.name in ("reference model", *README_ROWS)]
+    write_between(README, "results", table(some))
 
 
 if __name__ == "__main__":
