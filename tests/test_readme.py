@@ -23,7 +23,7 @@ def workplace(tmp_path, monkeypatch):
 
 def commands() -> list[list[str]]:
     block = README.split("## Use it")[1].split("```")[1]
-    return [shlex.split(re.split(r"\s{3,}", line.strip())[0]) for line in block.strip().splitlines()]
+    return [shlex.split(re.split(r"\s{8,}", line.strip())[0]) for line in block.strip().splitlines()]
 
 
 @pytest.mark.slow
