@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from coterie.data import Document, encode, parse_data, read_documents
+from coterie.data import Document, calibration, encode, parse_data, read_documents
 from coterie.errors import CoterieError
+from coterie.reference_model import CALIBRATION
 
 
 def write(folder, name, content):
@@ -139,3 +143,259 @@ def test_import_is_light():
         "import json, sys, coterie.data; print(json.dumps([m for m in ('torch', 'transformers') if m in sys.modules]))"
     )
     assert json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout) == []
+
+
+# --- further sources ----------------------------------------------------------------------------------------------
+
+
+def test_conversations(tmp_path):
+    """A line of messages is a conversation; each message has a role, and text if anything."""
+    path = write(tmp_path, "a.jsonl", '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant"}]}')
+    (document,) = read_documents(path)
+    assert document.messages == ({"role": "user", "content": "hi"}, {"role": "assistant"})
+    for bad in ("[]", '"x"', "[1]", '[{"content": "x"}]', '[{"role": 1}]', '[{"role": "user", "content": 3}]'):
+        with pytest.raises(CoterieError, match=r"a\.jsonl:1: "):
+            list(read_documents(write(tmp_path, "a.jsonl", f'{{"messages": {bad}}}')))
+
+
+def test_a_folder_is_all_its_files(tmp_path):
+    """Sorted, at any depth, of known endings; empty and hidden ones are left out, as is what is no data."""
+    (tmp_path / "b" / ".git").mkdir(parents=True)
+    for name in ("c.txt", "a.md", "b/x.py", "b/y.jsonl", "b/.git/z.txt", "b/empty.py", "b/image.png", ".hidden.txt"):
+        write(tmp_path, name, "" if "empty" in name else '{"text": "t"}')
+    found = [d.where.removeprefix(f"{tmp_path}/") for d in read_documents(tmp_path)]
+    assert found == ["a.md", "b/x.py", "b/y.jsonl:1", "c.txt"]
+    assert parse_data([f"x={tmp_path}"], folders=True) == {"x": tmp_path}
+    with pytest.raises(CoterieError, match="a folder; expected a text or JSONL file"):
+        parse_data([f"x={tmp_path}"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CoterieError, match="no file to read"):
+        list(read_documents(tmp_path / "empty"))
+
+
+def parquet(path, **columns):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet(tmp_path):
+    """Rows are objects as JSON lines are; columns that data does not have are not read."""
+    path = parquet(tmp_path / "a.parquet", text=["one", "two"], url=["x", "y"])
+    assert list(read_documents(path)) == [Document(f"{path}:1", text="one"), Document(f"{path}:2", text="two")]
+    path = parquet(tmp_path / "b.parquet", input_ids=[[1, 2], [3]])
+    assert [d.input_ids for d in read_documents(path)] == [(1, 2), (3,)]
+
+
+def test_parquet_that_is_no_data_is_refused(tmp_path):
+    """Without a column of ours, with a null, or damaged."""
+    with pytest.raises(CoterieError, match="columns url, n; expected 'text'"):
+        list(read_documents(parquet(tmp_path / "a.parquet", url=["x"], n=[1])))
+    with pytest.raises(CoterieError, match=r"b\.parquet:2: 'text' is NoneType"):
+        list(read_documents(parquet(tmp_path / "b.parquet", text=["x", None])))
+    with pytest.raises(CoterieError, match="cannot be read as Parquet"):
+        list(read_documents(write(tmp_path, "c.parquet", b"PAR1 and nothing more")))
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    """Parquet and the hub's data sets need libraries that are not installed with coterie alone."""
+    for module in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for source in (write(tmp_path, "a.parquet", "x"), "hub:owner/name"):
+        with pytest.raises(CoterieError, match=r"needs the extra: pip install 'coterie\[data\]'"):
+            list(read_documents(source))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`hub(rows)`: a stand-in for the datasets library, and the list of what was asked of it."""
+    asked = []
+
+    def install(rows):
+        def load_dataset(*args, split, **how):
+            asked.append((*args, split))
+            if isinstance(rows, Exception):
+                raise rows
+            return iter(rows)
+
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        return asked
+
+    return install
+
+
+def test_the_hubs_data_sets(hub):
+    """Name, configuration, split and column; the split is train and the column text unless named."""
+    asked = hub([{"text": "a", "n": 1}, {"text": "b", "n": 2}])
+    assert [d.text for d in read_documents("hub:allenai/c4/en")] == ["a", "b"]
+    assert [d.where for d in read_documents("hub:o/n:test")] == ["hub:o/n:test, row 1", "hub:o/n:test, row 2"]
+    asked = hub([{"body": "a"}])
+    assert [d.text for d in read_documents("hub:squad:test:body")] == ["a"]
+    assert asked == [("allenai/c4", "en", "train"), ("o/n", "test"), ("squad", "test")]
+    assert parse_data(["x=hub:o/n:test"], folders=True) == {"x": Path("hub:o/n:test")}
+
+
+def test_what_the_hub_does_not_give_is_refused(hub):
+    """Offline, without the column, empty, or named in another way: one clear error each."""
+    hub(ConnectionError("cannot reach the hub\nfor many reasons"))
+    with pytest.raises(
+        CoterieError, match=r"hub:o/n: the hub did not give it \(ConnectionError: cannot reach the hub\)"
+    ):
+        list(read_documents("hub:o/n"))
+    hub([{"body": "a"}])
+    with pytest.raises(CoterieError, match="columns body; expected 'content'"):
+        list(read_documents("hub:o/n:train:content"))
+    with pytest.raises(CoterieError, match="columns body; name the one with the text"):
+        list(read_documents("hub:o/n"))
+    for form in ("hub:", "hub:a:b:c:d", "hub:a/b/c/d", "hub:o/n:"):
+        with pytest.raises(CoterieError, match="expected hub:NAME"):
+            list(read_documents(form))
+
+
+# --- calibration --------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer: one token a letter (a is 10), 0 ends a text, 1 begins it if special tokens are asked for."""
+
+    eos_token_id = 0
+    chat_template = None
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        assert verbose is False
+        return {"input_ids": [1] * add_special_tokens + [ord(c) - ord("a") + 10 for c in text]}
+
+
+def ids(text):
+    return tuple(0 if c == "|" else ord(c) - ord("a") + 10 for c in text)
+
+
+def text_file(folder, name, *texts):
+    return write(folder, name, "\n".join(json.dumps({"text": t}) for t in texts))
+
+
+def test_texts_are_joined_and_cut(tmp_path):
+    """End-of-text between texts, no special tokens, no padding, and what is left of the last block is dropped."""
+    data = {"x": text_file(tmp_path, "x.jsonl", "abc", "", "defgh")}
+    found, notes = calibration(data, Letters(), samples=4, seq_len=2)
+    assert found == {"x": [ids("ab"), ids("c|"), ids("de"), ids("fg")]} and notes == []
+
+
+def test_blocks_are_drawn_without_replacement_in_their_order(tmp_path):
+    """By numpy's generator from the seed, the same each time; another seed, other blocks."""
+    text = "".join(chr(ord("a") + i % 26) for i in range(300))
+    data = {"x": write(tmp_path, "x.txt", text)}
+    found, notes = calibration(data, Letters(), samples=10, seq_len=3, seed=5)
+    chosen = sorted(np.random.default_rng(5).choice(100, 10, replace=False).tolist())
+    assert found["x"] == [ids(text[3 * i : 3 * i + 3]) for i in chosen] and notes == []
+    assert calibration(data, Letters(), samples=10, seq_len=3, seed=5)[0] == found
+    assert calibration(data, Letters(), samples=10, seq_len=3, seed=6)[0] != found
+
+
+def test_a_short_text_is_one_shorter_sample(tmp_path):
+    """Said aloud where more were its share."""
+    data = {"x": write(tmp_path, "x.txt", "abc")}
+    assert calibration(data, Letters(), samples=1, seq_len=8) == ({"x": [ids("abc")]}, [])
+    assert calibration(data, Letters(), samples=5, seq_len=8)[1] == [
+        "data 'x' gives 1 of the 5 samples that were its share"
+    ]
+
+
+def test_samples_are_spread_over_the_names(tmp_path):
+    """Eight over three names: 3, 3, 2."""
+    data = {n: write(tmp_path, f"{n}.txt", 40 * n) for n in "abc"}
+    found, notes = calibration(data, Letters(), samples=8, seq_len=4)
+    assert [len(s) for s in found.values()] == [3, 3, 2] and list(found) == list("abc") and notes == []
+    with pytest.raises(CoterieError, match="--samples 2: expected a whole number, at least 3"):
+        calibration(data, Letters(), samples=2)
+
+
+def test_token_ids_are_used_as_given(tmp_path):
+    """A line is a sample, in order, whatever its length and the seed; too many are left, too few said aloud."""
+    lines = [[5], [7, 6, 5, 4, 3, 2], [9, 9]]
+    data = {"x": write(tmp_path, "x.jsonl", "\n".join(json.dumps({"input_ids": i}) for i in lines))}
+    for seed in (0, 1):
+        found, notes = calibration(data, None, samples=2, seq_len=4, seed=seed, max_positions=6)
+        assert found == {"x": [(5,), (7, 6, 5, 4, 3, 2)]} and notes == []
+    found, notes = calibration(data, None, samples=9, seq_len=4)
+    assert len(found["x"]) == 3 and notes == ["data 'x' gives 3 of the 9 samples that were its share"]
+    with pytest.raises(CoterieError, match=r"x\.jsonl:2: 6 token ids; the model has 5 positions"):
+        calibration(data, None, samples=2, max_positions=5)
+
+
+def test_blocks_fit_the_models_positions(tmp_path):
+    """The length is clamped, aloud."""
+    data = {"x": write(tmp_path, "x.txt", "abcdef")}
+    found, notes = calibration(data, Letters(), samples=3, seq_len=2048, max_positions=2)
+    assert found == {"x": [ids("ab"), ids("cd"), ids("ef")]}
+    assert notes == ["--seq-len 2048 is more than the model's 2 positions: blocks have 2 tokens"]
+
+
+def test_what_calibration_cannot_use_is_refused(tmp_path):
+    """Problems, texts among token ids, texts of no tokens, and numbers out of range."""
+    cases = {
+        '{"prompt": "a", "answer": "b"}': r"x\.jsonl:1: problems are for eval",
+        '{"text": "a"}\n{"input_ids": [1]}': r"x\.jsonl:2: found texts and token ids under one name",
+        '{"text": ""}\n{"text": ""}': r"x\.jsonl:1: no tokens",
+        '{"messages": [{"role": "user", "content": "a"}]}': r"x\.jsonl:1: the tokenizer has no chat template",
+    }
+    for content, message in cases.items():
+        with pytest.raises(CoterieError, match=message):
+            calibration({"x": write(tmp_path, "x.jsonl", content)}, Letters(), samples=1)
+    data = {"x": write(tmp_path, "x.txt", "abc")}
+    with pytest.raises(CoterieError, match=r"x\.txt: text needs a tokenizer"):
+        calibration(data, None)
+    for option in ({"samples": 0}, {"samples": 1.5}, {"seq_len": 0}, {"seed": -1}):
+        with pytest.raises(CoterieError, match="expected a whole number"):
+            calibration(data, Letters(), **option)
+
+
+def test_texts_without_an_end_token_are_joined_aloud(tmp_path):
+    """Some tokenizers have none."""
+    tokenizer = Letters()
+    tokenizer.eos_token_id = None
+    data = {"x": text_file(tmp_path, "x.jsonl", "ab", "cd")}
+    found, notes = calibration(data, tokenizer, samples=1, seq_len=4)
+    assert found == {"x": [ids("abcd")]}
+    assert notes == ["the tokenizer has no end-of-text token: texts are joined without one"]
+
+
+def test_conversations_go_through_the_chat_template(tmp_path):
+    """The template's text is tokenised as it is; what the template refuses is refused."""
+    tokenizer = Letters()
+    tokenizer.chat_template = "given"
+
+    def apply_chat_template(messages, tokenize):
+        assert tokenize is False
+        if messages[0]["role"] == "tool":
+            raise ValueError("no such role")
+        return "".join(m["role"][0] + m["content"] for m in messages)
+
+    tokenizer.apply_chat_template = apply_chat_template
+    line = '{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]}'
+    data = {"x": write(tmp_path, "x.jsonl", f"{line}\n{line}")}
+    assert calibration(data, tokenizer, samples=1, seq_len=11)[0] == {"x": [ids("uabac|uabac")]}
+    assert encode(next(read_documents(data["x"])), tokenizer) == list(ids("uabac"))
+    bad = {"x": write(tmp_path, "x.jsonl", line.replace("user", "tool"))}
+    with pytest.raises(CoterieError, match=r"x\.jsonl:1: the chat template refuses the messages \(no such role\)"):
+        calibration(bad, tokenizer, samples=1)
+
+
+def test_without_data_the_shipped_texts_are_used():
+    """One domain after the other, aloud."""
+    found, notes = calibration({}, Spaces(), samples=5, seq_len=16)
+    assert list(found) == list(CALIBRATION) and all(len(s) == 1 for s in found.values())
+    assert notes == [f"no --data: calibrating on the texts that ship with coterie ({', '.join(CALIBRATION)})"]
+
+
+class Spaces:
+    """A tokenizer of any text: the length of each word."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens, verbose):
+        assert add_special_tokens is False
+        return {"input_ids": [len(word) for word in text.split()]}

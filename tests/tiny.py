@@ -137,7 +137,9 @@ def build(model_type: str, seed: int = 0) -> Any:
     config = tiny_config(model_type)
     auto = AutoModelForImageTextToText if model_type in TOWERS else AutoModelForCausalLM
     try:
-        model = auto.from_config(config, dtype=torch.float32).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # for what `_randomise` leaves alone
+            model = auto.from_config(config, dtype=torch.float32).eval()
     except Exception as error:
         raise LookupError(f"{model_type}: {error}; add sizes to SPECIAL in tests/tiny.py") from error
     _randomise(model, torch.Generator().manual_seed(seed))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coterie.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
+from coterie.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json, read_bytes
 from coterie.errors import CoterieError
+from coterie.experts import expert_weights
 from coterie.family import lookup
-from coterie.layer import Model, MoE, expert_axis, mtp_names
+from coterie.layer import Model, MoE, expert_axis, find_blocks, mtp_names
 from coterie.plan import Choice, Plan, read_plan, to_json
 from coterie.report import Progress, Report, Stopwatch, count, model_card, no_progress, removed_shares, versions
-from coterie.writer import Made, Output, Run, Writer, check_out, partial_of
+from coterie.writer import Hole, Made, Output, Run, Writer, check_out, partial_of
 
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
@@ -63,8 +65,12 @@ def execute(
     resume: bool = False,
     overwrite: bool = False,
     on_progress: Progress = no_progress,
+    fill: Fill | None = None,
 ) -> Report:
-    """Checks the plan against the checkpoint, writes OUT (unless dry_run), and reports."""
+    """Checks the plan against the checkpoint, writes OUT (unless dry_run), and reports.
+
+    fill: computes the experts' weights after everything else is written, and returns what to add to the report.
+    """
     checkpoint = model.checkpoint
     check_out(out, checkpoint.path, resume=resume, overwrite=overwrite)
     check_plan(model, plan)
@@ -84,13 +90,70 @@ def execute(
     identity = {"command": command, "options": options, "plan": report.plan, "source": checkpoint.hash}
     if resume and out.exists() and not partial_of(out).exists():
         return _finished(out, report)
+    if fill:
+        outputs = with_holes(outputs, planned(model, plan, outputs))
     with Writer(out, identity, resume=resume) as writer:
         _write(writer, checkpoint, outputs, patched_config(model, plan), on_progress)
+        if fill:
+            filled = fill(writer)
+            report.report.update(filled | _numbers(model, plan, outputs, filled["expert_zeros"]))
         report.report.update(clock.read())
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", model_card(checkpoint, report))
         writer.finish({s: {o.name: o for o in os} for s, os in outputs.items()}, checkpoint.indexed)
     return report
+
+
+Fill = Callable[[Writer], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Planned(Checkpoint):
+    """A checkpoint as the plan will make it, before it is written: byte runs of the source, and computed parts."""
+
+    source: Checkpoint = field(kw_only=True)
+    outputs: dict[str, Output] = field(kw_only=True, repr=False)
+
+    def raw(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        wanted = self.tensors[name].num_bytes - start if length is None else length
+        found, position = [], 0
+        for part in self.outputs[name].parts:
+            first, last = max(start, position), min(start + wanted, position + part.num_bytes)
+            if first < last:
+                found.append(self._part(name, part, first - position, last - position))
+            position += part.num_bytes
+        return b"".join(found)
+
+    def _part(self, name: str, part: Run | Made | Hole, first: int, last: int) -> bytes:
+        if isinstance(part, Made):
+            return part.make()[first:last]
+        assert isinstance(part, Run)
+        return read_bytes(self.source.path / part.file, part.start + first, last - first, name)
+
+
+def planned(model: Model, plan: Plan, outputs: dict[str, list[Output]]) -> Model:
+    """The model that the plan makes, to read from as if it had been written."""
+    checkpoint, tensors = model.checkpoint, {}
+    for shard, group in outputs.items():
+        position = 0
+        for o in group:
+            tensors[o.name] = Tensor(o.name, o.dtype, o.shape, shard, position, position + o.num_bytes)
+            position += o.num_bytes
+    by_name = {o.name: o for group in outputs.values() for o in group}
+    config = patched_config(model, plan)
+    view = Planned(
+        checkpoint.path, config, tuple(outputs), tensors, checkpoint.metadata, source=checkpoint, outputs=by_name
+    )
+    return find_blocks(view, model.family)
+
+
+def with_holes(outputs: dict[str, list[Output]], view: Model) -> dict[str, list[Output]]:
+    """The outputs with the main layers' expert matrices left open, to be filled by `Writer.put`."""
+    weights = {name for block in view.moe if not block.mtp for name in expert_weights(view.checkpoint, block)}
+    return {
+        shard: [replace(o, parts=(Hole(o.num_bytes),)) if o.name in weights else o for o in group]
+        for shard, group in outputs.items()
+    }
 
 
 def _finished(out: Path, asked: Report) -> Report:
@@ -344,8 +407,8 @@ def patched_config(model: Model, plan: Plan) -> dict[str, Any]:
     return config
 
 
-def _numbers(model: Model, plan: Plan, outputs: dict[str, list[Output]]) -> dict[str, Any]:
-    """Sizes before and after, and the share removed on all three bases."""
+def _numbers(model: Model, plan: Plan, outputs: dict[str, list[Output]], zeros: int = 0) -> dict[str, Any]:
+    """Sizes before and after, and the share removed or zero on all three bases."""
     after = [Tensor(o.name, o.dtype, o.shape, s, 0, o.num_bytes) for s, tensors in outputs.items() for o in tensors]
     checkpoint, roles = model.checkpoint, dict(model.roles)
     for block in model.moe:  # renumbered experts keep their role
@@ -365,7 +428,7 @@ def _numbers(model: Model, plan: Plan, outputs: dict[str, list[Output]]) -> dict
             "bytes": sum(t.num_bytes for t in after),
             "experts": _one_or_all(kept),
         },
-        "sparsity": removed_shares(*counts),
+        "sparsity": removed_shares(counts[0], {base: n - zeros for base, n in counts[1].items()}),
     }
 
 

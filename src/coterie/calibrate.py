@@ -9,20 +9,19 @@ product sees as many tokens as there are.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
+from torch.utils._pytree import tree_leaves
 
 from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.layer import LAYER, Model, MoE
+from coterie.layer import Model, MoE
+from coterie.skeleton import NO_DATA, decoder_layers, empty_model, fill, free, needed_outside, targets
 
 Samples = Sequence[Sequence[int]]
 
@@ -33,6 +32,7 @@ class Batch:
 
     hidden: torch.Tensor
     arguments: list[tuple[tuple, dict[str, Any]]] = field(repr=False)  # per layer
+    samples: tuple[int, ...] = ()  # which of the samples given to `embed` its rows are
 
 
 @dataclass(frozen=True)
@@ -63,108 +63,166 @@ class Stream:
     """A model whose decoder layers pass through memory one after the other."""
 
     def __init__(self, source: Model, dtype: torch.dtype) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
+        """Builds the model without its weights.
 
+        Raises: CoterieError for a model that transformers does not know, or whose experts or layers are closed to us.
+        """
         moe.register(_suspend)
         self.source, self.checkpoint, self.dtype = source, source.checkpoint, dtype
-        config = _stock_config(source.checkpoint.config)
-        with init_empty_weights(include_buffers=False):  # rotary buffers are computed, not loaded: they must be real
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        self.model.eval().set_experts_implementation(moe.IMPLEMENTATION)
+        self.model = empty_model(source.checkpoint, dtype)
         self.decoder = self.model.get_decoder()
-        self.layers = _decoder_layers(self.decoder, self.model.config)
+        self.layers = decoder_layers(self.decoder, str(source.checkpoint.path))
+        self._blocks = self._check_layers()
         self._names = self._group_names()
 
-    def _group_names(self) -> dict[int | None, list[str]]:
-        """Layer index (None: outside the layers) -> names of the tensors to load there; experts are left out."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    def _check_layers(self) -> dict[int, MoE]:
+        """Layer index -> its MoE block. Raises: CoterieError unless exactly the MoE layers have experts, once."""
+        blocks = {int(b.key): b for b in self.source.moe if not b.mtp and not b.attention}
+        for block in self.source.moe:
+            if not block.mtp and int(block.key) < len(self.layers):
+                moe.refuse_undecorated(self.layers[int(block.key)], block.name)
+        for index, layer in enumerate(self.layers):
+            found = len(moe.experts_modules(layer))
+            if found != (index in blocks):
+                raise CoterieError(
+                    f"{self.checkpoint.path}: layer {index} has {found} experts modules in transformers, but "
+                    f"{int(index in blocks)} in the checkpoint; expected the same, one at most: {NO_DATA}"
+                )
+        return blocks
 
-        mapping: Any = get_model_conversion_mapping(self.model)
-        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in mapping if isinstance(m, WeightConverter)]
-        state = self.model.state_dict()
+    def _group_names(self) -> dict[int | None, list[str]]:
+        """Layer index (None: outside the layers) -> names of the tensors to load there; experts are left out.
+
+        What the model has no place for outside its layers stays unread: multi-token prediction, vision towers of
+        models that are built as text models. That nothing is missing is checked after loading.
+        """
+        root = next(name for name, module in self.model.named_modules() if module is self.layers)
+        outside = needed_outside(self.model, self.decoder, self.layers)
         groups: dict[int | None, list[str]] = {}
-        for name in self.checkpoint.tensors:
-            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
-            match = LAYER.fullmatch(target)
-            index = int(match["index"]) if match else None
-            if self.source.roles[name] != "expert" and (index is None or index < len(self.layers)):
-                groups.setdefault(index, []).append(name)
+        for name, target in targets(self.model, list(self.checkpoint.tensors)).items():
+            if self.source.roles[name] == "expert":
+                continue
+            if target.startswith(root + "."):
+                index = int(target[len(root) + 1 :].partition(".")[0])
+                if index < len(self.layers):
+                    groups.setdefault(index, []).append(name)
+            elif target in outside:
+                groups.setdefault(None, []).append(name)
         return groups
 
     def _load(self, index: int | None) -> None:
-        """Fills one layer (or all that is outside the layers) through the library's own conversion."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
+        """Fills one layer, or what is needed outside the layers. Raises: CoterieError when something stays empty."""
+        fill(self.model, self.checkpoint, self._names.get(index, []), self.dtype)
+        if index is None:
+            self.model.tie_weights()
+            empty = [n for n, p in needed_outside(self.model, self.decoder, self.layers).items() if p.is_meta]
+        else:
+            closed = {id(p) for m in moe.experts_modules(self.layers[index]) for p in m.parameters()}
+            parameters = self.layers[index].named_parameters()
+            empty = [f"layer {index}: {n}" for n, p in parameters if p.is_meta and id(p) not in closed]
+        if empty:
+            raise CoterieError(f"{self.checkpoint.path}: no tensor fills {empty[0]!r}; expected every parameter stored")
 
-        mapping: Any = get_model_conversion_mapping(self.model)  # conversions keep state: a fresh one each time
-        how = LoadStateDictConfig(weight_mapping=mapping, dtype=self.dtype, device_map={"": "cpu"})
-        tensors = {name: _tensor(self.checkpoint, name) for name in self._names.get(index, [])}
-        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, how, None)
-        faults = {*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors}
-        if faults:
-            raise CoterieError(f"{self.checkpoint.path}: transformers does not take {sorted(map(str, faults))[0]!r}")
-
+    @torch.no_grad()
     def embed(self, samples: Samples, tokens_per_batch: int = 2048) -> list[Batch]:
-        """Token ids to the first layer's inputs; samples of equal length share batches."""
+        """Token ids to the first layer's inputs; samples of equal length share batches.
+
+        Raises: CoterieError for token ids that the model does not have, and for models whose layers pass each other
+        more than hidden states.
+        """
         self._load(None)
-        self.model.tie_weights()
-        by_length: dict[int, list[Sequence[int]]] = {}
-        for sample in samples:
-            by_length.setdefault(len(sample), []).append(sample)
+        self._check_tokens(samples)
+        by_length: dict[int, list[int]] = {}
+        for number, sample in enumerate(samples):
+            by_length.setdefault(len(sample), []).append(number)
         batches = []
         for length, members in by_length.items():
             size = max(1, tokens_per_batch // length)
             for start in range(0, len(members), size):
-                batches.append(self._capture(torch.tensor(members[start : start + size])))
+                rows = members[start : start + size]
+                ids = torch.tensor([list(samples[i]) for i in rows])
+                batches.append(Batch(*self._capture(ids, changed=False), samples=tuple(rows)))
+                if len(batches) == 1:
+                    self._check_arguments(ids, batches[0])
         return batches
 
-    def _capture(self, ids: torch.Tensor) -> Batch:
-        """Runs the decoder with every layer replaced by the identity, recording what each is given."""
-        given: list[tuple[tuple, dict[str, Any]]] = []
+    def _check_tokens(self, samples: Samples) -> None:
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        for number, sample in enumerate(samples):
+            if not len(sample) or min(sample) < 0 or max(sample) >= vocabulary:
+                found = next((f"token id {t}" for t in sample if not 0 <= t < vocabulary), "no tokens")
+                raise CoterieError(f"sample {number}: {found}; expected one id or more, all below {vocabulary}")
+
+    def _capture(self, ids: torch.Tensor, *, changed: bool) -> tuple[torch.Tensor, list[tuple[tuple, dict[str, Any]]]]:
+        """The first layer's hidden states, and what else each layer is given.
+
+        Runs the decoder with every layer replaced by the identity, or by one that changes the hidden states.
+        """
+        arguments: list[tuple[tuple, dict[str, Any]]] = []
+        returned: list[torch.Tensor] = []
         first: list[torch.Tensor] = []
 
         def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if returned and hidden is not returned[-1]:
+                raise CoterieError("something happens between the layers")
             first.append(hidden)
             kwargs.pop("past_key_values", None)
-            given.append((args, kwargs))
-            return hidden
+            arguments.append((args, kwargs))
+            returned.append(hidden + 1 if changed else hidden)
+            return returned[-1]
 
         for layer in self.layers:
             layer.forward = record  # type: ignore[method-assign, assignment]
         try:
             self.decoder(input_ids=ids, use_cache=False)
+        except Exception as error:  # anything can go wrong where layers are expected to return more
+            raise self._refusal(str(error)) from error
         finally:
             for layer in self.layers:
                 del layer.forward
-        return Batch(first[0], given)
+        if len(arguments) != len(self.layers):
+            raise self._refusal(f"{len(arguments)} calls of {len(self.layers)} layers")
+        return first[0], arguments
+
+    def _check_arguments(self, ids: torch.Tensor, batch: Batch) -> None:
+        """What layers are given beside hidden states must not depend on the hidden states of layers before."""
+        _, again = self._capture(ids, changed=True)
+        pairs = zip(tree_leaves(batch.arguments), tree_leaves(again), strict=True)
+        if any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs):
+            raise self._refusal("a layer's arguments depend on the layers before")
+
+    def _refusal(self, reason: str) -> CoterieError:
+        name = type(self.decoder).__name__
+        return CoterieError(
+            f"{self.checkpoint.path}: the layers of {name} pass each other more than hidden states ({reason}), which "
+            f"the streaming forward cannot follow; {NO_DATA}"
+        )
 
     def run(self, batches: list[Batch], walk: Walk, first: int = 0) -> Iterator[int]:
         """Advances the batches layer by layer (in place), yielding each finished layer's index."""
-        blocks = {int(b.key): b for b in self.source.moe if not b.mtp and not b.attention}
         for index in range(first, len(self.layers)):
             self._load(index)
-            if index in blocks:
-                moe.refuse_undecorated(self.layers[index], blocks[index].name)
-            outputs = self._run_layer(index, batches, blocks.get(index), walk)
+            outputs = self._run_layer(index, batches, walk)
             for batch, output in zip(batches, outputs, strict=True):
                 batch.hidden = output
-            self.layers[index].to("meta")
+            free(self.layers[index])
             yield index
 
-    def _run_layer(self, index: int, batches: list[Batch], block: MoE | None, walk: Walk) -> list[torch.Tensor]:
+    @torch.no_grad()
+    def _run_layer(self, index: int, batches: list[Batch], walk: Walk) -> list[torch.Tensor]:
         """One layer over all batches, with its experts walked once."""
-        layer = self.layers[index]
+        layer, block = self.layers[index], self._blocks.get(index)
 
         def forward(batch: Batch) -> torch.Tensor:
             args, kwargs = batch.arguments[index]
             output = layer(batch.hidden, *args, **kwargs)
-            return output[0] if isinstance(output, tuple) else output
+            if isinstance(output, tuple) and len(output) == 1:
+                return output[0]
+            if not isinstance(output, torch.Tensor):
+                raise self._refusal(f"layer {index} returns {_described(output)}")
+            return output
 
-        running = [greenlet(forward) for _ in batches]
+        running = [_Forward(forward) for _ in batches]
         results = [g.switch(batch) for g, batch in zip(running, batches, strict=True)]
         while not all(g.dead for g in running):
             assert block is not None and not any(g.dead for g in running)
@@ -172,6 +230,7 @@ class Stream:
             results = [g.switch(y.view_as(r[1])) for g, y, r in zip(running, sums, results, strict=True)]
         return results
 
+    @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
         """The model's head on the last layer's output, by stock code."""
         for layer in self.layers:
@@ -184,42 +243,27 @@ class Stream:
                 del layer.forward
 
 
+class _Forward(greenlet):
+    """A layer's forward over one batch, which stops where it calls its experts."""
+
+
 def _suspend(module: torch.nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Our experts implementation: hands the call to whoever runs the layer, and waits for the sums."""
-    runner = getcurrent().parent
-    if runner is None:
+    running = getcurrent()
+    if not isinstance(running, _Forward):
         raise CoterieError("the experts implementation 'coterie' runs only inside a streaming forward")
-    return runner.switch((module, x, chosen, weights))
+    assert running.parent is not None
+    return running.parent.switch((module, x, chosen, weights))
 
 
 def _gather(block: MoE, calls: list[tuple]) -> Routed:
     modules, xs, chosen, weights = zip(*calls, strict=True)
-    flat = [x.reshape(-1, x.shape[-1]) for x in xs]
-    return Routed(block, modules[0], torch.cat(flat), torch.cat(chosen), torch.cat(weights))
+    x, ids, gates = (torch.cat([t.reshape(-1, t.shape[-1]) for t in ts]) for ts in (xs, chosen, weights))
+    return Routed(block, modules[0], x, ids, gates)
 
 
-def _stock_config(config: dict[str, Any]) -> Any:
-    """The library's config object, read by its own reader (which knows how it spells infinities)."""
-    from transformers import AutoConfig
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return AutoConfig.from_pretrained(folder)
-
-
-def _decoder_layers(decoder: Any, config: Any) -> Any:
-    wanted = getattr(config.get_text_config(), "num_hidden_layers", None)
-    lists = [m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList)]
-    return next(m for m in lists if len(m) == wanted)
-
-
-def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A stored tensor as torch has it, without a copy of its values in another type."""
-    from safetensors.torch import _TYPES  # the library's own table of names
-
-    stored = checkpoint.tensors[name]
-    dtype: Any = _TYPES[stored.dtype]
-    return torch.frombuffer(bytearray(checkpoint.raw(name)), dtype=dtype).view(stored.shape)
+def _described(output: Any) -> str:
+    return f"{len(output)} values" if isinstance(output, tuple) else type(output).__name__
 
 
 def plain_walk(checkpoint: Checkpoint, dtype: torch.dtype) -> Walk:

@@ -251,15 +251,7 @@ class Checkpoint:
         """The tensor's bytes as stored, or `length` of them from byte `start`."""
         tensor = self.tensors[name]
         length = tensor.num_bytes if length is None else length
-        try:
-            with (self.path / tensor.file).open("rb") as file:
-                file.seek(tensor.start + start)
-                found = file.read(length)
-        except OSError as error:
-            raise CoterieError(f"{self.path / tensor.file}: cannot be read ({error.strerror or error})") from error
-        if len(found) != length:
-            raise CoterieError(f"{self.path / tensor.file}: ended while reading {name!r}; the file changed or is cut")
-        return found
+        return read_bytes(self.path / tensor.file, tensor.start + start, length, name)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values, decoded exactly: float64 stays, other floats become float32, integers stay."""
@@ -294,6 +286,19 @@ def _hash_shard(digest: hashlib._Hash, path: Path) -> None:
         for i in range(HASH_BLOCKS):
             file.seek(header + (size - header) * i // HASH_BLOCKS)
             digest.update(file.read(HASH_BLOCK))
+
+
+def read_bytes(path: Path, start: int, length: int, name: str) -> bytes:
+    """`length` bytes of a file, of the tensor `name`. Raises: CoterieError where they cannot be had."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            found = file.read(length)
+    except OSError as error:
+        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if len(found) != length:
+        raise CoterieError(f"{path}: ended while reading {name!r}; the file changed or is cut")
+    return found
 
 
 def resolve(model: str | Path) -> Path:

@@ -6,9 +6,12 @@ A file whose name ends in `.jsonl` or `.ndjson` holds one JSON object a line, ea
 
     {"text": "..."}                    a document
     {"input_ids": [17, 4, ...]}        a document that is tokenised already, used as given
+    {"messages": [{"role": ...}]}      a conversation, spelled out by the tokenizer's chat template
     {"prompt": "...", "answer": "46"}  a problem, for generation; a file of problems holds nothing else
 
-Further keys are left alone. Any other file is plain text: the whole file is one document.
+Further keys are left alone. The rows of a `.parquet` file are such objects. Any other file is plain text: the whole
+file is one document. Where sources are allowed, `NAME=FOLDER` stands for all such files below a folder, and
+`NAME=hub:OWNER/NAME[:SPLIT[:COLUMN]]` for a data set of the hub.
 """
 
 import codecs
@@ -18,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coterie import sources
 from coterie.errors import CoterieError
+from coterie.reference_model import CALIBRATION
 
-KINDS = '{"text": ...}, {"input_ids": [...]} or {"prompt": ..., "answer": ...}'
+KINDS = '{"text": ...}, {"input_ids": [...]}, {"messages": [...]} or {"prompt": ..., "answer": ...}'
+SHIPPED = f"no --data: calibrating on the texts that ship with coterie ({', '.join(CALIBRATION)})"
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,15 @@ class Document:
     input_ids: tuple[int, ...] | None = None
     prompt: str | None = None
     answer: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
 
     @property
     def is_problem(self) -> bool:
         return self.prompt is not None
 
 
-def parse_data(items: Iterable[str]) -> dict[str, Path]:
-    """The files named by `NAME=FILE` options, in their order.
+def parse_data(items: Iterable[str], *, folders: bool = False) -> dict[str, Path]:
+    """The files named by `NAME=FILE` options, in their order; with `folders`, also folders and data sets of the hub.
 
     Raises: CoterieError where the form is wrong, a name comes twice, or a file cannot be data (`check_file`).
     """
@@ -53,8 +60,20 @@ def parse_data(items: Iterable[str]) -> dict[str, Path]:
             raise CoterieError(
                 f"data {str(item)!r}: the name {name!r} is taken by {data[name]}; give each file its own"
             )
-        data[name] = check_file(Path(file))
+        data[name] = check_source(file) if folders else check_file(file)
     return data
+
+
+def check_source(path: str | Path) -> Path:
+    """`path` itself, if a folder, `hub:...`, or a file that can be data. Raises: CoterieError as `check_file`."""
+    if str(path).startswith(sources.HUB):
+        return Path(path)
+    try:
+        if Path(path).is_dir():
+            return Path(path)
+    except (OSError, ValueError):  # a name too long, or with a null byte
+        pass
+    return check_file(path)
 
 
 def check_file(path: str | Path) -> Path:
@@ -83,19 +102,35 @@ def read_documents(path: str | Path) -> Iterator[Document]:
 
     Raises: CoterieError naming file and line where the content is not what the module's docstring describes.
     """
-    path = check_file(path)
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+    path = check_source(path)
+    if str(path).startswith(sources.HUB):
+        yield from _uniform((_document(row, where) for where, row in sources.hub_rows(str(path))), path)
+    elif path.is_dir():
+        for file in sources.files_below(path):
+            yield from read_documents(file)
+    elif path.suffix.lower() == ".parquet":
+        yield from _uniform((_document(row, where) for where, row in sources.parquet_rows(path)), path)
+    elif path.suffix.lower() in (".jsonl", ".ndjson"):
+        yield from _uniform(_json_lines(path), path)
+    else:
         yield Document(where=str(path), text=_decode(_read(path), str(path)))
-        return
-    first: Document | None = None
+
+
+def _json_lines(path: Path) -> Iterator[Document]:
     for number, line in enumerate(_read(path).split(b"\n"), 1):
         where = f"{path}:{number}"
         if text := _decode(line, where).strip():
-            document = _parse(text, where)
-            first = first or document
-            if document.is_problem != first.is_problem:
-                raise CoterieError(f"{where}: found problems and documents in one file; keep them in two")
-            yield document
+            yield _parse(text, where)
+
+
+def _uniform(documents: Iterable[Document], path: Path) -> Iterator[Document]:
+    """The documents. Raises: CoterieError where there are none, or problems among them."""
+    first: Document | None = None
+    for document in documents:
+        first = first or document
+        if document.is_problem != first.is_problem:
+            raise CoterieError(f"{document.where}: found problems and documents in one file; keep them in two")
+        yield document
     if first is None:
         raise CoterieError(f"{path}: found blank lines only; expected lines such as {KINDS}")
 
@@ -109,8 +144,127 @@ def encode(document: Document, tokenizer: Any) -> list[int]:
         return list(document.input_ids)
     if tokenizer is None:
         raise CoterieError(f"{document.where}: text needs a tokenizer; give one, or lines of token ids (input_ids)")
+    if document.messages is not None:
+        return _plain_ids(_spelled_out(document, tokenizer), tokenizer)
     text = document.text if document.prompt is None else document.prompt
     return tokenizer(text, verbose=False)["input_ids"]  # else it warns of lengths that windows will cut
+
+
+def _plain_ids(text: str, tokenizer: Any) -> list[int]:
+    """Without special tokens, but for those that the text itself spells out."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _spelled_out(document: Document, tokenizer: Any) -> str:
+    """A conversation as the text that the model was trained on. Raises: CoterieError where the template fails."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise CoterieError(f"{document.where}: the tokenizer has no chat template for messages; write them as text")
+    try:
+        return tokenizer.apply_chat_template(list(document.messages or ()), tokenize=False)
+    except Exception as e:  # a template is a program, and refuses roles or orders in its own way
+        raise CoterieError(f"{document.where}: the chat template refuses the messages ({e!s:.200})") from e
+
+
+def calibration(
+    files: dict[str, Path],
+    tokenizer: Any,
+    *,
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    max_positions: int | None = None,
+) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
+    """Token sequences by name, and what should be said aloud about them; without files, of the shipped texts.
+
+    `samples` in all are spread evenly over the names, one more for the first where they do not divide. Lines of
+    token ids are a sample each, in order. Texts are tokenised without special tokens, joined by the end-of-text token
+    and cut into blocks of `seq_len` (at most `max_positions`), of which as many as are needed are drawn without
+    replacement, in their order; a text shorter than one block is one shorter sample.
+    Raises: CoterieError for what is no document, has no tokens, or does not fit the model.
+    """
+    notes = []
+    if not files:
+        files, notes = CALIBRATION, [SHIPPED]
+    documents = {name: list(read_documents(file)) for name, file in files.items()}
+    drawn, more = draw(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, max_positions=max_positions)
+    return drawn, notes + more
+
+
+def draw(
+    documents: dict[str, list[Document]],
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    max_positions: int | None,
+) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
+    """`calibration` of documents that are read already."""
+    for option, value, least in (("samples", samples, len(documents)), ("seq-len", seq_len, 1), ("seed", seed, 0)):
+        if type(value) is not int or value < least:
+            raise CoterieError(f"--{option} {value!r}: expected a whole number, at least {least}")
+    notes = []
+    length = min(seq_len, max_positions or seq_len)
+    if length < seq_len and any(d.input_ids is None for entries in documents.values() for d in entries):
+        notes.append(f"--seq-len {seq_len} is more than the model's {length} positions: blocks have {length} tokens")
+    base, rest = divmod(samples, len(documents))
+    found = {}
+    for number, (name, entries) in enumerate(documents.items()):
+        share = base + (number < rest)
+        if _all_token_ids(entries):
+            found[name] = _as_given(entries[:share], max_positions)
+        else:
+            found[name] = _drawn_blocks(_joined(entries, tokenizer, notes), length, share, seed)
+        if len(found[name]) < share:
+            notes.append(f"data {name!r} gives {len(found[name])} of the {share} samples that were its share")
+    return found, notes
+
+
+def _all_token_ids(documents: list[Document]) -> bool:
+    """Whether documents are token ids, not texts. Raises: CoterieError for problems, and for both in one."""
+    given = [d.input_ids is not None for d in documents]
+    odd = next((d for d, is_ids in zip(documents, given, strict=True) if is_ids != given[0]), None)
+    if odd:
+        raise CoterieError(f"{odd.where}: found texts and token ids under one name; give each a name of its own")
+    if any(d.is_problem for d in documents):
+        raise CoterieError(f"{documents[0].where}: problems are for eval; calibration expects texts or token ids")
+    return given[0]
+
+
+def _as_given(documents: list[Document], max_positions: int | None) -> list[tuple[int, ...]]:
+    for document in documents:
+        if max_positions and len(document.input_ids or ()) > max_positions:
+            raise CoterieError(
+                f"{document.where}: {len(document.input_ids or ())} token ids; the model has {max_positions} positions"
+            )
+    return [document.input_ids or () for document in documents]
+
+
+def _joined(documents: list[Document], tokenizer: Any, notes: list[str]) -> list[int]:
+    """All texts as one sequence, with the end-of-text token between them."""
+    if tokenizer is None:
+        encode(documents[0], None)  # says what is missing
+    parts = [_plain_ids(d.text if d.text is not None else _spelled_out(d, tokenizer), tokenizer) for d in documents]
+    parts = [part for part in parts if part]
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None and len(parts) > 1:
+        notes.append("the tokenizer has no end-of-text token: texts are joined without one")
+    joined: list[int] = []
+    for number, part in enumerate(parts):
+        joined += ([end] if number and end is not None else []) + list(part)
+    if not joined:
+        raise CoterieError(f"{documents[0].where}: no tokens; expected some text")
+    return joined
+
+
+def _drawn_blocks(tokens: list[int], length: int, count: int, seed: int) -> list[tuple[int, ...]]:
+    import numpy as np
+
+    total = len(tokens) // length
+    if not total:
+        return [tuple(tokens)]
+    chosen = np.sort(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
+    return [tuple(tokens[i * length : (i + 1) * length]) for i in chosen.tolist()]
 
 
 def _read(path: Path) -> bytes:
@@ -132,8 +286,12 @@ def _parse(line: str, where: str) -> Document:
         entry = json.loads(line)
     except (ValueError, RecursionError) as e:  # ValueError: also a number of too many digits
         raise CoterieError(f"{where}: not JSON ({e}); expected a line such as {KINDS}") from e
+    return _document(entry, where)
+
+
+def _document(entry: Any, where: str) -> Document:
     keys = set(entry) if isinstance(entry, dict) else set()
-    kinds = [kind for kind in ({"text"}, {"input_ids"}, {"prompt", "answer"}) if kind <= keys]
+    kinds = [kind for kind in ({"text"}, {"input_ids"}, {"messages"}, {"prompt", "answer"}) if kind <= keys]
     if len(kinds) != 1:
         found = f"an object with keys {sorted(keys)}" if isinstance(entry, dict) else type(entry).__name__
         raise CoterieError(f"{where}: found {found}; expected exactly one of {KINDS}")
@@ -141,6 +299,8 @@ def _parse(line: str, where: str) -> Document:
         return Document(where, text=_string(entry, "text", where))
     if kinds[0] == {"input_ids"}:
         return Document(where, input_ids=_token_ids(entry["input_ids"], where))
+    if kinds[0] == {"messages"}:
+        return Document(where, messages=_messages(entry["messages"], where))
     if isinstance(entry["answer"], int) and not isinstance(entry["answer"], bool):
         entry["answer"] = str(entry["answer"])
     answer = _string(entry, "answer", where).strip()
@@ -159,6 +319,16 @@ def _string(entry: dict[str, Any], key: str, where: str) -> str:
     except UnicodeEncodeError as e:  # half of an escaped surrogate pair, which no tokenizer takes
         raise CoterieError(f"{where}: {key!r} is not valid Unicode ({e.reason}); mend the escape sequence") from e
     return value
+
+
+def _messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
+        raise CoterieError(f"{where}: 'messages' must be a list of objects, each with a role and its content")
+    for message in value:
+        _string(message, "role", where)
+        if "content" in message and message["content"] is not None:
+            _string(message, "content", where)
+    return tuple(value)
 
 
 def _token_ids(value: Any, where: str) -> tuple[int, ...]:

@@ -97,6 +97,14 @@ def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndar
     return gate, up, down
 
 
+def expert_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
+    """The tensors that hold the experts' matrices, without scales and biases."""
+    if block.experts:
+        parts = [part for part in (block.layout.gate, block.layout.up, block.layout.down) if part]
+        return [n for e in block.experts for k, n in e.items() if k in parts or k.removesuffix(".weight") in parts]
+    return _fused_weights(checkpoint, block)
+
+
 def _matrix(checkpoint: Checkpoint, names: dict[str, str], part: str) -> np.ndarray:
     """A matrix stored under a number: `part.weight` or `part`, dequantised by the scale beside it."""
     key = next((k for k in (f"{part}.weight", part) if k in names), None)

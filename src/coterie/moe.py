@@ -48,10 +48,10 @@ class Expert:
 def read_expert(checkpoint: Checkpoint, block: MoE, e: int, dtype: torch.dtype) -> Expert:
     """Expert e from disk, whatever the layout there."""
     gate, up, down = (
-        None if m is None else torch.from_numpy(m).to(dtype) for m in expert_matrices(checkpoint, block, e)
+        None if m is None else torch.tensor(m, dtype=dtype) for m in expert_matrices(checkpoint, block, e)
     )
     assert up is not None and down is not None
-    first, second = (None if b is None else torch.from_numpy(b).to(dtype) for b in expert_biases(checkpoint, block, e))
+    first, second = (None if b is None else torch.tensor(b, dtype=dtype) for b in expert_biases(checkpoint, block, e))
     gate_up = up.contiguous() if gate is None else torch.cat([gate, up])
     return Expert(gate_up, down.contiguous(), gate is not None, first, second)
 

@@ -1,174 +1,228 @@
-"""Unstructured pruning inside the kept experts: one streaming forward that prunes each expert while it is in memory.
-
-Sequential (the default, as published): a layer is scored on the activations that the already pruned layers before it
-produce, pruned, and its pruned output feeds the next. One-pass scores every layer on the dense model's activations.
-"""
+"""`coterie sparsify`: unstructured pruning of the routed experts, streamed; and what `stun` shares with it."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from coterie import moe
-from coterie.calibrate import Batch, Routed, Stream
-from coterie.checkpoint import Checkpoint
+from coterie.apply import Fill, execute, plan_outputs, planned
 from coterie.errors import CoterieError
-from coterie.experts import expert_matrices, store_expert
-from coterie.layer import MoE
-from coterie.methods.sparsify import magnitude, owl
-from coterie.methods.sparsify.select import lowest_per_group, lowest_per_row
-
-Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # gate, up, down
-PARTS = ("gate", "up", "down")
-METHODS = ("magnitude", "wanda", "owl", "sparsegpt", "moe-pruner")
-
-
-def load_method(name: str) -> ModuleType:
-    """The rule's module. Raises: CoterieError for an unknown name."""
-    if name not in METHODS:
-        raise CoterieError(f"--method {name!r}: unknown; expected one of {', '.join(METHODS)}")
-    return importlib.import_module(f"coterie.methods.sparsify.{name.replace('-', '_')}")
+from coterie.layer import Model
+from coterie.methods import sparsify as methods
+from coterie.plan import Plan
+from coterie.report import Progress, Report, Stopwatch, no_progress
+from coterie.writer import Writer
 
 
 @dataclass(frozen=True)
-class Norms:
-    """What one expert's rules see: ||X_j|| of gate and up's inputs (D,) and of down's (F,), and its token count."""
+class Options:
+    """How weights are zeroed; recorded in coterie.json. `sparsity` is the share of zeros per expert matrix."""
 
-    inputs: np.ndarray
-    hidden: np.ndarray
-    num_tokens: int
-
-    def of(self, part: str) -> np.ndarray:
-        return self.hidden if part == "down" else self.inputs
-
-
-def measure(
-    routed: Routed, expert: moe.Expert, rows: torch.Tensor, weights: torch.Tensor, *, gated: bool
-) -> tuple[Norms, torch.Tensor]:
-    """One expert's norms over its tokens, and its (dense) output; gated multiplies tokens by the router's weight."""
-    x = routed.x[rows]
-    hidden, y = moe.expert_forward(routed.module, expert, x)
-    scale = weights[:, None].float() if gated else 1.0
-    norms = [(t.float() * scale).square().sum(0, dtype=torch.float64).sqrt().numpy() for t in (x, hidden)]
-    return Norms(norms[0], norms[1], len(rows)), y
-
-
-def spread_zeros(sizes: list[int], sparsities: list[Fraction]) -> list[int]:
-    """Zeros per matrix so that the running total is always the rounded running target: exact over any number."""
-    counts, wanted, done = [], Fraction(0), 0
-    for size, sparsity in zip(sizes, sparsities, strict=True):
-        wanted += sparsity * size
-        counts.append(min(size, round(wanted) - done))
-        done += counts[-1]
-    return counts
-
-
-def row_zeros(rows: int, num_zeros: int) -> np.ndarray:
-    """`num_zeros` over the rows as evenly as can be: the first rows take one more."""
-    base, rest = divmod(num_zeros, rows)
-    return base + (np.arange(rows) < rest)
-
-
-def zero_mask(scores: np.ndarray, num_zeros: int, pattern: tuple[int, int] | None) -> np.ndarray:
-    if pattern:
-        return lowest_per_group(scores, *pattern)
-    return lowest_per_row(scores, row_zeros(len(scores), num_zeros))
-
-
-@dataclass
-class Pruner:
-    """Prunes the experts of every layer by one rule, and remembers what it did."""
-
-    checkpoint: Checkpoint
-    method: ModuleType
-    zeros: Callable[[MoE, int, str, tuple[int, int]], int]  # (block, expert, part, shape) -> zeros
-    put: Callable[[str, int, bytes], None]  # (tensor, offset, bytes)
-    dtype: torch.dtype
+    method: str = "wanda"
+    sparsity: Fraction = Fraction(1, 2)
     pattern: tuple[int, int] | None = None
+    one_pass: bool = False
+    data: dict[str, Path] = field(default_factory=dict)
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 0
     min_tokens: int = 64
-    gated: bool = False
-    cold: list[list[Any]] = field(default_factory=list)  # [layer, expert, tokens]
-
-    def walk(self, routed: Routed) -> torch.Tensor:
-        """Prunes all experts of a block, chosen or not, and returns the weighted sum of the pruned ones."""
-        total = torch.zeros_like(routed.x)
-        chosen = {e: (rows, weights) for e, rows, weights in routed.by_expert()}
-        none = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        for e in range(routed.block.num_experts):
-            rows, weights = chosen.get(e, none)
-            pruned = self._prune(routed, e, rows, weights)
-            if len(rows):
-                _, y = moe.expert_forward(routed.module, pruned, routed.x[rows])
-                total.index_add_(0, rows, (y * weights[:, None]).to(total.dtype))
-        return total
-
-    def _prune(self, routed: Routed, e: int, rows: torch.Tensor, weights: torch.Tensor) -> moe.Expert:
-        block = routed.block
-        expert = moe.read_expert(self.checkpoint, block, e, self.dtype)
-        dense = expert_matrices(self.checkpoint, block, e)
-        norms = None
-        if len(rows) >= self.min_tokens:
-            norms, _ = measure(routed, expert, rows, weights, gated=self.gated)
-            if not (np.isfinite(norms.inputs).all() and np.isfinite(norms.hidden).all()):
-                raise CoterieError(f"{block.name}, expert {e}: activations are NaN or infinite; use --dtype float32")
-        else:
-            self.cold.append([block.key, e, len(rows)])
-        self.change(block, e, dense, norms, expert)
-        return expert
-
-    def change(self, block: MoE, e: int, dense: Matrices, norms: Norms | None, expert: moe.Expert | None) -> None:
-        """Zeroes one expert's weights on disk, and in `expert` if it is still needed."""
-        pruned: list[np.ndarray | None] = []
-        for part, weight in zip(PARTS, dense, strict=True):
-            if weight is None:
-                pruned.append(None)
-                continue
-            if not np.isfinite(weight).all():
-                raise CoterieError(f"{block.name}, expert {e}, {part}: weights are NaN or infinite; expected finite")
-            scores = self.method.score(weight, norms.of(part)) if norms else magnitude.score(weight)
-            mask = zero_mask(scores, self.zeros(block, e, part, weight.shape), self.pattern)
-            pruned.append(np.where(mask, np.float32(0), weight))
-            if expert:
-                expert.matrices[part].masked_fill_(torch.from_numpy(mask), 0)
-        for name, offset, raw in store_expert(self.checkpoint, block, e, (pruned[0], pruned[1], pruned[2])):  # type: ignore[arg-type]
-            self.put(name, offset, raw)
+    outliers: float = 3.0
+    dtype: str = "auto"
 
 
-def outlier_shares(stream: Stream, batches: list[Batch], m: float) -> dict[str, float]:
-    """OWL's first pass, on the dense model: the share of outliers in each MoE layer's experts."""
-    shares: dict[str, float] = {}
-    checkpoint = stream.checkpoint
+def sparsify(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str = "wanda",
+    sparsity: float = 0.5,
+    pattern: str | None = None,
+    one_pass: bool = False,
+    data: dict[str, Path] | list[str] | None = None,
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    min_tokens: int = 64,
+    outliers: float = 3.0,
+    dtype: str = "auto",
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: Progress = no_progress,
+) -> Report:
+    """Zeroes the share `sparsity` of the routed experts' weights by a rule, and leaves everything else as it is.
 
-    def walk(routed: Routed) -> torch.Tensor:
-        total = torch.zeros_like(routed.x)
-        norms: dict[int, Norms] = {}
-        sums, count = 0.0, 0
-        for e, rows, weights in routed.by_expert():
-            expert = moe.read_expert(checkpoint, routed.block, e, stream.dtype)
-            norms[e], y = measure(routed, expert, rows, weights, gated=False)
-            total.index_add_(0, rows, (y * weights[:, None]).to(total.dtype))
-            for part, weight in zip(PARTS, expert_matrices(checkpoint, routed.block, e), strict=True):
-                if weight is not None:
-                    # The sum of |W| * norm over the matrix, without the matrix of scores.
-                    sums += float(np.abs(weight).sum(0, dtype=np.float64) @ norms[e].of(part))
-                    count += weight.size
-        mean = sums / max(count, 1)
-        scores = (
-            owl.score(weight, n.of(part))
-            for e, n in norms.items()
-            for part, weight in zip(PARTS, expert_matrices(checkpoint, routed.block, e), strict=True)
-            if weight is not None
-        )
-        shares[routed.block.key] = owl.outlier_share(scores, mean, m)
-        return total
+    method: magnitude (needs no data), wanda, owl, sparsegpt, moe-pruner.
+    pattern: "n:m" zeroes n of every m consecutive inputs instead of `sparsity` of a row.
+    one_pass: score every layer on the dense model's activations (default: on those of the layers pruned before it).
+    min_tokens: experts that fewer calibration tokens reach are pruned by magnitude and listed as cold.
+    outliers: OWL's M.
+    Raises: CoterieError, before anything is written.
+    """
+    from coterie.data import parse_data
 
-    for _ in stream.run(batches, walk):
-        pass
-    return shares
+    clock, source = Stopwatch(), Model.open(model)
+    files = data if isinstance(data, dict) else parse_data(data or [], folders=True)
+    options = Options(
+        method, Fraction(str(sparsity)), parse_pattern(pattern), one_pass, files, samples, seq_len, seed, min_tokens,
+        outliers, dtype,
+    )  # fmt: skip
+    check_options(options)
+    plan = Plan(layers={}, budget={"kind": "sparsity", "sparsity": sparsity})
+    recorded = vars(options) | {
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "data": {name: str(file) for name, file in files.items()},
+    }
+    return execute(
+        source, plan, Path(out), command="sparsify", path=model, options=recorded, clock=clock,
+        dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+        fill=filler(source, plan, options, on_progress),
+    )  # fmt: skip
+
+
+def check_options(options: Options) -> None:
+    """Raises: CoterieError for a value out of its range, or options that contradict or ignore each other."""
+    methods.load(options.method)
+    if not 0 <= options.sparsity < 1:
+        raise CoterieError(f"--sparsity {float(options.sparsity)}: the share of zeros must be in [0, 1)")
+    if options.method == "magnitude" and (options.data or options.one_pass):
+        raise CoterieError("--data and --one-pass would be ignored: magnitude needs no data")
+    if options.pattern and options.method == "owl":
+        raise CoterieError("--pattern fixes every layer's sparsity, which owl wants to choose; use wanda")
+
+
+def parse_pattern(text: str | None) -> tuple[int, int] | None:
+    """(n, m) of "n:m": n of every m consecutive inputs become zero."""
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) != 2 or not all(p.isdecimal() for p in parts) or not 0 < int(parts[0]) < int(parts[1]) <= 64:
+        raise CoterieError(f"--pattern {text!r}: expected n:m with 0 < n < m, such as 2:4")
+    return int(parts[0]), int(parts[1])
+
+
+def filler(source: Model, plan: Plan, options: Options, on_progress: Progress) -> Fill:
+    """What `execute` calls once everything but the experts' matrices is written."""
+
+    def fill(writer: Writer) -> dict[str, Any]:
+        view = planned(source, plan, plan_outputs(source, plan))
+        return zero_weights(view, options, writer, on_progress)
+
+    return fill
+
+
+def zero_weights(model: Model, options: Options, writer: Writer, on_progress: Progress) -> dict[str, Any]:
+    """Prunes every expert matrix of the model into the writer's holes; returns what to add to the report."""
+    from coterie import pruner
+
+    if options.method == "magnitude":
+        shares = {b.key: options.sparsity for b in pruner.main_blocks(model)}
+        worker = _worker(model, options, shares, writer)
+        worker.prune_all(model, on_progress)
+        return _numbers(worker, shares)
+    return _calibrated(model, options, writer, on_progress)
+
+
+def _worker(model: Model, options: Options, shares: dict[str, Fraction], writer: Writer, dtype: Any = None) -> Any:
+    from coterie import pruner
+
+    return pruner.Pruner(
+        model.checkpoint,
+        methods.load(options.method),
+        pruner.zero_budget(model, shares),
+        writer.put,
+        dtype,
+        options.pattern,
+        options.min_tokens,
+        sequential=not options.one_pass,
+    )
+
+
+def _numbers(worker: Any, shares: dict[str, Fraction]) -> dict[str, Any]:
+    return {
+        "cold_experts": worker.cold,
+        "layer_sparsity": {key: float(share) for key, share in shares.items()},
+        "expert_zeros": worker.num_zeros,
+    }
+
+
+def _calibrated(model: Model, options: Options, writer: Writer, on_progress: Progress) -> dict[str, Any]:
+    """One streaming forward (two for OWL, whose first measures the dense model), pruning each expert on the way.
+
+    After each layer the hidden states and what was counted are saved, so that a killed run goes on from there.
+    """
+    from coterie import pruner
+    from coterie.calibrate import Stream
+    from coterie.samples import compute_dtype, read_samples
+
+    dtype = compute_dtype(model, options.dtype)
+    by_domain, notes = read_samples(
+        model, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
+    )
+    samples = [sample for found in by_domain.values() for sample in found]
+    stream = Stream(model, dtype)
+    blocks = pruner.main_blocks(model)
+    done = writer.units[-1] if writer.units else None
+    if done:
+        shares = {key: Fraction(share) for key, share in done["shares"].items()}
+    elif options.method == "owl":
+        shares = _owl_shares(model, stream, samples, options, on_progress)
+    else:
+        shares = {b.key: options.sparsity for b in blocks}
+    worker = _worker(model, options, shares, writer, dtype)
+    batches = stream.embed(samples)
+    first = 0
+    if done:
+        first, worker.cold, worker.num_zeros = done["layer"] + 1, done["cold"], done["zeros"]
+        _restore(batches, writer.partial / f"hidden-{done['layer']}.safetensors")
+    for index in stream.run(batches, worker.walk, first):
+        _save(batches, writer.partial / f"hidden-{index}.safetensors")
+        kept = {"layer": index, "cold": worker.cold, "zeros": worker.num_zeros}
+        writer.unit(kept | {"shares": {key: str(share) for key, share in shares.items()}})
+        (writer.partial / f"hidden-{index - 1}.safetensors").unlink(missing_ok=True)
+        on_progress("pruning layers", index + 1, len(stream.layers))
+    for path in writer.partial.glob("hidden-*.safetensors"):
+        path.unlink()
+    return _numbers(worker, shares) | {
+        "calibration": {"samples": {name: len(found) for name, found in by_domain.items()}, "notes": notes}
+    }
+
+
+def _owl_shares(
+    model: Model, stream: Any, samples: Any, options: Options, on_progress: Progress
+) -> dict[str, Fraction]:
+    """OWL's sparsity of each layer, as fractions that JSON can hold exactly."""
+    import numpy as np
+
+    from coterie import pruner
+    from coterie.methods.sparsify import owl
+
+    found = pruner.outlier_shares(stream, stream.embed(samples), options.outliers, on_progress)
+    sizes = [
+        b.num_experts * sum(r * c for r, c in pruner.matrix_shapes(model.checkpoint, b).values())
+        for b in pruner.main_blocks(model)
+    ]
+    keys = [b.key for b in pruner.main_blocks(model)]
+    values = owl.layer_sparsities(np.array([found[k] for k in keys]), float(options.sparsity), np.array(sizes))
+    return {key: Fraction(repr(float(value))) for key, value in zip(keys, values, strict=True)}
+
+
+def _save(batches: list[Any], path: Path) -> None:
+    """The hidden states between two layers; the name is absent or complete."""
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".tmp")
+    save_file({str(i): batch.hidden.contiguous() for i, batch in enumerate(batches)}, partial)
+    partial.rename(path)
+
+
+def _restore(batches: list[Any], path: Path) -> None:
+    from safetensors.torch import load_file
+
+    saved = load_file(path)
+    for i, batch in enumerate(batches):
+        batch.hidden = saved[str(i)]

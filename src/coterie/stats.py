@@ -81,16 +81,18 @@ class Stats:
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file; the name is absent or complete."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         tensors = {"/".join(key): np.ascontiguousarray(value) for key, value in self.sums.items()}
         metadata = {"format": FORMAT, "model": self.model, "samples": json.dumps(self.samples)}
         partial = path.with_name(path.name + ".partial")
         try:
-            save_file(tensors, partial, metadata=metadata)
+            partial.write_bytes(save(tensors, metadata))  # not by its save_file, which has errors of its own kind
             partial.rename(path)
         except OSError as error:
             raise CoterieError(f"{path}: cannot be written ({error.strerror or error})") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Stats:
@@ -110,7 +112,7 @@ class Stats:
             raise CoterieError(f"{path}: its metadata is damaged ({error}); collect the statistics again") from error
         raw = path.read_bytes()
         for name, tensor in tensors.items():
-            key = tuple(name.split("/"))
+            key = tuple(name.rsplit("/", 2))  # a domain's name may hold slashes
             if len(key) != 3 or key[2] not in SUMS or tensor.dtype != "F64":
                 raise CoterieError(f"{path}: {name!r} is not a statistic; expected DOMAIN/LAYER/NAME in F64")
             value = decode(raw[tensor.start : tensor.end], tensor.dtype, name).reshape(tensor.shape)

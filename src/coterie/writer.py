@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,9 @@ class Writer:
         Raises: CoterieError when another run holds the folder, or a resumed one was asked for something else.
         """
         self.out, self.partial = out, partial_of(out)
+        self.units: list[dict[str, Any]] = []  # of this run and, after a resume, of the one before
+        self._places: dict[str, tuple[str, int, int]] = {}  # tensor -> shard, first and last byte
+        self._open: dict[str, int] = {}
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._guarded(lambda: self.partial.mkdir(parents=True, exist_ok=True))
         self._journal = self._guarded(lambda: (self.partial / JOURNAL).open("ab+", buffering=0))
@@ -142,6 +146,8 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
         self._journal.close()
 
     def _recover(self, resume: bool) -> dict[str, int]:
@@ -154,6 +160,7 @@ class Writer:
                     "repeat the first command, or start anew with --overwrite"
                 )
             self._journal.truncate(end)
+            self.units = [e["unit"] for e in entries[1:] if isinstance(e.get("unit"), dict)]
             done = {e["shard"]: e.get("bytes") for e in entries[1:] if isinstance(e.get("shard"), str)}
             return {s: n for s, n in done.items() if type(n) is int and self._size(s) == n}
         for path in self.partial.iterdir():
@@ -215,6 +222,7 @@ class Writer:
         """Writes one safetensors file, unless the journal says it is done. Tensors keep the given order."""
         if name in self._done:
             on_bytes(sum(o.num_bytes for o in outputs))
+            self._place(name)
             return
         temporary = self.partial / f"{name}.tmp"
 
@@ -229,6 +237,34 @@ class Writer:
         size = self._guarded(write)
         self._guarded(lambda: temporary.rename(self.partial / name))
         self._log({"shard": name, "bytes": size})
+        self._place(name)
+
+    def _place(self, shard: str) -> None:
+        """Where the shard's tensors stand."""
+        found, _ = read_header(self.partial / shard)
+        self._places |= {name: (shard, tensor.start, tensor.end) for name, tensor in found.items()}
+
+    def put(self, name: str, offset: int, data: bytes) -> None:
+        """Fills a hole: bytes of the tensor `name` from byte `offset` of it, in a shard that `shard` wrote."""
+        shard, start, end = self._places[name]
+        assert offset >= 0 and start + offset + len(data) <= end
+
+        def write() -> None:
+            if shard not in self._open:
+                self._open[shard] = os.open(self.partial / shard, os.O_WRONLY)
+            view, position = memoryview(data), start + offset
+            while view:
+                written = os.pwrite(self._open[shard], view, position)
+                view, position = view[written:], position + written
+
+        self._guarded(write)
+
+    def unit(self, entry: dict[str, Any]) -> None:
+        """Journals a finished unit of work (a layer), after what it put is on the disk."""
+        for descriptor in self._open.values():
+            self._guarded(partial(os.fsync, descriptor))
+        self._log({"unit": entry})
+        self.units.append(entry)
 
     def text(self, name: str, content: str) -> None:
         def write() -> None:

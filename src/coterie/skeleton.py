@@ -1,0 +1,135 @@
+"""transformers' own model without its weights, filled and emptied in parts by the library's own conversion.
+
+What the streaming forward (`calibrate.py`) moves through memory. Parameters stand on the meta device until they are
+filled; buffers are real from the beginning, because some (rotary frequencies) are computed and never stored.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie import moe
+from coterie.checkpoint import Checkpoint
+from coterie.errors import CoterieError
+from coterie.loading import quiet_transformers
+
+NO_DATA = "use a method that needs no data"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """transformers' model with its parameters on the meta device, and our experts implementation.
+
+    Raises: CoterieError when transformers does not build it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    architectures = checkpoint.config.get("architectures") or [""]
+    multimodal = str(architectures[0]).endswith("ForConditionalGeneration")
+    auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    try:
+        config = _stock_config(checkpoint.config)
+        # Buffers are real: rotary ones are computed, not loaded.
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            model = auto.from_config(config, dtype=dtype)
+        model.set_experts_implementation(moe.IMPLEMENTATION)
+    except Exception as error:  # a config can provoke anything in there
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+        raise CoterieError(
+            f"{checkpoint.path}: transformers does not build it ({reason}), so it cannot be calibrated; {NO_DATA}"
+        ) from error
+    return model.eval()
+
+
+def _stock_config(config: dict[str, Any]) -> Any:
+    """The library's config object, read by its own reader (which knows how it spells infinities)."""
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return AutoConfig.from_pretrained(folder)
+
+
+def decoder_layers(decoder: Any, where: str) -> torch.nn.ModuleList:
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] in ("layers", "blocks"):
+            return module
+    raise CoterieError(f"{where}: {type(decoder).__name__} has no list of layers; {NO_DATA}")
+
+
+def targets(model: Any, names: list[str]) -> dict[str, str]:
+    """Name of each stored tensor -> its name in the model, by the library's renaming."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping: Any = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in names:
+        found[name], _ = rename_source_key(name, renamings, converters, prefix, state)
+        if found[name] not in state and name in state:  # as the library's loader: it should not have been renamed
+            found[name], _ = rename_source_key(name, [], [], prefix, state)
+    return found
+
+
+def needed_outside(model: Any, decoder: Any, layers: torch.nn.ModuleList) -> dict[str, torch.Tensor]:
+    """What the text model holds beside its layers, by name: parameters and stored buffers of the decoder and head."""
+    inside = {id(m) for m in layers.modules()}
+    needed = {id(m) for part in (decoder, model.get_output_embeddings()) if part is not None for m in part.modules()}
+    found = {}
+    for prefix, module in model.named_modules():
+        if id(module) in needed - inside:
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if "." not in name:
+                    found[f"{prefix}.{name}" if prefix else name] = tensor
+    return found
+
+
+def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> None:
+    """Reads the named tensors into the model's parameters.
+
+    Raises: CoterieError for a tensor that does not fit, or is quantised.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    mapping: Any = get_model_conversion_mapping(model)  # conversions keep state: a fresh one each time
+    plan = model._get_dtype_plan(dtype)  # what the library keeps in float32 whatever is asked
+    how = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype, dtype_plan=plan, device_map={"": "cpu"})
+    tensors = {name: _tensor(checkpoint, name) for name in names}
+    with quiet_transformers():
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, how, None)
+    faults = {*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors}
+    if faults:
+        raise CoterieError(f"{checkpoint.path}: transformers does not take {sorted(map(str, faults))[0]!r}")
+
+
+def free(layer: torch.nn.Module) -> None:
+    """Empties a layer's parameters; its buffers stay."""
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device="meta")
+            module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A stored tensor as torch has it, in memory of torch's own: the last bits of products depend on its alignment.
+
+    Raises: CoterieError for small floats: quantised weights outside the experts need scales that we do not apply.
+    """
+    from safetensors.torch import _TYPES  # the library's own table of names
+
+    stored = checkpoint.tensors[name]
+    if stored.dtype not in FLOATS and stored.dtype.startswith(("F", "U", "I8")):
+        raise CoterieError(f"tensor {name!r} is {stored.dtype}, quantised outside the experts; dequantise it first")
+    dtype: Any = _TYPES[stored.dtype]
+    return torch.frombuffer(bytearray(checkpoint.raw(name)), dtype=dtype).view(stored.shape).clone()

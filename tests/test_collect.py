@@ -1,0 +1,367 @@
+"""Calibration's sums against loops over tokens in the whole model, and the one file they are kept in."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import tiny
+from coterie import stats as stats_module
+from coterie.checkpoint import Checkpoint
+from coterie.collect import collect, measure
+from coterie.errors import CoterieError
+from coterie.layer import Model
+from coterie.loading import load_stock
+from coterie.samples import compute_dtype, max_positions, read_samples
+from coterie.stats import SUMS, Stats, merge
+
+LENGTHS = {"prose": (9, 24, 9), "code": (5,), "a/b": (24, 1)}
+
+
+def sequences(seed=0):
+    draw = np.random.default_rng(seed)
+    return {name: [tuple(draw.integers(3, tiny.VOCABULARY, n).tolist()) for n in ns] for name, ns in LENGTHS.items()}
+
+
+def files(folder, given):
+    """One JSONL file of token ids per domain."""
+    folder.mkdir(exist_ok=True)
+    found = {}
+    for number, (name, samples) in enumerate(given.items()):
+        found[name] = folder / f"{number}.jsonl"
+        found[name].write_text("\n".join(json.dumps({"input_ids": list(s)}) for s in samples))
+    return found
+
+
+# --- the slow way -------------------------------------------------------------------------------------------------
+
+
+def silu_hidden(module, e, x):
+    gate, up = (module.gate_up_proj[e] @ x).chunk(2)
+    return F.silu(gate) * up
+
+
+def silu_output(module, e, h):
+    return module.down_proj[e] @ h
+
+
+def gpt_oss_hidden(module, e, x):
+    """Stored (in, out), gate and up alternating, clamped at 7; the activation is x sigmoid(1.702 x)."""
+    both = x @ module.gate_up_proj[e] + module.gate_up_proj_bias[e]
+    gate, up = both[0::2].clamp(max=7), both[1::2].clamp(-7, 7)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def gpt_oss_output(module, e, h):
+    return h @ module.down_proj[e] + module.down_proj_bias[e]
+
+
+def slow_sums(folder, given):
+    """{(domain, layer, name): array} by the stock model, one sample, one token, one choice after the other."""
+    model, _ = load_stock(folder, "float32", experts_implementation="eager")
+    is_gpt = model.config.model_type == "gpt_oss"
+    to_hidden, to_output = (gpt_oss_hidden, gpt_oss_output) if is_gpt else (silu_hidden, silu_output)
+    layer_of = {m: str(i) for i, layer in enumerate(model.model.layers) for m in layer.modules()}
+    sums, domain = {}, ""
+
+    def add(layer, name, place, value):
+        shape = {"coactivation": (8, 8)}.get(name, (8, *np.shape(value)))
+        array = sums.setdefault((domain, layer, name), np.zeros(shape))
+        array[place] += np.asarray(value, dtype=np.float64)
+
+    def experts(module, tokens, chosen, weights):
+        layer, total = layer_of[module], torch.zeros_like(tokens)
+        for t, x in enumerate(tokens):
+            ids = chosen[t].tolist()
+            for k, e in enumerate(ids):
+                g, h = float(weights[t, k]), to_hidden(module, e, x)
+                y = to_output(module, e, h)
+                total[t] += weights[t, k] * y
+                x64, h64, y64 = (v.double().numpy() for v in (x, h, y))
+                add(layer, "tokens", e, 1)
+                add(layer, "gates", e, g)
+                add(layer, "output_norms", e, np.linalg.norm(y64))
+                add(layer, "gated_output_norms", e, g * np.linalg.norm(y64))
+                add(layer, "inputs_squared", e, x64**2)
+                add(layer, "gated_inputs_squared", e, (g * x64) ** 2)
+                add(layer, "hidden_squared", e, h64**2)
+                add(layer, "gated_hidden_squared", e, (g * h64) ** 2)
+                add(layer, "outputs", e, y64)
+                for other in ids:
+                    add(layer, "coactivation", (e, other), int(e != other))
+        return total
+
+    ALL_EXPERTS_FUNCTIONS.register("slow", experts)
+    model.set_experts_implementation("slow")
+    with torch.inference_mode():
+        for name, samples in given.items():
+            domain = name
+            for sample in samples:
+                model(input_ids=torch.tensor([sample]), use_cache=False)
+    return sums
+
+
+def assert_close(found, expected):
+    """Equal to 1e-5 of the largest value of each sum; counts exactly."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key[2] in ("tokens", "coactivation"):
+            assert np.array_equal(found[key], value), key
+        else:
+            np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=str(key))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_sums_equal_loops_over_tokens(tiny_checkpoint, model_type):
+    """Every sum of every MoE layer and domain, though all domains pass through the model together."""
+    folder, given = tiny_checkpoint(model_type), sequences()
+    found = measure(Model.open(folder), given, torch.float32)
+    assert_close(found.sums, slow_sums(folder, given))
+    assert found.samples == {name: len(s) for name, s in given.items()}
+    assert {name for _, _, name in found.sums} == set(SUMS)
+    tokens = found.get(found.layers[0], "tokens")
+    assert tokens.sum() == tiny.TOP_K * sum(sum(n) for n in LENGTHS.values())
+
+
+def test_shapes_are_as_documented(tiny_checkpoint):
+    """E 8, D 32, F 16; dense layers have no sums."""
+    found = measure(Model.open(tiny_checkpoint("deepseek_v3")), sequences(), torch.float32)
+    axes = {"E": tiny.NUM_EXPERTS, "D": tiny.HIDDEN, "F": tiny.EXPERT_HIDDEN}
+    assert found.layers == ["1", "2", "3"]
+    for (_, _, name), value in found.sums.items():
+        legend = SUMS[name].partition(")")[0].strip("(").rstrip(",").split(", ")
+        assert value.shape == tuple(axes[a] for a in legend), name
+        assert value.dtype == np.float64
+    pairs = found.get("1", "coactivation")
+    assert np.array_equal(pairs, pairs.T) and not np.diag(pairs).any()
+
+
+def test_padding_never_enters(tiny_checkpoint):
+    """Samples of different lengths count as many tokens as they have, however they share batches."""
+    model = Model.open(tiny_checkpoint("qwen2_moe"))
+    together = measure(model, sequences(), torch.float32)
+    apart = merge(
+        measure(model, {name: [sample]}, torch.float32) for name, given in sequences().items() for sample in given
+    )
+    assert_close(together.sums, apart.sums)
+    assert together.samples == apart.samples
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+def test_the_file(tiny_checkpoint, tmp_path):
+    """Names the model and the samples of each domain; reads back as it was, names with slashes included."""
+    folder, given = tiny_checkpoint("qwen2_moe"), sequences()
+    out, seen = tmp_path / "out" / "m.stats", []
+    out.parent.mkdir()
+    result = collect(
+        folder, out, data=files(tmp_path / "data", given), samples=9,
+        on_progress=lambda what, done, total: seen.append((what, done, total)),
+    )  # fmt: skip
+    found = Stats.load(out)
+    assert found.model == result["model"]["hash"] == Checkpoint.open(folder).hash
+    assert found.samples == {"prose": 3, "code": 1, "a/b": 2}
+    assert result["domains"]["a/b"] == {"samples": 2, "tokens": 25}
+    assert len(result["notes"]) == 2 and "gives 1 of the 3 samples" in result["notes"][0]
+    assert seen == [("measuring layers", i, 4) for i in (1, 2, 3, 4)]
+    assert [p.name for p in out.parent.iterdir()] == ["m.stats"]
+    assert json.loads(json.dumps(result))["layers"] == ["0", "1", "2", "3"]
+    assert_close(found.sums, measure(Model.open(folder), given, torch.float32).sums)
+
+
+def test_two_files_add_up_to_one(tiny_checkpoint, tmp_path):
+    """Statistics of two data sets merged are those of both together."""
+    folder, given = tiny_checkpoint("mixtral"), sequences()
+    parts = [{"x": given["prose"]}, {"x": given["code"], "y": given["a/b"]}]
+    for number, part in enumerate([*parts, {"x": given["prose"] + given["code"], "y": given["a/b"]}]):
+        total = sum(len(s) for s in part.values())
+        data = files(tmp_path / str(number), part)
+        collect(folder, tmp_path / f"{number}.stats", data=data, samples=total if len(part) == 1 else 2 * total)
+    a, b, both = (Stats.load(tmp_path / f"{number}.stats") for number in range(3))
+    before = {key: value.copy() for key, value in a.sums.items()}
+    merged = merge([a, b])
+    assert_close(merged.sums, both.sums)
+    assert merged.samples == both.samples == {"x": 4, "y": 2}
+    assert all(np.array_equal(a.sums[key], value) for key, value in before.items())
+
+
+def test_weights_multiply_domains(tiny_checkpoint):
+    """A domain of weight two counts as if its data were given twice; unnamed ones count once."""
+    model, given = Model.open(tiny_checkpoint("qwen2_moe")), sequences()
+    once = measure(model, given, torch.float32)
+    twice = measure(model, given | {"code": given["code"] * 2}, torch.float32)
+    for name in SUMS:
+        found, expected = once.get("1", name, {"code": 2.0}), twice.get("1", name)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    none = dict.fromkeys(given, 0.0) | {"code": 1.0}
+    assert np.array_equal(once.get("1", "tokens", none), once.sums["code", "1", "tokens"])
+    with pytest.raises(CoterieError, match="domain 'poetry' is not in the statistics; they hold prose, code, a/b"):
+        once.get("1", "tokens", {"poetry": 2.0})
+    with pytest.raises(CoterieError, match="layer 9 has no 'tokens'"):
+        once.get("9", "tokens")
+
+
+def test_statistics_of_another_model_are_refused(tiny_checkpoint):
+    """By fingerprint, when used and when merged."""
+    mine, theirs = (measure(Model.open(tiny_checkpoint(t)), sequences(), torch.float32) for t in ("mixtral", "olmoe"))
+    with pytest.raises(CoterieError, match=r"x\.stats: collected on another model"):
+        theirs.check_model(Checkpoint.open(tiny_checkpoint("mixtral")).hash, "x.stats")
+    mine.check_model(Checkpoint.open(tiny_checkpoint("mixtral")).hash, "x.stats")
+    with pytest.raises(CoterieError, match="collected on another model"):
+        merge([mine, theirs])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: m.pop("format"), "not a statistics file"),
+        (lambda t, m: m.pop("samples"), "metadata is damaged"),
+        (lambda t, m: m.update(samples="[1]"), "metadata is damaged"),
+        (lambda t, m: m.update(samples="[" * 10**5), "metadata is damaged"),
+        (lambda t, m: t.update({"x/1/kurtosis": np.ones(8)}), "is not a statistic"),
+        (lambda t, m: t.update({"tokens": np.ones(8)}), "is not a statistic"),
+        (lambda t, m: t.update({"x/1/tokens": np.ones(8, np.float32)}), "is not a statistic"),
+        (lambda t, m: t.update({"x/1/tokens": np.full(8, np.nan)}), "NaN or infinite"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, change, message):
+    """Whatever a file holds that is no statistic."""
+    from safetensors.numpy import save_file
+
+    tensors, metadata = {"x/1/tokens": np.ones(8)}, {"format": stats_module.FORMAT, "model": "m", "samples": '{"x": 1}'}
+    path = tmp_path / "x.stats"
+    save_file(tensors, path, metadata=metadata)
+    assert Stats.load(path).get("1", "tokens").tolist() == [1.0] * 8
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(CoterieError, match=message):
+        Stats.load(path)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_activations_that_are_no_numbers_are_refused(tiny_checkpoint, tmp_path, value):
+    """A damaged weight is found in the layer where it acts; nothing is written."""
+    tensors, config = tiny.read(tiny_checkpoint("qwen2_moe"))
+    for e in range(tiny.NUM_EXPERTS):
+        tensors[f"model.layers.2.mlp.experts.{e}.down_proj.weight"][0, 0] = value
+    folder, out = tiny.write(tmp_path / "m", tensors, config), tmp_path / "x.stats"
+    with pytest.raises(CoterieError, match="layer 2: output_norms are NaN or infinite"):
+        collect(folder, out, data=files(tmp_path / "data", sequences()))
+    assert not list(tmp_path.glob("*.stats*"))
+
+
+def test_damage_outside_the_experts_is_found_in_the_next_layer(tiny_checkpoint, tmp_path):
+    """NaN in a layer's attention reaches its own experts' inputs."""
+    tensors, config = tiny.read(tiny_checkpoint("qwen2_moe"))
+    tensors["model.layers.1.self_attn.o_proj.weight"][:] = np.nan
+    folder = tiny.write(tmp_path / "m", tensors, config)
+    with pytest.raises(CoterieError, match=r"layer 1: .* NaN or infinite"):
+        collect(folder, tmp_path / "x.stats", data=files(tmp_path / "data", sequences()))
+
+
+def test_bad_options_cost_nothing(tiny_checkpoint, tmp_path):
+    """What is wrong is said before the model is read, and nothing is written."""
+    folder, data = tiny_checkpoint("qwen2_moe"), files(tmp_path / "data", sequences())
+    out = tmp_path / "x.stats"
+    with pytest.raises(CoterieError, match="a folder; expected a new file's name"):
+        collect(folder, tmp_path, data=data)
+    with pytest.raises(CoterieError, match="its folder is missing"):
+        collect(folder, tmp_path / "none" / "x.stats", data=data)
+    for name in ("a\0b", "a" * 5000):
+        with pytest.raises(CoterieError, match="not a file name"):
+            collect(folder, name, data=data)
+    with pytest.raises(CoterieError, match="--dtype 'int8': expected one of auto, float32, bfloat16, float16"):
+        collect(folder, out, data=data, dtype="int8")
+    with pytest.raises(CoterieError, match="--samples 2: expected a whole number, at least 3"):
+        collect(folder, out, data=data, samples=2)
+    with pytest.raises(CoterieError, match="not open to transformers' registry"):
+        collect(tiny_checkpoint("dbrx"), out, data=data)
+    out.write_text("mine")
+    with pytest.raises(CoterieError, match="exists already"):
+        collect(folder, out, data=data)
+    assert out.read_text() == "mine"
+    collect(folder, out, data=data, overwrite=True)
+    assert Stats.load(out).layers == ["0", "1", "2", "3"]
+
+
+def test_a_full_disk_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
+    """The file is absent or complete."""
+
+    def full(path, raw):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CoterieError, match=r"cannot be written \(No space left on device\)"):
+        collect(tiny_checkpoint("qwen2_moe"), tmp_path / "x.stats", data=files(tmp_path / "data", sequences()))
+    assert not list(tmp_path.glob("*.stats*"))
+
+
+# --- what it is fed -----------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_is_loaded_for_text_only(tiny_checkpoint, tmp_path):
+    """Tiny checkpoints have none: token ids do without, text is refused by the tokenizer's absence."""
+    model = Model.open(tiny_checkpoint("qwen2_moe"))
+    found, notes = read_samples(model, files(tmp_path / "data", {"x": [(5, 6)]}), samples=1)
+    assert (found, notes) == ({"x": [(5, 6)]}, [])
+    (tmp_path / "a.txt").write_text("some words")
+    with pytest.raises(CoterieError, match="tokenizer"):
+        read_samples(model, [f"x={tmp_path / 'a.txt'}"])
+
+
+def test_lengths_are_clamped_to_the_config(tiny_checkpoint, tmp_path):
+    """128 positions in the tiny configs; under another name in others."""
+    model = Model.open(tiny_checkpoint("qwen2_moe"))
+    with pytest.raises(CoterieError, match=r"0\.jsonl:1: 129 token ids; the model has 128 positions"):
+        read_samples(model, files(tmp_path / "data", {"x": [(5,) * 129]}), samples=1)
+    assert max_positions({"max_seq_len": 7}) == 7
+    assert max_positions({"text_config": {"max_position_embeddings": 9}}) == 9
+    assert max_positions({"max_position_embeddings": None}) is None
+
+
+def test_the_dtype_is_that_of_the_experts(tiny_checkpoint, tmp_path):
+    """Where they are quantised, the config's, else bfloat16."""
+    from safetensors.torch import save_file
+
+    source = tiny_checkpoint("qwen2_moe")
+    tensors, config = tiny.read(source)
+    assert compute_dtype(Model.open(source)) == torch.float32
+    assert compute_dtype(Model.open(source), "float16") == torch.float16
+    folder = tmp_path / "m"
+    shutil.copytree(source, folder)
+    cases = [(torch.bfloat16, "float32", torch.bfloat16), (torch.float16, None, torch.float16)]
+    for stored, said, expected in [
+        *cases,
+        (torch.float8_e4m3fn, "float16", torch.float16),
+        (torch.float8_e4m3fn, None, torch.bfloat16),
+    ]:
+        config = {k: v for k, v in config.items() if "dtype" not in k} | ({"dtype": said} if said else {})
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({n: torch.from_numpy(v).to(stored) for n, v in tensors.items()}, folder / "model.safetensors")
+        assert compute_dtype(Model.open(folder)) == expected
+
+
+def test_nothing_is_printed(tiny_checkpoint, tmp_path):
+    """Not by transformers either: no bars, no warnings."""
+    data = files(tmp_path / "data", {"x": [(5, 6)]})
+    code = (
+        "import sys; from coterie.collect import collect; "
+        "collect(sys.argv[1], sys.argv[2], data=[f'x={sys.argv[3]}'], samples=1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tiny_checkpoint("gpt_oss"), tmp_path / "x.stats", data["x"]],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
