@@ -565,3 +565,19 @@ def test_no_config_raises_anything_else(tmp_path_factory, changes, model_type):
         assert not list(folder.glob("out*"))
     else:
         assert report.report["after"]["experts"] == 6
+
+
+def test_a_dense_prediction_layer_is_dropped_too(tmp_path):
+    """--drop-mtp leaves out everything of a layer beyond the config's count, also one without a router."""
+    model = qwen(tmp_path / "model", num_nextn_predict_layers=1)
+    tensors = read_all(model) | {"model.layers.2.mlp.up_proj.weight": np.ones((4, HIDDEN), np.float32)}
+    save(model, json.loads((model / "config.json").read_text()), [tensors])
+    prune(model, tmp_path / "out", drop_mtp=True)
+    assert not any(name.startswith("model.layers.2.") for name in read_all(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_dropping_prediction_layers_that_are_not_there_is_refused(tmp_path):
+    """--drop-mtp on a model without such layers would be ignored, so it is refused."""
+    with pytest.raises(CoterieError, match="no multi-token-prediction layers"):
+        prune(qwen(tmp_path / "model"), tmp_path / "out", drop_mtp=True)

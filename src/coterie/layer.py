@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     pass
 
 LAYER = re.compile(r"(?P<prefix>(?:.+?\.)?(?:layers|blocks)\.(?P<index>\d{1,6})\.)(?P<rest>.+)", re.DOTALL)
+MTP = re.compile(r"(^|[._])(mtp|nextn)")
 EXPERT_LIKE = re.compile(r"(^|[._])(experts?|router)([._]|$)")
 ROLES = ("expert", "shared", "router", "row", "table", "other")
 
@@ -138,10 +139,8 @@ def _block(
 ) -> MoE:
     """Sorts a layer's tensors (`names`: relative -> full) into the block's roles."""
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
-    num_layers = next((v for _, _, v in lookup(checkpoint.config, ("num_hidden_layers", "n_layers", "num_layers"))), 0)
-    mtp_prefix = "mtp" in prefix or "nextn" in prefix
-    mtp = mtp_prefix or (type(num_layers) is int and 0 < num_layers <= index)
-    key = f"mtp.{index}" if mtp_prefix else str(index)
+    mtp = is_mtp(prefix + "x", checkpoint.config)
+    key = f"mtp.{index}" if MTP.search(prefix) else str(index)
     counts = family.layer_counts(checkpoint.config)
     num_experts = counts[key] if key in counts else family.num_experts(checkpoint.config)
     numbered = re.compile(re.escape(layout.experts) + r"(\d{1,6})\.(.+)", re.DOTALL)
@@ -212,14 +211,28 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
 
 def mtp_names(model: Model) -> list[str]:
     """All tensors of the multi-token-prediction layers, with what stands beside them (`mtp.fc.weight`)."""
+    roots = {_root(block.prefix) for block in model.moe if not block.mtp}  # other stacks, such as vision, are longer
     found = []
-    for prefix in {block.prefix for block in model.moe if block.mtp}:
-        match = LAYER.fullmatch(prefix + "x")
-        assert match
-        root = prefix[: match.start("index")].removesuffix("layers.").removesuffix("blocks.")
-        below = root if "mtp" in root or "nextn" in root else prefix
-        found += [name for name in model.checkpoint.tensors if name.startswith(below)]
+    for name in model.checkpoint.tensors:
+        match = LAYER.fullmatch(name)
+        beyond = match is not None and _root(match["prefix"]) in roots
+        if is_mtp(name, model.checkpoint.config if beyond else {}):
+            found.append(name)
     return found
+
+
+def _root(prefix: str) -> str:
+    """What stands before the layer's number: `model.layers.`."""
+    return prefix.rstrip(".").rpartition(".")[0]
+
+
+def is_mtp(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor, by its name or by a layer index beyond the config's count, belongs to such a layer."""
+    if MTP.search(name):
+        return True
+    match = LAYER.fullmatch(name)
+    num_layers = next((v for _, _, v in lookup(config, ("num_hidden_layers", "n_layers", "num_layers"))), 0)
+    return match is not None and type(num_layers) is int and 0 < num_layers <= int(match["index"])
 
 
 def expert_axis(shape: tuple[int, ...], num_rows: int) -> int | None:

@@ -17,9 +17,8 @@ from typing import Any
 from coterie.checkpoint import Checkpoint, load_json, resolve
 from coterie.errors import CoterieError
 from coterie.family import detect, lookup
-from coterie.layer import LAYER
+from coterie.layer import is_mtp
 
-MTP = re.compile(r"(^|[._])(mtp|nextn)")
 TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
 
 
@@ -66,16 +65,8 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
     except Exception as error:  # a checkpoint can provoke anything in there
         raise CoterieError(f"{folder}: transformers cannot load it: {type(error).__name__}: {error!s:.500}") from error
     faults = {kind: sorted(k if isinstance(k, str) else str(k[0]) for k in keys) for kind, keys in info.items()}
-    faults["unexpected_keys"] = [k for k in faults.get("unexpected_keys", []) if not _is_mtp(k, config)]
+    faults["unexpected_keys"] = [k for k in faults.get("unexpected_keys", []) if not is_mtp(k, config)]
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
-
-
-def _is_mtp(key: str, config: dict[str, Any]) -> bool:
-    """Whether a key belongs to multi-token-prediction layers, which stock classes leave out by design."""
-    match = LAYER.fullmatch(key)
-    num_layers = next((v for _, _, v in lookup(config, ("num_hidden_layers", "n_layers"))), None)
-    beyond = match is not None and type(num_layers) is int and int(match["index"]) >= num_layers
-    return beyond or MTP.search(key) is not None
 
 
 def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:

@@ -11,7 +11,7 @@ from coterie.apply import check_count, execute, fits_groups
 from coterie.errors import CoterieError
 from coterie.experts import Layer, read_layer
 from coterie.family import Groups
-from coterie.layer import Model, MoE
+from coterie.layer import Model, MoE, mtp_names
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
 from coterie.plan import Choice, Plan
@@ -143,6 +143,8 @@ def make_plan(
     uniform = num_kept(options, total)
     asked = f"--experts {uniform}" if options.experts else f"--ratio {0.25 if options.ratio is None else options.ratio}"
     check_count(uniform, top_k, groups, asked)
+    if options.drop_mtp and not mtp_names(model):
+        raise CoterieError("--drop-mtp: the model has no multi-token-prediction layers to leave out")
     chosen = [b for b in model.moe if not (b.mtp and options.drop_mtp)]
     small = min(chosen, key=lambda b: b.num_experts)
     if small.num_experts < uniform:
