@@ -75,3 +75,12 @@ def test_bad_options_are_refused(tiny_checkpoint, tmp_path, data, options, says)
     with pytest.raises(CoterieError, match=says):
         sparsify(tiny_checkpoint("qwen3_moe"), tmp_path / "out", **options, **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_attention_experts_keep_their_weights(tiny_checkpoint, tmp_path):
+    """Only the layers' own experts are zeroed: attention experts (jetmoe) are written as they were."""
+    source, out = tiny_checkpoint("jetmoe"), tmp_path / "out"
+    sparsify(source, out, method="magnitude", sparsity=0.5)
+    before, after = Checkpoint.open(source), Checkpoint.open(out)
+    attention = [name for name in before.tensors if "self_attention" in name]
+    assert attention and all(after.raw(name) == before.raw(name) for name in attention)

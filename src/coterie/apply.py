@@ -90,12 +90,13 @@ def execute(
     identity = {"command": command, "options": options, "plan": report.plan, "source": checkpoint.hash}
     if resume and out.exists() and not partial_of(out).exists():
         return _finished(out, report)
+    view = planned(model, plan, outputs) if fill else model
     if fill:
-        outputs = with_holes(outputs, planned(model, plan, outputs))
+        outputs = with_holes(outputs, view)
     with Writer(out, identity, resume=resume) as writer:
         _write(writer, checkpoint, outputs, patched_config(model, plan), on_progress)
         if fill:
-            filled = fill(writer)
+            filled = fill(view, writer)
             report.report.update(filled | _numbers(model, plan, outputs, filled["expert_zeros"]))
         report.report.update(clock.read())
         writer.text("coterie.json", to_json(report.as_dict()))
@@ -104,7 +105,7 @@ def execute(
     return report
 
 
-Fill = Callable[[Writer], dict[str, Any]]
+Fill = Callable[[Model, Writer], dict[str, Any]]  # the model as planned, and where to put what is missing
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def planned(model: Model, plan: Plan, outputs: dict[str, list[Output]]) -> Model
 
 def with_holes(outputs: dict[str, list[Output]], view: Model) -> dict[str, list[Output]]:
     """The outputs with the main layers' expert matrices left open, to be filled by `Writer.put`."""
-    weights = {name for block in view.moe if not block.mtp for name in expert_weights(view.checkpoint, block)}
+    weights = {name for block in view.main for name in expert_weights(view.checkpoint, block)}
     return {
         shard: [replace(o, parts=(Hole(o.num_bytes),)) if o.name in weights else o for o in group]
         for shard, group in outputs.items()
@@ -415,7 +416,7 @@ def _numbers(model: Model, plan: Plan, outputs: dict[str, list[Output]], zeros: 
         below = f"{block.prefix}{block.layout.experts}"
         roles |= {f"{below}{i}.{key}": "expert" for i, e in enumerate(block.experts) for key in e}
     counts = [count(list(checkpoint.tensors.values()), model.roles), count(after, roles)]
-    main = [b for b in model.moe if not b.mtp and not b.attention]
+    main = model.main
     kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main}
     return {
         "before": {

@@ -27,7 +27,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         found["parameters"] += tensor.num_parameters
         found["bytes"] += tensor.num_bytes
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.num_bytes
-    main = [b for b in source.moe if not b.mtp and not b.attention]
+    main = source.main
     num_experts = sum(b.num_experts for b in source.moe)
     return {
         "path": str(model),

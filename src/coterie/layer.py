@@ -56,6 +56,11 @@ class Model:
     moe: tuple[MoE, ...]
     roles: dict[str, str] = field(repr=False)
 
+    @property
+    def main(self) -> list[MoE]:
+        """The blocks of ordinary layers: neither attention experts nor multi-token prediction."""
+        return [b for b in self.moe if not b.mtp and not b.attention]
+
     @classmethod
     def open(cls, model: str | Path) -> Model:
         """MODEL, a folder or a hub id. Raises: CoterieError for what is damaged, dense, unknown or not whole."""

@@ -148,7 +148,7 @@ class Pruner:
 
     def prune_all(self, model: Model, on_progress: Progress) -> None:
         """Every expert of every block, without data."""
-        blocks = main_blocks(model)
+        blocks = model.main
         for done, block in enumerate(blocks):
             for e in range(block.num_experts):
                 self.prune(block, e, None)
@@ -163,7 +163,7 @@ def _check_finite(norms: Norms, where: str) -> None:
 def zero_budget(model: Model, sparsities: dict[str, Fraction]) -> dict[tuple[str, int, str], int]:
     """Zeros of every expert matrix, exact in total; sparsities by layer."""
     keys, sizes, shares = [], [], []
-    for block in main_blocks(model):
+    for block in model.main:
         shapes = matrix_shapes(model.checkpoint, block)
         for e in range(block.num_experts):
             for part, (rows, columns) in shapes.items():
@@ -171,11 +171,6 @@ def zero_budget(model: Model, sparsities: dict[str, Fraction]) -> dict[tuple[str
                 sizes.append(rows * columns)
                 shares.append(sparsities[block.key])
     return dict(zip(keys, spread_zeros(sizes, shares), strict=True))
-
-
-def main_blocks(model: Model) -> list[MoE]:
-    """The blocks whose experts are pruned: not those of multi-token prediction or attention."""
-    return [b for b in model.moe if not b.mtp and not b.attention]
 
 
 def matrix_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
 import resource
 import time
@@ -112,11 +111,3 @@ The licence is the source model's.
 
 def _show(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def human_bytes(num_bytes: float) -> str:
-    """1,234,567 bytes as `1.2 MB` (powers of 1000)."""
-    if num_bytes < 1000:
-        return f"{num_bytes:.0f} B"
-    power = min(int(math.log(num_bytes, 1000)), 4)
-    return f"{num_bytes / 1000**power:.1f} {'kMGT'[power - 1]}B"

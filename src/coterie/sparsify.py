@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import Fill, execute, plan_outputs, planned
+from coterie.apply import execute
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.methods import sparsify as methods
@@ -80,7 +80,7 @@ def sparsify(
     return execute(
         source, plan, Path(out), command="sparsify", path=model, options=recorded, clock=clock,
         dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
-        fill=filler(source, plan, options, on_progress),
+        fill=lambda view, writer: zero_weights(view, options, writer, on_progress),
     )  # fmt: skip
 
 
@@ -105,22 +105,11 @@ def parse_pattern(text: str | None) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
-def filler(source: Model, plan: Plan, options: Options, on_progress: Progress) -> Fill:
-    """What `execute` calls once everything but the experts' matrices is written."""
-
-    def fill(writer: Writer) -> dict[str, Any]:
-        view = planned(source, plan, plan_outputs(source, plan))
-        return zero_weights(view, options, writer, on_progress)
-
-    return fill
-
-
 def zero_weights(model: Model, options: Options, writer: Writer, on_progress: Progress) -> dict[str, Any]:
     """Prunes every expert matrix of the model into the writer's holes; returns what to add to the report."""
-    from coterie import pruner
 
     if options.method == "magnitude":
-        shares = {b.key: options.sparsity for b in pruner.main_blocks(model)}
+        shares = {b.key: options.sparsity for b in model.main}
         worker = _worker(model, options, shares, writer)
         worker.prune_all(model, on_progress)
         return _numbers(worker, shares)
@@ -155,7 +144,6 @@ def _calibrated(model: Model, options: Options, writer: Writer, on_progress: Pro
 
     After each layer the hidden states and what was counted are saved, so that a killed run goes on from there.
     """
-    from coterie import pruner
     from coterie.calibrate import Stream
     from coterie.samples import compute_dtype, read_samples
 
@@ -165,7 +153,7 @@ def _calibrated(model: Model, options: Options, writer: Writer, on_progress: Pro
     )
     samples = [sample for found in by_domain.values() for sample in found]
     stream = Stream(model, dtype)
-    blocks = pruner.main_blocks(model)
+    blocks = model.main
     done = writer.units[-1] if writer.units else None
     if done:
         shares = {key: Fraction(share) for key, share in done["shares"].items()}
@@ -203,10 +191,9 @@ def _owl_shares(
 
     found = pruner.outlier_shares(stream, stream.embed(samples), options.outliers, on_progress)
     sizes = [
-        b.num_experts * sum(r * c for r, c in pruner.matrix_shapes(model.checkpoint, b).values())
-        for b in pruner.main_blocks(model)
+        b.num_experts * sum(r * c for r, c in pruner.matrix_shapes(model.checkpoint, b).values()) for b in model.main
     ]
-    keys = [b.key for b in pruner.main_blocks(model)]
+    keys = [b.key for b in model.main]
     values = owl.layer_sparsities(np.array([found[k] for k in keys]), float(options.sparsity), np.array(sizes))
     return {key: Fraction(repr(float(value))) for key, value in zip(keys, values, strict=True)}
 
