@@ -1,18 +1,23 @@
 """The streaming forward: equal to the ordinary one for every family, with one layer and one expert in memory."""
 
+import mmap
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tiny
-from coterie import calibrate, moe
-from coterie.calibrate import Stream, plain_walk
+from coterie import activations, calibrate, moe, skeleton, tensors
+from coterie.calibrate import Stream, plain_walk, restore, save
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.family import registry
@@ -28,6 +33,7 @@ MULTIMODAL = ["aria", "gemma4", "qwen3_5_moe"]
 # they agree like the others.
 AMPLIFYING = {"gemma4", "gemma4_text", "qwen3_5_moe", "qwen3_5_moe_text"}
 
+MMAP = mmap.mmap
 every_family = pytest.mark.parametrize("model_type", FOLLOWED)
 LENGTHS = (24, 7, 24, 1, 13, 24)
 
@@ -37,10 +43,10 @@ def samples(lengths=LENGTHS, seed=1):
     return [draw.integers(3, tiny.VOCABULARY, n).tolist() for n in lengths]
 
 
-def streamed(stream, given, walk=None, tokens_per_batch=48):
+def streamed(stream, given, walk=None, tokens_per_batch=48, rehearse=None, **activations):
     """Each sample's logits (T, vocabulary), in the order given."""
-    batches = stream.embed(given, tokens_per_batch)
-    for _ in stream.run(batches, walk or plain_walk(stream.checkpoint, stream.dtype)):
+    batches = stream.embed(given, tokens_per_batch, **activations)
+    for _ in stream.run(batches, walk or plain_walk(stream.checkpoint, stream.dtype), rehearse=rehearse):
         pass
     found = {i: row for batch in batches for i, row in zip(batch.samples, stream.logits(batch), strict=True)}
     return [found[i] for i in range(len(given))]
@@ -91,7 +97,7 @@ def test_a_filled_layer_is_stocks(tiny_checkpoint, model_type):
     folder = tiny_checkpoint(model_type)
     stream = open_stream(folder, torch.bfloat16)
     whole, _ = load_stock(folder, "bfloat16")
-    stream._load(None)
+    stream._load_outside(head=True)
     for index, layer in enumerate(stream.layers):
         stream._load(index)
         expected = calibrate.decoder_layers(whole.get_decoder(), "")[index]
@@ -156,14 +162,21 @@ def test_one_layer_is_real_at_a_time_and_no_expert(tiny_checkpoint, model_type):
 def test_each_expert_is_read_once(tiny_checkpoint, monkeypatch, model_type, fused):
     """Whatever the number of batches, no byte of an expert is read twice, and only of experts with tokens."""
     stream = open_stream(tiny_checkpoint(model_type, fused))
-    ranges, raw = Counter(), Checkpoint.raw
+    ranges, raw, read_into = Counter(), Checkpoint.raw, tensors.read_into
 
     def counted(self, name, start=0, length=None):
         if stream.source.roles[name] == "expert":
             ranges[name, start, length] += 1
         return raw(self, name, start, length)
 
+    def counted_into(tensor, checkpoint, name, start=0):
+        if stream.source.roles[name] == "expert":
+            ranges[name, start, tensor.nbytes] += 1
+        read_into(tensor, checkpoint, name, start)
+
     monkeypatch.setattr(Checkpoint, "raw", counted)
+    for module in (tensors, moe):
+        monkeypatch.setattr(module, "read_into", counted_into)
     streamed(stream, samples(), tokens_per_batch=1)
     assert ranges and set(ranges.values()) == {1}
 
@@ -191,6 +204,220 @@ def test_what_the_experts_are_asked(tiny_checkpoint):
         pairs = zip(routed.chosen.tolist(), routed.weights.tolist(), strict=True)
         assert listed == {(e, r): w for r, (es, ws) in enumerate(pairs) for e, w in zip(es, ws, strict=True)}
         assert [e for e, _, _ in routed.by_expert()] == sorted(set(routed.chosen.flatten().tolist()))
+
+
+# --- activations that leave memory --------------------------------------------------------------------------------
+
+
+@every_family
+def test_spilled_activations_change_no_bit(tiny_checkpoint, tmp_path, model_type):
+    """Mapped to files, layers run twice: the same logits, and nothing stays in the folder."""
+    stream = open_stream(tiny_checkpoint(model_type))
+    expected = streamed(stream, samples())
+    found = streamed(stream, samples(), spill=tmp_path, budget=0)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gemma4_text", "gpt_oss", "minimax", "deepseek_v4"])
+def test_spilled_activations_change_no_bit_in_bfloat16(tiny_checkpoint, tmp_path, monkeypatch, model_type):
+    """Nor where tables of embeddings are mapped, and rows move in small pieces."""
+    stream = open_stream(tiny_checkpoint(model_type), torch.bfloat16)
+    expected = streamed(stream, samples())
+    monkeypatch.setattr(activations, "MOST_ROWS", 3)
+    monkeypatch.setattr(skeleton, "MAPPED", 1)
+    found = streamed(stream, samples(), spill=tmp_path, budget=0)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_large_activations_spill_by_themselves(tiny_checkpoint):
+    """Five times 93 tokens of 32 numbers of 4 bytes; a budget of as much keeps them in memory."""
+    stream, size = open_stream(tiny_checkpoint("qwen2_moe")), 5 * sum(LENGTHS) * 32 * 4
+    assert all(b.maps is None for b in stream.embed(samples(), budget=size))
+    assert all(b.maps is not None for b in stream.embed(samples(), budget=size - 1))
+    assert all(b.maps is None for b in stream.embed(samples()))
+
+
+def test_hidden_states_of_another_type_move_to_another_map(tiny_checkpoint):
+    """A layer that widens its output is not cut back."""
+    batch, *_ = open_stream(tiny_checkpoint("qwen2_moe"), torch.bfloat16).embed(samples(), budget=0)
+    assert batch.hidden.dtype == torch.bfloat16
+    wide = torch.randn(batch.hidden.shape)
+    batch.hidden = wide
+    assert torch.equal(batch.hidden, wide)
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+def test_saved_hidden_states_go_on(tiny_checkpoint, tmp_path, budget):
+    """What is saved between two layers and restored into new batches ends the same; the file is safetensors."""
+    stream = open_stream(tiny_checkpoint("gemma4_text"))
+    walk = plain_walk(stream.checkpoint, stream.dtype)
+    batches = stream.embed(samples(), 48, budget=budget)
+    for index in stream.run(batches, walk):
+        if index == 1:
+            save(batches, tmp_path / "1.safetensors")
+            assert all(torch.equal(v, batches[int(i)].hidden) for i, v in load_file(tmp_path / "1.safetensors").items())
+    again = stream.embed(samples(), 48, budget=budget)
+    restore(again, tmp_path / "1.safetensors")
+    assert list(stream.run(again, walk, first=2)) == [2, 3]
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(batches, again, strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["1.safetensors"]
+
+
+@pytest.mark.parametrize("allocations", [0, 1, 2])
+def test_a_full_disk_is_said_before_it_is_written_to(tiny_checkpoint, tmp_path, monkeypatch, allocations):
+    """For the hidden states, the experts' inputs and their sums: room is taken first, for a full map kills."""
+    stream, left = open_stream(tiny_checkpoint("qwen2_moe")), [allocations]
+
+    def allocate(file, offset, size):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensors.os, "posix_fallocate", allocate)
+    monkeypatch.setattr(tensors.mmap, "mmap", lambda file, size: MMAP(-1, size))
+    with pytest.raises(CoterieError, match=rf"{tmp_path}: cannot hold 0\.0 GB of activations \(No space.*fewer or"):
+        streamed(stream, samples(), spill=tmp_path, budget=0)
+
+
+def test_a_folder_that_is_not_there_is_refused(tiny_checkpoint, tmp_path):
+    """Before the first layer."""
+    with pytest.raises(CoterieError, match=r"nowhere: cannot hold .* \(No such file or directory\)"):
+        open_stream(tiny_checkpoint("qwen2_moe")).embed(samples(), spill=tmp_path / "nowhere", budget=0)
+
+
+def test_masks_and_rotations_are_held_once(tiny_checkpoint):
+    """Batches of one shape have the same tensors beside their hidden states; per-token ones differ."""
+    first, second, *_ = open_stream(tiny_checkpoint("gpt_oss")).embed(samples((24, 24, 24)), tokens_per_batch=24)
+    pairs = zip(tree_leaves(first.arguments), tree_leaves(second.arguments), strict=True)
+    assert all(a is b for a, b in pairs if isinstance(a, torch.Tensor))
+
+
+def test_tables_are_let_go_once_read(tiny_checkpoint):
+    """Embeddings and head are empty while layers run; the head is read for logits, tied to the embeddings or not."""
+    for model_type in ("qwen2_moe", "cohere2_moe"):
+        stream = open_stream(tiny_checkpoint(model_type))
+        batches = stream.embed(samples())
+        assert all(p.is_meta for p in stream.model.parameters())
+        list(stream.run(batches, plain_walk(stream.checkpoint, stream.dtype)))
+        assert all(p.is_meta for p in stream.model.parameters())
+        stream.logits(batches[0])
+        assert not stream.model.get_output_embeddings().weight.is_meta
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_samples(tmp_path):
+    """65,536 tokens of 2 KB: of three maps of 134 MB less than half of one is resident at any time."""
+    sizes = {"hidden_size": 512, "num_hidden_layers": 1, "vocab_size": 128}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes, **experts)).save_pretrained(tmp_path)
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from coterie.calibrate import Stream, plain_walk
+from coterie.layer import Model
+
+stream = Stream(Model.open(sys.argv[1]), torch.float32)
+
+def run(num_samples):
+    batches = stream.embed(torch.randint(3, 128, (num_samples, 64)).tolist(), spill=Path(sys.argv[1]), budget=2**20)
+    list(stream.run(batches, plain_walk(stream.checkpoint, stream.dtype)))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = run(64)
+print(run(1024) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 64e6
+
+
+# --- rehearsals ---------------------------------------------------------------------------------------------------
+
+both_ways = pytest.mark.parametrize("budget", [2**30, 0], ids=["in memory", "spilled"])
+
+
+@both_ways
+def test_a_rehearsal_leaves_nothing_behind(tiny_checkpoint, budget):
+    """Called with each layer filled before it runs; however often it goes forward, the result is the same."""
+    stream, seen = open_stream(tiny_checkpoint("deepseek_v3")), []
+    plain = plain_walk(stream.checkpoint, stream.dtype)
+
+    def rehearse(index, layer, forward):
+        assert layer is stream.layers[index] and not layer.input_layernorm.weight.is_meta
+        seen.append(index)
+        forward(plain)
+        forward(lambda routed: routed.zeros())
+
+    found = streamed(stream, samples(), rehearse=rehearse, budget=budget)
+    assert seen == [0, 1, 2, 3]
+    assert all(torch.equal(a, b) for a, b in zip(found, streamed(stream, samples()), strict=True))
+
+
+@both_ways
+def test_parameters_changed_in_a_rehearsal_compute(tiny_checkpoint, tmp_path, budget):
+    """As if the checkpoint had held them so, in the next rehearsed forward too."""
+    values, config = tiny.read(tiny_checkpoint("qwen2_moe"))
+    name = "model.layers.2.self_attn.o_proj.weight"
+    values[name][:, ::2] = 0
+    expected = streamed(open_stream(tiny.write(tmp_path / "m", values, config)), samples())
+    stream, outputs = open_stream(tiny_checkpoint("qwen2_moe")), []
+    plain = plain_walk(stream.checkpoint, stream.dtype)
+
+    def rehearse(index, layer, forward):
+        parameters = {stored: dict(layer.named_parameters())[p] for p, stored in stream.stored(index).items()}
+        if name in parameters:
+            layer.self_attn.register_forward_hook(lambda module, given, output: outputs.append(output[0]))
+            forward(plain)
+            parameters[name][:, ::2] = 0
+            forward(plain)
+
+    found = streamed(stream, samples(), rehearse=rehearse, budget=budget)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    size = len(outputs) // 3
+    dense, zeroed, real = (outputs[i : i + size] for i in (0, size, 2 * size))
+    assert not torch.equal(dense[0], zeroed[0]) and all(torch.equal(a, b) for a, b in zip(zeroed, real, strict=True))
+
+
+@both_ways
+def test_hooks_see_every_batch_once(tiny_checkpoint, budget):
+    """In each forward and never besides, though spilled layers run twice; they stay until removed."""
+    stream, seen = open_stream(tiny_checkpoint("qwen2_moe")), Counter()
+    plain = plain_walk(stream.checkpoint, stream.dtype)
+    layer = stream.layers[1]
+    handles = [
+        module.register_forward_hook(lambda module, *_, name=name: seen.update([name]))
+        for name, module in layer.named_modules()
+    ]
+    layer.register_forward_pre_hook(lambda *_: seen.update(["before"]))
+
+    def rehearse(index, layer, forward):
+        forward(plain)
+
+    num_batches = 5
+    streamed(stream, samples(), rehearse=rehearse, budget=budget)
+    assert seen["before"] == seen[""] == seen["mlp.experts"] == seen["self_attn.q_proj"] == 2 * num_batches
+    for handle in handles:
+        handle.remove()
+    streamed(stream, samples(), budget=budget)
+    assert seen[""] == 2 * num_batches and seen["before"] == 3 * num_batches
+
+
+@every_family
+def test_stored_names_are_of_equal_values(tiny_checkpoint, model_type):
+    """Every parameter outside the experts has its tensor, except what transformers makes out of several."""
+    stream, missing = open_stream(tiny_checkpoint(model_type)), set()
+    for index, layer in enumerate(stream.layers):
+        stream._load(index)
+        closed = {id(p) for m in moe.experts_modules(layer) for p in m.parameters()}
+        parameters = {name: p for name, p in layer.named_parameters() if id(p) not in closed}
+        found = stream.stored(index)
+        assert found.keys() <= parameters.keys()
+        for name, stored in found.items():
+            values = torch.tensor(stream.checkpoint.read(stored))
+            assert torch.equal(parameters[name].float(), values.float()), name
+        missing |= parameters.keys() - found.keys()
+    fused = {"self_attn.conv1d.weight"} if model_type in ("bailing_hybrid", "kimi_linear") else set()
+    assert missing == fused
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
@@ -291,6 +518,32 @@ def test_a_missing_tensor_is_refused(tiny_checkpoint, tmp_path, missing):
     stream = open_stream(without(tmp_path / "m", tiny_checkpoint("qwen2_moe"), missing))
     with pytest.raises(CoterieError, match=f"no tensor fills '.*{missing}.*'"):
         streamed(stream, samples())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damage_outside_the_experts_names_the_layer(tiny_checkpoint, tmp_path, value):
+    """A layer's output that is no number is refused where it appears, whatever the walk looks at."""
+    values, config = tiny.read(tiny_checkpoint("deepseek_v3"))
+    values["model.layers.0.mlp.down_proj.weight"][3, 3] = value
+    with pytest.raises(CoterieError, match="layer 0: hidden states are NaN or infinite"):
+        streamed(open_stream(tiny.write(tmp_path / "m", values, config)), samples())
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda mlp, x: mlp(x + torch.rand(())), "gives its experts something else when it runs again"),
+        (lambda mlp, x: mlp(mlp(x)), "calls its experts twice"),
+        (lambda mlp, x: mlp(x[:, :-1]), r"asks for \d+ rows of \d+ tokens"),
+    ],
+)
+def test_layers_that_do_not_repeat_cannot_spill(tiny_checkpoint, forward, reason):
+    """Their second run would not be the first one's end."""
+    stream = open_stream(tiny_checkpoint("qwen2_moe"))
+    batches, layer = stream.embed(samples((24,)), budget=0), stream.layers[0]
+    layer.forward = lambda hidden, *args, **kwargs: forward(layer.mlp, hidden)
+    with pytest.raises(CoterieError, match=f"layer 0 {reason}, so its activations cannot leave memory"):
+        list(stream.run(batches, plain_walk(stream.checkpoint, stream.dtype)))
 
 
 def test_an_unknown_tensor_in_a_layer_is_refused(tiny_checkpoint, tmp_path):

@@ -5,12 +5,18 @@ library's own weight conversion; rotary embeddings, masks and routing are theref
 suspended where it calls its experts, for every batch; the experts are then walked once, each loaded from disk, run on
 all of its tokens and let go; the forwards resume with the sums. So each expert is read once per layer, and each
 product sees as many tokens as there are.
+
+Where the activations would be large they are mapped to files, and no forward is left suspended: a layer runs twice,
+first up to its experts, then, with their sums, to its end. The numbers are the same, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,45 +24,19 @@ from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_leaves
 
 from coterie import moe
-from coterie.checkpoint import Checkpoint
+from coterie.activations import Arguments, Batch, Piece, Routed, Walk, plain_walk, restore, save, shared
 from coterie.errors import CoterieError
 from coterie.layer import Model, MoE
-from coterie.skeleton import NO_DATA, decoder_layers, empty_model, fill, free, needed_outside, targets
+from coterie.skeleton import NO_DATA, decoder_layers, empty_model, fill, free, modules_outside, own_tensors, targets
+from coterie.tensors import Maps
+
+__all__ = ["Batch", "Piece", "Rehearse", "Routed", "Samples", "Stream", "Walk", "plain_walk", "restore", "save"]
 
 Samples = Sequence[Sequence[int]]
-
-
-@dataclass
-class Batch:
-    """Samples of one length between two layers: hidden states (B, T, D), and the layers' other arguments."""
-
-    hidden: torch.Tensor
-    arguments: list[tuple[tuple, dict[str, Any]]] = field(repr=False)  # per layer
-    samples: tuple[int, ...] = ()  # which of the samples given to `embed` its rows are
-
-
-@dataclass(frozen=True)
-class Routed:
-    """What a layer asks of its experts, over all batches: inputs (T, D), chosen ids and weights (T, K)."""
-
-    block: MoE
-    module: torch.nn.Module
-    x: torch.Tensor
-    chosen: torch.Tensor
-    weights: torch.Tensor
-
-    def by_expert(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(expert, its tokens' rows, their weights), ascending, for experts that were chosen at all."""
-        flat = self.chosen.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.block.num_experts)[: self.block.num_experts]
-        weights, top_k = self.weights.flatten(), self.chosen.shape[1]
-        for e, places in enumerate(order[: int(counts.sum())].split(counts.tolist())):
-            if len(places):
-                yield e, places // top_k, weights[places]
-
-
-Walk = Callable[[Routed], torch.Tensor]  # -> the experts' weighted sum (T, D)
+Rehearse = Callable[[int, torch.nn.Module, Callable[[Walk], None]], None]  # (index, layer, forward)
+Keep = Callable[[Batch, torch.Tensor], None]  # what to do with a layer's output
+IN_MEMORY = 2**30  # bytes of activations that stay in memory
+AT_ONCE = 5  # times the hidden states: those, what waits in the layers, the experts' inputs and sums, the outputs
 
 
 class Stream:
@@ -72,7 +52,9 @@ class Stream:
         self.model = empty_model(source.checkpoint, dtype)
         self.decoder = self.model.get_decoder()
         self.layers = decoder_layers(self.decoder, str(source.checkpoint.path))
+        self._root = next(name for name, module in self.model.named_modules() if module is self.layers)
         self._blocks = self._check_layers()
+        self._targets = targets(self.model, [n for n in self.checkpoint.tensors if source.roles[n] != "expert"])
         self._names = self._group_names()
 
     def _check_layers(self) -> dict[int, MoE]:
@@ -96,54 +78,91 @@ class Stream:
         What the model has no place for outside its layers stays unread: multi-token prediction, vision towers of
         models that are built as text models. That nothing is missing is checked after loading.
         """
-        root = next(name for name, module in self.model.named_modules() if module is self.layers)
-        outside = needed_outside(self.model, self.decoder, self.layers)
+        outside = own_tensors(self._outside(head=True))
         groups: dict[int | None, list[str]] = {}
-        for name, target in targets(self.model, list(self.checkpoint.tensors)).items():
-            if self.source.roles[name] == "expert":
-                continue
-            if target.startswith(root + "."):
-                index = int(target[len(root) + 1 :].partition(".")[0])
+        for name, (target, _) in self._targets.items():
+            if target.startswith(self._root + "."):
+                index = int(target[len(self._root) + 1 :].partition(".")[0])
                 if index < len(self.layers):
                     groups.setdefault(index, []).append(name)
             elif target in outside:
                 groups.setdefault(None, []).append(name)
         return groups
 
-    def _load(self, index: int | None) -> None:
-        """Fills one layer, or what is needed outside the layers. Raises: CoterieError when something stays empty."""
+    def _outside(self, *, head: bool) -> dict[str, torch.nn.Module]:
+        parts = [self.decoder, *([self.model.get_output_embeddings()] if head else [])]
+        return modules_outside(self.model, self.layers, parts)
+
+    def stored(self, index: int) -> dict[str, str]:
+        """Parameter of a layer, as its `named_parameters` has it -> the checkpoint's tensor it equals.
+
+        Left out: experts, and what transformers computes from stored tensors (fused, split or transposed ones).
+        """
+        prefix, names = f"{self._root}.{index}.", self._names.get(index, [])
+        sources = Counter(self._targets[name].name for name in names)
+        parameters = dict(self.layers[index].named_parameters())
+        found = {}
+        for name in names:
+            target, converted = self._targets[name]
+            parameter = parameters.get(target.removeprefix(prefix))
+            alone = sources[target] == 1 and not converted
+            if alone and parameter is not None and self.checkpoint.tensors[name].shape == tuple(parameter.shape):
+                found[target.removeprefix(prefix)] = name
+        return found
+
+    def _load(self, index: int) -> None:
+        """Fills one layer. Raises: CoterieError when something stays empty."""
         fill(self.model, self.checkpoint, self._names.get(index, []), self.dtype)
-        if index is None:
-            self.model.tie_weights()
-            empty = [n for n, p in needed_outside(self.model, self.decoder, self.layers).items() if p.is_meta]
-        else:
-            closed = {id(p) for m in moe.experts_modules(self.layers[index]) for p in m.parameters()}
-            parameters = self.layers[index].named_parameters()
-            empty = [f"layer {index}: {n}" for n, p in parameters if p.is_meta and id(p) not in closed]
+        closed = {id(p) for m in moe.experts_modules(self.layers[index]) for p in m.parameters()}
+        parameters = self.layers[index].named_parameters()
+        self._check_filled([f"layer {index}: {n}" for n, p in parameters if p.is_meta and id(p) not in closed])
+
+    def _load_outside(self, maps: Maps | None = None, *, head: bool) -> None:
+        """Fills what stands around the layers, with or without the head; given maps, large tables are mapped.
+
+        Raises: CoterieError when something stays empty.
+        """
+        wanted = own_tensors(self._outside(head=head))
+        names = [name for name in self._names.get(None, []) if self._targets[name].name in wanted]
+        fill(self.model, self.checkpoint, names, self.dtype, maps)
+        self.model.tie_weights()
+        self._check_filled([n for n, p in own_tensors(self._outside(head=head)).items() if p.is_meta])
+
+    def _check_filled(self, empty: list[str]) -> None:
         if empty:
             raise CoterieError(f"{self.checkpoint.path}: no tensor fills {empty[0]!r}; expected every parameter stored")
 
     @torch.no_grad()
-    def embed(self, samples: Samples, tokens_per_batch: int = 2048) -> list[Batch]:
+    def embed(
+        self, samples: Samples, tokens_per_batch: int = 2048, *, spill: Path | None = None, budget: int = IN_MEMORY
+    ) -> list[Batch]:
         """Token ids to the first layer's inputs; samples of equal length share batches.
 
-        Raises: CoterieError for token ids that the model does not have, and for models whose layers pass each other
-        more than hidden states.
+        When all activations (about five times the hidden states of all samples) exceed `budget` bytes, they go to
+        unnamed files in the folder `spill` (the system's temporary folder, which may be memory, unless given), which
+        takes three fifths of them on the disk, and attention twice the time; results are the same bit for bit.
+        Raises: CoterieError for token ids that the model does not have, for models whose layers pass each other more
+        than hidden states, and when the folder has too little room.
         """
-        self._load(None)
+        tables = Maps()
+        self._load_outside(tables, head=False)
         self._check_tokens(samples)
-        by_length: dict[int, list[int]] = {}
-        for number, sample in enumerate(samples):
-            by_length.setdefault(len(sample), []).append(number)
-        batches = []
-        for length, members in by_length.items():
-            size = max(1, tokens_per_batch // length)
-            for start in range(0, len(members), size):
-                rows = members[start : start + size]
-                ids = torch.tensor([list(samples[i]) for i in rows])
-                batches.append(Batch(*self._capture(ids, changed=False), samples=tuple(rows)))
-                if len(batches) == 1:
-                    self._check_arguments(ids, batches[0])
+        batches: list[Batch] = []
+        arguments: dict[int, Arguments] = {}  # by length
+        for rows in _grouped(samples, tokens_per_batch):
+            ids = torch.tensor([list(samples[i]) for i in rows])
+            batch = Batch(*self._capture(ids, changed=False), rows)
+            if not batches:
+                self._check_arguments(ids, batch.arguments)
+                places = _places(samples, batch.hidden, spill, budget)
+            length = ids.shape[1]
+            batch.arguments = arguments[length] = shared(batch.arguments, arguments.get(length, []))
+            if places:
+                batch.move(*places)
+                places = places[0], places[1][batch.num_tokens :]
+            tables.release()
+            batches.append(batch)
+        free(self._outside(head=True).values())  # the head as well, which may be tied to the embeddings
         return batches
 
     def _check_tokens(self, samples: Samples) -> None:
@@ -153,12 +172,12 @@ class Stream:
                 found = next((f"token id {t}" for t in sample if not 0 <= t < vocabulary), "no tokens")
                 raise CoterieError(f"sample {number}: {found}; expected one id or more, all below {vocabulary}")
 
-    def _capture(self, ids: torch.Tensor, *, changed: bool) -> tuple[torch.Tensor, list[tuple[tuple, dict[str, Any]]]]:
+    def _capture(self, ids: torch.Tensor, *, changed: bool) -> tuple[torch.Tensor, Arguments]:
         """The first layer's hidden states, and what else each layer is given.
 
         Runs the decoder with every layer replaced by the identity, or by one that changes the hidden states.
         """
-        arguments: list[tuple[tuple, dict[str, Any]]] = []
+        arguments: Arguments = []
         returned: list[torch.Tensor] = []
         first: list[torch.Tensor] = []
 
@@ -174,7 +193,8 @@ class Stream:
         for layer in self.layers:
             layer.forward = record  # type: ignore[method-assign, assignment]
         try:
-            self.decoder(input_ids=ids, use_cache=False)
+            with _unobserved(self.layers):
+                self.decoder(input_ids=ids, use_cache=False)
         except Exception as error:  # anything can go wrong where layers are expected to return more
             raise self._refusal(str(error)) from error
         finally:
@@ -184,10 +204,10 @@ class Stream:
             raise self._refusal(f"{len(arguments)} calls of {len(self.layers)} layers")
         return first[0], arguments
 
-    def _check_arguments(self, ids: torch.Tensor, batch: Batch) -> None:
+    def _check_arguments(self, ids: torch.Tensor, arguments: Arguments) -> None:
         """What layers are given beside hidden states must not depend on the hidden states of layers before."""
         _, again = self._capture(ids, changed=True)
-        pairs = zip(tree_leaves(batch.arguments), tree_leaves(again), strict=True)
+        pairs = zip(tree_leaves(arguments), tree_leaves(again), strict=True)
         if any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs):
             raise self._refusal("a layer's arguments depend on the layers before")
 
@@ -198,49 +218,173 @@ class Stream:
             f"the streaming forward cannot follow; {NO_DATA}"
         )
 
-    def run(self, batches: list[Batch], walk: Walk, first: int = 0) -> Iterator[int]:
-        """Advances the batches layer by layer (in place), yielding each finished layer's index."""
+    def run(self, batches: list[Batch], walk: Walk, first: int = 0, rehearse: Rehearse | None = None) -> Iterator[int]:
+        """Advances the batches layer by layer (in place), yielding each finished layer's index.
+
+        rehearse: called as (index, layer, forward) with the layer loaded, before it runs. Its `forward(walk)` runs the
+        layer over all batches, with that walk for its experts, and throws the outputs away; hooks on the layer's
+        modules see each batch once in it, and must not change what passes. Parameters may be changed in place: the
+        layer then runs with them.
+        Raises: CoterieError for hidden states that are NaN or infinite, and whatever the walk raises; the batches are
+        then of no more use.
+        """
         for index in range(first, len(self.layers)):
             self._load(index)
-            outputs = self._run_layer(index, batches, walk)
-            for batch, output in zip(batches, outputs, strict=True):
-                batch.hidden = output
-            free(self.layers[index])
+            if rehearse:
+                self._rehearse(index, batches, rehearse)
+            self._run_layer(index, batches, walk, advance)
+            free(self.layers[index].modules())
             yield index
 
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[Callable[[list[Batch], Walk, Keep], None]]:
+        """Layer `index` in memory: yields (batches, walk, keep), which runs it over any batches, any number of times.
+
+        `keep(batch, output)` says what becomes of the outputs: `advance` moves the batches on.
+        """
+        self._load(index)
+        try:
+            with torch.no_grad():
+                yield partial(self._run_layer, index)
+        finally:
+            free(self.layers[index].modules())
+
+    @contextmanager
+    def without_experts(self, index: int) -> Iterator[None]:
+        """While entered, layer `index` is expected to compute without asking for its experts."""
+        block = self._blocks.pop(index)
+        try:
+            yield
+        finally:
+            self._blocks[index] = block
+
     @torch.no_grad()
-    def _run_layer(self, index: int, batches: list[Batch], walk: Walk) -> list[torch.Tensor]:
+    def _rehearse(self, index: int, batches: list[Batch], rehearse: Rehearse) -> None:
+        def forward(walk: Walk) -> None:
+            self._run_layer(index, batches, walk, lambda batch, output: None)
+
+        rehearse(index, self.layers[index], forward)
+
+    @torch.no_grad()
+    def _run_layer(self, index: int, batches: list[Batch], walk: Walk, keep: Keep) -> None:
         """One layer over all batches, with its experts walked once."""
-        layer, block = self.layers[index], self._blocks.get(index)
+        if any(batch.maps for batch in batches):
+            self._run_twice(index, batches, walk, keep)
+        else:
+            self._run_together(index, batches, walk, keep)
 
-        def forward(batch: Batch) -> torch.Tensor:
-            args, kwargs = batch.arguments[index]
-            output = layer(batch.hidden, *args, **kwargs)
-            if isinstance(output, tuple) and len(output) == 1:
-                return output[0]
-            if not isinstance(output, torch.Tensor):
-                raise self._refusal(f"layer {index} returns {_described(output)}")
-            return output
-
-        running = [_Forward(forward) for _ in batches]
-        results = [g.switch(batch) for g, batch in zip(running, batches, strict=True)]
+    def _run_together(self, index: int, batches: list[Batch], walk: Walk, keep: Keep) -> None:
+        """All batches wait inside the layer for their experts' sums."""
+        running = [_Forward(self._forward) for _ in batches]
+        results = [g.switch(index, batch) for g, batch in zip(running, batches, strict=True)]
         while not all(g.dead for g in running):
-            assert block is not None and not any(g.dead for g in running)
-            sums = walk(_gather(block, results)).split([len(x) for _, x, _, _ in results])
+            assert index in self._blocks and not any(g.dead for g in running)
+            sums = walk(_gather(self._blocks[index], results)).split([_rows(call) for call in results])
             results = [g.switch(y.view_as(r[1])) for g, y, r in zip(running, sums, results, strict=True)]
-        return results
+        for batch, output in zip(batches, results, strict=True):
+            keep(batch, output)
+
+    def _run_twice(self, index: int, batches: list[Batch], walk: Walk, keep: Keep) -> None:
+        """One batch after the other up to the experts, then again to the end; maps hold what is in between."""
+        maps = next(batch.maps for batch in batches if batch.maps)
+        if index not in self._blocks:
+            for batch in batches:
+                keep(batch, self._forward(index, batch))
+                maps.release()
+            return
+        routed = self._record(index, batches, maps)
+        counts = [batch.num_tokens for batch in batches]
+        sums = walk(routed).split(counts)
+        for batch, y, x, ids in zip(batches, sums, routed.x.split(counts), routed.chosen.split(counts), strict=True):
+            running = _Forward(self._forward)
+            call = running.switch(index, batch)
+            if not (_same(call[1].reshape(x.shape), x) and _same(call[2].reshape(ids.shape), ids)):
+                raise self._unspillable(index, "gives its experts something else when it runs again")
+            output = running.switch(y.clone().view_as(call[1]))
+            if not running.dead:
+                raise self._unspillable(index, "calls its experts twice")
+            keep(batch, output)
+            maps.release()
+
+    def _record(self, index: int, batches: list[Batch], maps: Maps) -> Routed:
+        """Runs every batch up to its experts and takes down what it asks of them."""
+        calls: list[tuple] = []
+        done, x = 0, torch.empty(0)
+        with _unobserved(self.layers[index]):
+            for batch in batches:
+                running = _Forward(self._forward)
+                call = running.switch(index, batch)
+                if running.dead:
+                    raise self._unspillable(index, "does not call its experts")
+                running.throw()  # ends it there
+                if _rows(call) != batch.num_tokens:
+                    raise self._unspillable(index, f"asks for {_rows(call)} rows of {batch.num_tokens} tokens")
+                given = call[1].reshape(batch.num_tokens, -1)
+                if not calls:
+                    x = maps.zeros((sum(b.num_tokens for b in batches), given.shape[1]), given.dtype)
+                x[done : done + len(given)].copy_(given)
+                maps.release()
+                calls.append((call[0], given.new_empty(0, given.shape[1]), call[2].clone(), call[3].clone()))
+                done += len(given)
+        rest = _gather(self._blocks[index], calls)
+        return Routed(rest.block, rest.module, x, rest.chosen, rest.weights, maps)
+
+    def _unspillable(self, index: int, reason: str) -> CoterieError:
+        return CoterieError(
+            f"{self.checkpoint.path}: layer {index} {reason}, so its activations cannot leave memory; calibrate on "
+            "fewer or shorter samples"
+        )
+
+    def _forward(self, index: int, batch: Batch) -> torch.Tensor:
+        args, kwargs = batch.arguments[index]
+        output = self.layers[index](batch.loaded(), *args, **kwargs)
+        if isinstance(output, tuple) and len(output) == 1:
+            output = output[0]
+        if not isinstance(output, torch.Tensor):
+            raise self._refusal(f"layer {index} returns {_described(output)}")
+        if not all(bound.isfinite() for bound in output.aminmax()):
+            raise CoterieError(
+                f"{self.checkpoint.path}: layer {index}: hidden states are NaN or infinite; the weights are damaged, "
+                "or their range needs --dtype float32"
+            )
+        return output
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
         """The model's head on the last layer's output, by stock code."""
+        if any(tensor.is_meta for tensor in own_tensors(self._outside(head=True)).values()):
+            self._load_outside(head=True)
         for layer in self.layers:
-            layer.forward = lambda *args, **kwargs: batch.hidden  # type: ignore[method-assign, assignment]
+            layer.forward = lambda *args, **kwargs: batch.loaded()  # type: ignore[method-assign, assignment]
         try:
             ids = torch.zeros(batch.hidden.shape[:2], dtype=torch.long)
-            return self.model(input_ids=ids, use_cache=False).logits
+            with _unobserved(self.layers):
+                return self.model(input_ids=ids, use_cache=False).logits
         finally:
             for layer in self.layers:
                 del layer.forward
+
+
+def _grouped(samples: Samples, tokens_per_batch: int) -> Iterator[tuple[int, ...]]:
+    """Numbers of samples that share a batch: of equal length, in the order given."""
+    by_length: dict[int, list[int]] = {}
+    for number, sample in enumerate(samples):
+        by_length.setdefault(len(sample), []).append(number)
+    for length, members in by_length.items():
+        size = max(1, tokens_per_batch // length)
+        for start in range(0, len(members), size):
+            yield tuple(members[start : start + size])
+
+
+def _places(
+    samples: Samples, hidden: torch.Tensor, spill: Path | None, budget: int
+) -> tuple[Maps, torch.Tensor] | None:
+    """Where hidden states like the given ones (B, T, ...) go, token after token; None: they stay in memory."""
+    num_tokens = sum(map(len, samples))
+    if AT_ONCE * num_tokens * hidden[0, 0].nbytes <= budget:
+        return None
+    maps = Maps(spill)
+    return maps, maps.zeros((num_tokens, *hidden.shape[2:]), hidden.dtype)
 
 
 class _Forward(greenlet):
@@ -262,19 +406,33 @@ def _gather(block: MoE, calls: list[tuple]) -> Routed:
     return Routed(block, modules[0], x, ids, gates)
 
 
+def _rows(call: tuple) -> int:
+    """How many tokens a call to the experts brings."""
+    return call[1].numel() // call[1].shape[-1]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal in every bit, NaN included."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@contextmanager
+def _unobserved(layers: torch.nn.Module) -> Iterator[None]:
+    """Runs layers without their modules' forward hooks: what they count must be counted once."""
+    kept = [(m, m._forward_pre_hooks, m._forward_hooks) for m in layers.modules()]
+    for module, _, _ in kept:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, before, after in kept:
+            module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def advance(batch: Batch, output: torch.Tensor) -> None:
+    """The layer's output becomes the next one's input."""
+    batch.hidden = output
+
+
 def _described(output: Any) -> str:
     return f"{len(output)} values" if isinstance(output, tuple) else type(output).__name__
-
-
-def plain_walk(checkpoint: Checkpoint, dtype: torch.dtype) -> Walk:
-    """The experts as they are: sum_k w_k expert_k(x)."""
-
-    def walk(routed: Routed) -> torch.Tensor:
-        total = torch.zeros_like(routed.x)
-        for e, rows, weights in routed.by_expert():
-            expert = moe.read_expert(checkpoint, routed.block, e, dtype)
-            _, y = moe.expert_forward(routed.module, expert, routed.x[rows])
-            total.index_add_(0, rows, (y * weights[:, None]).to(total.dtype))
-        return total
-
-    return walk

@@ -8,7 +8,8 @@ Axes: T token, D hidden, F expert hidden, K top-k, E expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,15 @@ import torch.nn.functional as F
 from coterie.errors import CoterieError
 from coterie.experts import expert_biases, expert_matrices
 from coterie.layer import MoE
+from coterie.tensors import read, read_into, stored_dtype
 
 if TYPE_CHECKING:
     from coterie.checkpoint import Checkpoint
 
 IMPLEMENTATION = "coterie"  # our name in the registry
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # token counts are padded up to these, then to multiples of 512
+PLAIN = ("F32", "BF16", "F16")  # stored so, weights need no arithmetic but a cast
+BUCKET = 32  # token counts are padded to powers of two up to this, then to multiples of it
+MOST_TOKENS = 1024  # of one expert at a time: what lies between its matrices stays small, and near the processor
 
 
 @dataclass
@@ -47,18 +51,99 @@ class Expert:
 
 def read_expert(checkpoint: Checkpoint, block: MoE, e: int, dtype: torch.dtype) -> Expert:
     """Expert e from disk, whatever the layout there."""
-    gate, up, down = (
-        None if m is None else torch.tensor(m, dtype=dtype) for m in expert_matrices(checkpoint, block, e)
-    )
-    assert up is not None and down is not None
+    gate_up, down = (m.to(dtype).contiguous() for m in _stored(checkpoint, block, e) or _decoded(checkpoint, block, e))
     first, second = (None if b is None else torch.tensor(b, dtype=dtype) for b in expert_biases(checkpoint, block, e))
-    gate_up = up.contiguous() if gate is None else torch.cat([gate, up])
-    return Expert(gate_up, down.contiguous(), gate is not None, first, second)
+    return Expert(gate_up, down, block.layout.gate is not None, first, second)
 
 
-def padded(num_tokens: int) -> int:
-    """The bucket a token count is padded to. oneDNN compiles a kernel for every new shape, so there must be few."""
-    return next((b for b in BUCKETS if num_tokens <= b), -(-num_tokens // BUCKETS[-1]) * BUCKETS[-1])
+def read_experts(checkpoint: Checkpoint, block: MoE, experts: Iterable[int], dtype: torch.dtype) -> Iterator[Expert]:
+    """Experts in the order asked for; each is read while the one before it is in use, so two are in memory."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: Future[Expert] | None = None
+        for e in experts:
+            reading = pool.submit(read_expert, checkpoint, block, e, dtype)
+            if ahead:
+                yield ahead.result()
+            ahead = reading
+        if ahead:
+            yield ahead.result()
+
+
+def _decoded(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gate_up, down) of expert e in float32, by the reader that knows every layout."""
+    gate, up, down = (None if m is None else torch.from_numpy(m.copy()) for m in expert_matrices(checkpoint, block, e))
+    assert up is not None and down is not None
+    return (up if gate is None else torch.cat([gate, up])), down
+
+
+def _stored(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(gate_up, down) of expert e in the dtype they are stored in, straight from the file.
+
+    None where there is arithmetic to do (scales, 4-bit blocks) or the layout is unusual: `_decoded` knows them all.
+    """
+    names = _numbered(block, e) if block.experts else [block.prefix + name for name in block.layout.fused]
+    found = [checkpoint.tensors.get(name) for name in names]
+    dtypes = {None if t is None else t.dtype for t in found}
+    if len(dtypes) != 1 or not dtypes <= set(PLAIN):
+        return None
+    return _read_numbered(checkpoint, names) if block.experts else _read_fused(checkpoint, block, e, names)
+
+
+def _numbered(block: MoE, e: int) -> list[str]:
+    """The tensors of expert e's gate (where there is one), up and down; none if one of them has a scale."""
+    stored, layout = block.experts[e], block.layout
+    found = []
+    for part in (layout.gate, layout.up, layout.down):
+        if part:
+            key = f"{part}.weight" if f"{part}.weight" in stored else part
+            if f"{key}_scale_inv" in stored or f"{key}_scale" in stored:
+                return []
+            found.append(stored.get(key, ""))
+    return found
+
+
+def _read_numbered(checkpoint: Checkpoint, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    *above, down = names
+    shapes = [checkpoint.tensors[name].shape for name in above]
+    if any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
+        return None
+    rows = [shape[0] for shape in shapes]
+    gate_up = torch.empty(sum(rows), shapes[0][1], dtype=stored_dtype(checkpoint, down))
+    for name, part in zip(above, gate_up.split(rows), strict=True):
+        read_into(part, checkpoint, name)
+    return gate_up, read(checkpoint, down)
+
+
+def _read_fused(
+    checkpoint: Checkpoint, block: MoE, e: int, names: list[str]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of tensors (E, rows, columns) or (E * rows, columns)."""
+    layout, parts = block.layout, []
+    for name in names:
+        shape = checkpoint.tensors[name].shape
+        if (
+            len(shape) not in (2, 3)
+            or shape[0] % block.num_experts
+            or (len(shape) == 3 and shape[0] != block.num_experts)
+        ):
+            return None
+        part = torch.empty(shape[0] // block.num_experts, *shape[1:], dtype=stored_dtype(checkpoint, name))
+        read_into(part, checkpoint, name, e * part.nbytes)
+        parts.append(part.view(-1, shape[-1]).T if layout.transposed else part.view(-1, shape[-1]))
+    if len(parts) != 2 or (layout.gate and len(parts[0]) % 2):
+        return None
+    gate_up, down = parts
+    return (torch.cat([gate_up[0::2], gate_up[1::2]]) if layout.gate and layout.interleaved else gate_up), down
+
+
+def padded(num_tokens: int, dtype: torch.dtype) -> int:
+    """The token count that one is padded to: oneDNN, which has the 16-bit products, compiles a kernel for every shape.
+
+    Products in float32 and float64 are compiled beforehand, and take what there is.
+    """
+    if dtype.itemsize > 2:
+        return num_tokens
+    return -(-num_tokens // BUCKET) * BUCKET if num_tokens > BUCKET else 1 << max(0, num_tokens - 1).bit_length()
 
 
 def expert_hidden(module: Any, expert: Expert, x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +162,8 @@ def expert_hidden(module: Any, expert: Expert, x: torch.Tensor) -> torch.Tensor:
 def expert_forward(module: Any, expert: Expert, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(hidden (T, F), output (T, D)) of one expert for its tokens x (T, D), which are padded for the products."""
     num_tokens = len(x)
-    x = F.pad(x, (0, 0, 0, padded(num_tokens) - num_tokens))
+    if more := padded(num_tokens, x.dtype) - num_tokens:
+        x = F.pad(x, (0, 0, 0, more))
     hidden = expert_hidden(module, expert, x)
     output = F.linear(hidden, expert.down, expert.down_bias)
     if module.has_post_expert_norm:

@@ -6,20 +6,20 @@ filled; buffers are real from the beginning, because some (rotary frequencies) a
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 
 from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.loading import quiet_transformers
+from coterie.loading import quiet_transformers, stock_config
+from coterie.tensors import Maps, read
 
 NO_DATA = "use a method that needs no data"
 FLOATS = ("F64", "F32", "F16", "BF16")
+MAPPED = 2**26  # bytes: a table of embeddings larger than this is mapped, since few of its rows are touched
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -34,7 +34,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     multimodal = str(architectures[0]).endswith("ForConditionalGeneration")
     auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     try:
-        config = _stock_config(checkpoint.config)
+        config = stock_config(checkpoint.config)
         # Buffers are real: rotary ones are computed, not loaded.
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=dtype)
@@ -47,15 +47,6 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _stock_config(config: dict[str, Any]) -> Any:
-    """The library's config object, read by its own reader (which knows how it spells infinities)."""
-    from transformers import AutoConfig
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return AutoConfig.from_pretrained(folder)
-
-
 def decoder_layers(decoder: Any, where: str) -> torch.nn.ModuleList:
     for name, module in decoder.named_modules():
         if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] in ("layers", "blocks"):
@@ -63,8 +54,15 @@ def decoder_layers(decoder: Any, where: str) -> torch.nn.ModuleList:
     raise CoterieError(f"{where}: {type(decoder).__name__} has no list of layers; {NO_DATA}")
 
 
-def targets(model: Any, names: list[str]) -> dict[str, str]:
-    """Name of each stored tensor -> its name in the model, by the library's renaming."""
+class Target(NamedTuple):
+    """Where a stored tensor goes in the model, and whether the library converts it (splits, fuses, transposes)."""
+
+    name: str
+    converted: bool
+
+
+def targets(model: Any, names: list[str]) -> dict[str, Target]:
+    """Name of each stored tensor -> its place in the model, by the library's renaming."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -74,27 +72,32 @@ def targets(model: Any, names: list[str]) -> dict[str, str]:
     state, prefix = model.state_dict(), model.base_model_prefix
     found = {}
     for name in names:
-        found[name], _ = rename_source_key(name, renamings, converters, prefix, state)
-        if found[name] not in state and name in state:  # as the library's loader: it should not have been renamed
-            found[name], _ = rename_source_key(name, [], [], prefix, state)
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:  # as the library's loader: it should not have been renamed
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        found[name] = Target(target, pattern is not None)
     return found
 
 
-def needed_outside(model: Any, decoder: Any, layers: torch.nn.ModuleList) -> dict[str, torch.Tensor]:
-    """What the text model holds beside its layers, by name: parameters and stored buffers of the decoder and head."""
+def modules_outside(model: Any, layers: torch.nn.ModuleList, parts: list[Any]) -> dict[str, torch.nn.Module]:
+    """What the given parts of the model (the decoder, the head) hold beside the layers, by name."""
     inside = {id(m) for m in layers.modules()}
-    needed = {id(m) for part in (decoder, model.get_output_embeddings()) if part is not None for m in part.modules()}
+    needed = {id(m) for part in parts if part is not None for m in part.modules()}
+    return {name: module for name, module in model.named_modules() if id(module) in needed - inside}
+
+
+def own_tensors(modules: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """The modules' own parameters and stored buffers, by name."""
     found = {}
-    for prefix, module in model.named_modules():
-        if id(module) in needed - inside:
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                if "." not in name:
-                    found[f"{prefix}.{name}" if prefix else name] = tensor
+    for prefix, module in modules.items():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if "." not in name:
+                found[f"{prefix}.{name}" if prefix else name] = tensor
     return found
 
 
-def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> None:
-    """Reads the named tensors into the model's parameters.
+def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype, maps: Maps | None = None) -> None:
+    """Reads the named tensors into the model's parameters; given maps, large ones are mapped.
 
     Raises: CoterieError for a tensor that does not fit, or is quantised.
     """
@@ -105,7 +108,7 @@ def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtyp
     mapping: Any = get_model_conversion_mapping(model)  # conversions keep state: a fresh one each time
     plan = model._get_dtype_plan(dtype)  # what the library keeps in float32 whatever is asked
     how = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype, dtype_plan=plan, device_map={"": "cpu"})
-    tensors = {name: _tensor(checkpoint, name) for name in names}
+    tensors = {name: _tensor(checkpoint, name, maps) for name in names}
     with quiet_transformers():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, how, None)
     faults = {*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors}
@@ -113,23 +116,20 @@ def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtyp
         raise CoterieError(f"{checkpoint.path}: transformers does not take {sorted(map(str, faults))[0]!r}")
 
 
-def free(layer: torch.nn.Module) -> None:
-    """Empties a layer's parameters; its buffers stay."""
-    for module in layer.modules():
+def free(modules: Iterable[torch.nn.Module]) -> None:
+    """Empties the modules' own parameters; their buffers stay."""
+    for module in modules:
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty_like(parameter, device="meta")
             module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A stored tensor as torch has it, in memory of torch's own: the last bits of products depend on its alignment.
+def _tensor(checkpoint: Checkpoint, name: str, maps: Maps | None) -> torch.Tensor:
+    """A stored tensor as torch has it.
 
     Raises: CoterieError for small floats: quantised weights outside the experts need scales that we do not apply.
     """
-    from safetensors.torch import _TYPES  # the library's own table of names
-
     stored = checkpoint.tensors[name]
     if stored.dtype not in FLOATS and stored.dtype.startswith(("F", "U", "I8")):
         raise CoterieError(f"tensor {name!r} is {stored.dtype}, quantised outside the experts; dequantise it first")
-    dtype: Any = _TYPES[stored.dtype]
-    return torch.frombuffer(bytearray(checkpoint.raw(name)), dtype=dtype).view(stored.shape).clone()
+    return maps.stored(checkpoint, name) if maps and stored.num_bytes >= MAPPED else read(checkpoint, name)

@@ -1,0 +1,122 @@
+"""Where torch tensors' bytes come from and stay: read from a checkpoint, or mapped to files where memory is short.
+
+Pages of a map count as resident memory once touched, until `Maps.release` gives them back to the kernel, which keeps
+what was written.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+import warnings
+import weakref
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from coterie.checkpoint import Checkpoint
+from coterie.errors import CoterieError
+
+BLOCK = 2**20
+
+
+def stored_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    from safetensors.torch import _TYPES  # the library's own table of names
+
+    types: Any = _TYPES
+    return types[checkpoint.tensors[name].dtype]
+
+
+def read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A stored tensor as it is, in memory of torch's own: the last bits of products depend on its alignment."""
+    tensor = torch.empty(checkpoint.tensors[name].shape, dtype=stored_dtype(checkpoint, name))
+    read_into(tensor, checkpoint, name)
+    return tensor
+
+
+def read_into(tensor: torch.Tensor, checkpoint: Checkpoint, name: str, start: int = 0) -> None:
+    """Fills a contiguous tensor with the stored bytes from byte `start`, without a copy on the way.
+
+    Raises: CoterieError where they cannot be had.
+    """
+    stored = checkpoint.tensors[name]
+    path, wanted = checkpoint.path / stored.file, tensor.numel() * tensor.itemsize
+    assert tensor.is_contiguous() and start + wanted <= stored.num_bytes
+    if not wanted:
+        return
+    bytes_left = tensor.view(-1).view(torch.uint8).numpy().data
+    if type(checkpoint) is not Checkpoint:  # planned, and made of parts of several places
+        bytes_left[:] = checkpoint.raw(name, start, wanted)
+        return
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(stored.start + start)
+            while bytes_left and (count := file.readinto(bytes_left)):
+                bytes_left = bytes_left[count:]
+    except OSError as error:
+        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if bytes_left:
+        raise CoterieError(f"{path}: ended while reading {name!r}; the file changed or is cut")
+
+
+class Maps:
+    """Tensors in memory-mapped files: zeros to be filled, in unnamed files of a folder, and stored ones."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """folder: where activations go; the system's temporary folder (often memory itself) unless given."""
+        self.folder = Path(tempfile.gettempdir()) if folder is None else folder
+        self._open: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # a map closes when its last tensor goes
+
+    def zeros(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros whose room on the disk is taken now. Raises: CoterieError when there is too little."""
+        size = max(1, math.prod(shape) * dtype.itemsize)
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                _allocate(file, size)
+                pages = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise CoterieError(
+                f"{self.folder}: cannot hold {size / 1e9:.1f} GB of activations ({error.strerror or error}); "
+                "free some room there, or calibrate on fewer or shorter samples"
+            ) from error
+        return self._tensor(pages, 0, shape, dtype)
+
+    def stored(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        """A stored tensor of which only what is touched is read; it must not be written to."""
+        stored, dtype = checkpoint.tensors[name], stored_dtype(checkpoint, name)
+        if stored.start % dtype.itemsize or not stored.num_bytes:
+            return read(checkpoint, name)
+        path = checkpoint.path / stored.file
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if size < stored.end:
+            raise CoterieError(f"{path}: ended while reading {name!r}; the file changed or is cut")
+        return self._tensor(pages, stored.start, stored.shape, dtype)
+
+    def _tensor(self, pages: mmap.mmap, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        self._open.add(pages)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of maps that are only read
+            return torch.frombuffer(pages, dtype=dtype, offset=start, count=math.prod(shape)).view(shape)
+
+    def release(self) -> None:
+        """Gives the pages of all maps back: they leave resident memory, not the page cache."""
+        for pages in self._open:
+            pages.madvise(mmap.MADV_DONTNEED)
+
+
+def _allocate(file: IO[bytes], size: int) -> None:
+    """Takes the room on the disk: writing to a map of a full one would end the process, not raise an error."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, BLOCK):
+        file.write(bytes(min(BLOCK, size - start)))
+    file.flush()
