@@ -17,10 +17,12 @@ from coterie import stats as stats_module
 from coterie.checkpoint import Checkpoint
 from coterie.collect import collect, measure
 from coterie.errors import CoterieError
+from coterie.experts import read_layer
 from coterie.layer import Model
 from coterie.loading import load_stock
 from coterie.samples import compute_dtype, max_positions, read_samples
 from coterie.stats import SUMS, Stats, merge
+from test_calibrate import FOLLOWED
 
 LENGTHS = {"prose": (9, 24, 9), "code": (5,), "a/b": (24, 1)}
 
@@ -64,38 +66,47 @@ def gpt_oss_output(module, e, h):
 
 
 def slow_sums(folder, given):
-    """{(domain, layer, name): array} by the stock model, one sample, one token, one choice after the other."""
+    """{(domain, layer, name): (2, ...)} by the stock model, one sample, one token, one choice after the other."""
     model, _ = load_stock(folder, "float32", experts_implementation="eager")
     is_gpt = model.config.model_type == "gpt_oss"
     to_hidden, to_output = (gpt_oss_hidden, gpt_oss_output) if is_gpt else (silu_hidden, silu_output)
     layer_of = {m: str(i) for i, layer in enumerate(model.model.layers) for m in layer.modules()}
-    sums, domain = {}, ""
+    source = Model.open(folder)
+    routers = {b.key: read_layer(source.checkpoint, b).router for b in source.main}
+    biases = {b.key: source.checkpoint.read(b.rows[0]) if is_gpt else 0 for b in source.main}  # others only select
+    sums, domain, half = {}, "", 0
 
-    def add(layer, name, place, value):
-        shape = {"coactivation": (8, 8)}.get(name, (8, *np.shape(value)))
-        array = sums.setdefault((domain, layer, name), np.zeros(shape))
-        array[place] += np.asarray(value, dtype=np.float64)
+    def add(layer, name, value, *place):
+        shape = {"coactivation": (8, 8), "num_tokens": ()}.get(name, (8, *np.shape(value)))
+        array = sums.setdefault((domain, layer, name), np.zeros((2, *shape)))
+        array[half, *place] = stats_module.joined(name)(array[half, *place], np.asarray(value, dtype=np.float64))
 
     def experts(module, tokens, chosen, weights):
         layer, total = layer_of[module], torch.zeros_like(tokens)
         for t, x in enumerate(tokens):
             ids = chosen[t].tolist()
+            add(layer, "num_tokens", 1)
+            for e, z in enumerate(routers[layer] @ x.numpy() + biases[layer]):
+                add(layer, "logits", z, e)
+                add(layer, "logits_squared", z**2, e)
             for k, e in enumerate(ids):
                 g, h = float(weights[t, k]), to_hidden(module, e, x)
                 y = to_output(module, e, h)
                 total[t] += weights[t, k] * y
                 x64, h64, y64 = (v.double().numpy() for v in (x, h, y))
-                add(layer, "tokens", e, 1)
-                add(layer, "gates", e, g)
-                add(layer, "output_norms", e, np.linalg.norm(y64))
-                add(layer, "gated_output_norms", e, g * np.linalg.norm(y64))
-                add(layer, "inputs_squared", e, x64**2)
-                add(layer, "gated_inputs_squared", e, (g * x64) ** 2)
-                add(layer, "hidden_squared", e, h64**2)
-                add(layer, "gated_hidden_squared", e, (g * h64) ** 2)
-                add(layer, "outputs", e, y64)
+                add(layer, "tokens", 1, e)
+                add(layer, "gates", g, e)
+                add(layer, "output_norms", np.linalg.norm(y64), e)
+                add(layer, "gated_output_norms", g * np.linalg.norm(y64), e)
+                add(layer, "output_norms_squared", np.sum(y64**2), e)
+                add(layer, "output_max", np.abs(y64).max(), e)
+                add(layer, "inputs_squared", x64**2, e)
+                add(layer, "gated_inputs_squared", (g * x64) ** 2, e)
+                add(layer, "hidden_squared", h64**2, e)
+                add(layer, "gated_hidden_squared", (g * h64) ** 2, e)
+                add(layer, "outputs", y64, e)
                 for other in ids:
-                    add(layer, "coactivation", (e, other), int(e != other))
+                    add(layer, "coactivation", int(e != other), e, other)
         return total
 
     ALL_EXPERTS_FUNCTIONS.register("slow", experts)
@@ -103,7 +114,8 @@ def slow_sums(folder, given):
     with torch.inference_mode():
         for name, samples in given.items():
             domain = name
-            for sample in samples:
+            for number, sample in enumerate(samples):
+                half = number % 2
                 model(input_ids=torch.tensor([sample]), use_cache=False)
     return sums
 
@@ -112,15 +124,20 @@ def assert_close(found, expected):
     """Equal to 1e-5 of the largest value of each sum; counts exactly."""
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        if key[2] in ("tokens", "coactivation"):
+        if key[2] in ("num_tokens", "tokens", "coactivation"):
             assert np.array_equal(found[key], value), key
         else:
             np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=str(key))
 
 
+def totals(stats):
+    """Both halves together."""
+    return {key: stats_module.joined(key[2]).reduce(value) for key, value in stats.sums.items()}
+
+
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3"])
 def test_sums_equal_loops_over_tokens(tiny_checkpoint, model_type):
-    """Every sum of every MoE layer and domain, though all domains pass through the model together."""
+    """Every sum of every MoE layer, domain and half, though all samples pass through the model together."""
     folder, given = tiny_checkpoint(model_type), sequences()
     found = measure(Model.open(folder), given, torch.float32)
     assert_close(found.sums, slow_sums(folder, given))
@@ -131,13 +148,12 @@ def test_sums_equal_loops_over_tokens(tiny_checkpoint, model_type):
 
 
 def test_shapes_are_as_documented(tiny_checkpoint):
-    """E 8, D 32, F 16; dense layers have no sums."""
+    """Two halves, E 8, D 32, F 16; dense layers have no sums."""
     found = measure(Model.open(tiny_checkpoint("deepseek_v3")), sequences(), torch.float32)
     axes = {"E": tiny.NUM_EXPERTS, "D": tiny.HIDDEN, "F": tiny.EXPERT_HIDDEN}
     assert found.layers == ["1", "2", "3"]
     for (_, _, name), value in found.sums.items():
-        legend = SUMS[name].partition(")")[0].strip("(").rstrip(",").split(", ")
-        assert value.shape == tuple(axes[a] for a in legend), name
+        assert value.shape == (2, *(axes[a] for a in SUMS[name][0])), name
         assert value.dtype == np.float64
     pairs = found.get("1", "coactivation")
     assert np.array_equal(pairs, pairs.T) and not np.diag(pairs).any()
@@ -150,8 +166,84 @@ def test_padding_never_enters(tiny_checkpoint):
     apart = merge(
         measure(model, {name: [sample]}, torch.float32) for name, given in sequences().items() for sample in given
     )
-    assert_close(together.sums, apart.sums)
+    assert_close(totals(together), totals(apart))
     assert together.samples == apart.samples
+
+
+@pytest.mark.parametrize("model_type", FOLLOWED)
+def test_logits_are_the_routers(tiny_checkpoint, model_type):
+    """In every family: W x + b, x what the router sees (normalised, in gemma4), b its own bias (in gpt_oss)."""
+    folder, sample = tiny_checkpoint(model_type), sequences()["prose"][0]
+    model, source = load_stock(folder, "float32", experts_implementation="eager")[0], Model.open(folder)
+    rows = {b.key: torch.tensor(read_layer(source.checkpoint, b).router) for b in source.main}
+    seen = {}
+    for module in model.modules():
+        for router in module.parameters(recurse=False):
+            for key in [k for k, w in rows.items() if w.shape == router.shape and torch.equal(w, router)]:
+                bias = 0 if getattr(module, "bias", None) is None else module.bias.detach().double()
+                module.register_forward_pre_hook(
+                    lambda _, args, key=key, bias=bias: seen.update({
+                        key: args[0].detach().double().reshape(-1, rows[key].shape[1]) @ rows[key].double().T + bias
+                    })
+                )  # fmt: skip
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([sample]), use_cache=False)
+    found = measure(source, {"x": [sample]}, torch.float32)
+    assert found.notes == [] and seen.keys() == rows.keys()
+    for key, z in seen.items():
+        for name, expected in (("logits", z.sum(0)), ("logits_squared", z.square().sum(0))):
+            np.testing.assert_allclose(found.get(key, name), expected, rtol=1e-3, atol=1e-3 * float(z.abs().max()))
+
+
+def test_mean_and_variance_of_logits_follow(tiny_checkpoint):
+    """The mean of z is its sum over the number of tokens, the variance that of z^2 less the mean's square."""
+    found = measure(Model.open(tiny_checkpoint("mixtral")), sequences(), torch.float32)
+    n = found.get("2", "num_tokens")
+    assert n == sum(sum(ns) for ns in LENGTHS.values())
+    assert (found.get("2", "logits_squared") / n >= (found.get("2", "logits") / n) ** 2).all()
+
+
+@pytest.mark.parametrize("instead", [lambda z: None, lambda z: z[:, :5], lambda z: z[1:]])
+def test_logits_that_cannot_be_seen_are_left_out_and_said(tiny_checkpoint, tmp_path, monkeypatch, instead):
+    """A router that shows something else: no wrong numbers, a note in the file, and a refusal where they are asked."""
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter as Router
+
+    forward = Router.forward
+
+    def other(self, x):
+        logits, *rest = forward(self, x)
+        return instead(logits), *rest
+
+    monkeypatch.setattr(Router, "forward", other)
+    out = tmp_path / "x.stats"
+    result = collect(tiny_checkpoint("qwen2_moe"), out, data=files(tmp_path / "data", sequences()))
+    found, said = Stats.load(out), "layer 3: its router's logits could not be seen, and are left out"
+    assert said in result["notes"] and said in found.notes and len(found.notes) == 4
+    assert {name for _, _, name in found.sums} == set(SUMS) - {"logits", "logits_squared"}
+    with pytest.raises(CoterieError, match=r"layer 3 has no 'logits' in the statistics; .*layer 3: its router's"):
+        found.get("3", "logits")
+
+
+def test_where_activations_are_kept_does_not_matter(tiny_checkpoint, tmp_path):
+    """Mapped to files, layers run twice; every token, and every router's output, counts once all the same."""
+    model = Model.open(tiny_checkpoint("qwen2_moe"))
+    inside = measure(model, sequences(), torch.float32)
+    outside = measure(model, sequences(), torch.float32, spill=tmp_path, budget=0)
+    assert outside.notes == [] and inside.sums.keys() == outside.sums.keys()
+    assert all(np.array_equal(value, outside.sums[key]) for key, value in inside.sums.items())
+
+
+def test_halves_alternate_within_each_domain(tiny_checkpoint):
+    """Half 0 has a domain's first, third, fifth sample, half 1 the others, whatever other domains hold."""
+    model, given = Model.open(tiny_checkpoint("qwen2_moe")), sequences()
+    found = measure(model, given, torch.float32)
+    for index in (0, 1):
+        every_second = {name: samples[index::2] for name, samples in given.items() if samples[index::2]}
+        expected, half = measure(model, every_second, torch.float32), found.half(index)
+        for layer in found.layers:
+            for name in SUMS:
+                a, b = half.get(layer, name), expected.get(layer, name)
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -178,7 +270,7 @@ def test_the_file(tiny_checkpoint, tmp_path):
 
 
 def test_two_files_add_up_to_one(tiny_checkpoint, tmp_path):
-    """Statistics of two data sets merged are those of both together."""
+    """Statistics of two data sets merged are those of both together; of even numbers of samples, also half by half."""
     folder, given = tiny_checkpoint("mixtral"), sequences()
     parts = [{"x": given["prose"]}, {"x": given["code"], "y": given["a/b"]}]
     for number, part in enumerate([*parts, {"x": given["prose"] + given["code"], "y": given["a/b"]}]):
@@ -188,9 +280,12 @@ def test_two_files_add_up_to_one(tiny_checkpoint, tmp_path):
     a, b, both = (Stats.load(tmp_path / f"{number}.stats") for number in range(3))
     before = {key: value.copy() for key, value in a.sums.items()}
     merged = merge([a, b])
-    assert_close(merged.sums, both.sums)
+    assert_close(totals(merged), totals(both))
     assert merged.samples == both.samples == {"x": 4, "y": 2}
     assert all(np.array_equal(a.sums[key], value) for key, value in before.items())
+    model, x = Model.open(tiny_checkpoint("mixtral")), given["prose"] + given["code"]
+    halves = merge(measure(model, {"x": part}, torch.float32) for part in (x[:2], x[2:]))
+    assert_close(halves.sums, measure(model, {"x": x}, torch.float32).sums)
 
 
 def test_weights_multiply_domains(tiny_checkpoint):
@@ -202,7 +297,7 @@ def test_weights_multiply_domains(tiny_checkpoint):
         found, expected = once.get("1", name, {"code": 2.0}), twice.get("1", name)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     none = dict.fromkeys(given, 0.0) | {"code": 1.0}
-    assert np.array_equal(once.get("1", "tokens", none), once.sums["code", "1", "tokens"])
+    assert np.array_equal(once.get("1", "tokens", none), once.sums["code", "1", "tokens"].sum(0))
     with pytest.raises(CoterieError, match="domain 'poetry' is not in the statistics; they hold prose, code, a/b"):
         once.get("1", "tokens", {"poetry": 2.0})
     with pytest.raises(CoterieError, match="layer 9 has no 'tokens'"):
@@ -219,6 +314,14 @@ def test_statistics_of_another_model_are_refused(tiny_checkpoint):
         merge([mine, theirs])
 
 
+def test_statistics_that_hold_different_sums_are_not_merged(tiny_checkpoint):
+    """Logits of some of the tokens only would be wrong, not less."""
+    whole = measure(Model.open(tiny_checkpoint("mixtral")), sequences(), torch.float32)
+    part = Stats(whole.model, whole.samples, {k: v for k, v in whole.sums.items() if k[2] != "logits"})
+    with pytest.raises(CoterieError, match="hold different sums"):
+        merge([whole, part])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -226,20 +329,27 @@ def test_statistics_of_another_model_are_refused(tiny_checkpoint):
         (lambda t, m: m.pop("samples"), "metadata is damaged"),
         (lambda t, m: m.update(samples="[1]"), "metadata is damaged"),
         (lambda t, m: m.update(samples="[" * 10**5), "metadata is damaged"),
-        (lambda t, m: t.update({"x/1/kurtosis": np.ones(8)}), "is not a statistic"),
-        (lambda t, m: t.update({"tokens": np.ones(8)}), "is not a statistic"),
-        (lambda t, m: t.update({"x/1/tokens": np.ones(8, np.float32)}), "is not a statistic"),
-        (lambda t, m: t.update({"x/1/tokens": np.full(8, np.nan)}), "NaN or infinite"),
+        (lambda t, m: m.update(samples='{"x": 1e999}'), "metadata is damaged"),
+        (lambda t, m: m.update(notes="1"), "metadata is damaged"),
+        (lambda t, m: t.update({"x/1/kurtosis": np.ones((2, 8))}), "is not a statistic"),
+        (lambda t, m: t.update({"tokens": np.ones((2, 8))}), "is not a statistic"),
+        (lambda t, m: t.update({"x/1/tokens": np.ones(8)}), "is not a statistic"),
+        (lambda t, m: t.update({"x/1/tokens": np.ones((3, 8))}), "is not a statistic"),
+        (lambda t, m: t.update({"x/1/tokens": np.ones((2, 8), np.float32)}), "is not a statistic"),
+        (lambda t, m: t.update({"x/1/tokens": np.full((2, 8), np.nan)}), "NaN or infinite"),
     ],
 )
 def test_other_files_are_refused(tmp_path, change, message):
     """Whatever a file holds that is no statistic."""
     from safetensors.numpy import save_file
 
-    tensors, metadata = {"x/1/tokens": np.ones(8)}, {"format": stats_module.FORMAT, "model": "m", "samples": '{"x": 1}'}
+    tensors, metadata = (
+        {"x/1/tokens": np.ones((2, 8))},
+        {"format": stats_module.FORMAT, "model": "m", "samples": '{"x": 1}'},
+    )
     path = tmp_path / "x.stats"
     save_file(tensors, path, metadata=metadata)
-    assert Stats.load(path).get("1", "tokens").tolist() == [1.0] * 8
+    assert Stats.load(path).get("1", "tokens").tolist() == [2.0] * 8
     change(tensors, metadata)
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(CoterieError, match=message):
@@ -353,7 +463,8 @@ def test_the_dtype_is_that_of_the_experts(tiny_checkpoint, tmp_path):
         assert compute_dtype(Model.open(folder)) == expected
 
 
-def test_nothing_is_printed(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next"])  # the latter says which kernels are missing
+def test_nothing_is_printed(tiny_checkpoint, tmp_path, model_type):
     """Not by transformers either: no bars, no warnings."""
     data = files(tmp_path / "data", {"x": [(5, 6)]})
     code = (
@@ -361,7 +472,7 @@ def test_nothing_is_printed(tiny_checkpoint, tmp_path):
         "collect(sys.argv[1], sys.argv[2], data=[f'x={sys.argv[3]}'], samples=1)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, tiny_checkpoint("gpt_oss"), tmp_path / "x.stats", data["x"]],
+        [sys.executable, "-c", code, tiny_checkpoint(model_type), tmp_path / "x.stats", data["x"]],
         capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

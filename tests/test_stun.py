@@ -59,6 +59,40 @@ def test_missing_coactivation_is_refused(counts):
         stun.distances(ROUTER, counts, lambda2=1)
 
 
+def test_coactivation_flips_a_merge():
+    """Rows at 0, 3 and 5: 1 and 2 are nearest; but 0 and 1 are chosen together, and 3 - 2.25 < 2 (mean 4 / 9)."""
+    router = np.array([[0], [3], [5]], np.float32)
+    counts = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
+    assert stun.dendrogram(stun.distances(router, normalise=False)).cut(2) == [[0], [1, 2]]
+    same = stun.distances(router, counts, lambda2=1, normalise=False)  # both pairs alike: nothing changes
+    assert stun.dendrogram(same).cut(2) == [[0], [1, 2]]
+    counts[1, 2] = counts[2, 1] = 0  # mean 2 / 9: 1 counts 4.5
+    flipped = stun.distances(router, counts, lambda2=0.5, normalise=False)
+    assert flipped[0, 1] == 3 - 0.5 * 4.5 and flipped[1, 2] == 2
+    assert stun.dendrogram(flipped).cut(2) == [[0, 1], [2]]
+
+
+def test_coactivation_keeps_clones_together():
+    """Clones are chosen for the same tokens, so both parts of the distance say the same."""
+    router = np.array([[1, 0], [0, 1], [1, 0], [0, 1]], np.float32)
+    counts = np.array([[0, 1, 9, 1], [1, 0, 1, 9], [9, 1, 0, 1], [1, 9, 1, 0]])
+    for lambdas in ((1, 0), (0, 1), (1, 1), (0.1, 2)):
+        d = stun.distances(router, counts, lambda1=lambdas[0], lambda2=lambdas[1])
+        assert stun.dendrogram(d).cut(2) == [[0, 2], [1, 3]]
+
+
+def test_counts_without_any_token_say_nothing():
+    """All zero: their mean divides nothing by zero."""
+    assert np.array_equal(stun.distances(ROUTER, np.zeros((3, 3)), lambda2=1), stun.distances(ROUTER))
+
+
+@pytest.mark.parametrize("lambdas", [{"lambda1": 1e308}, {"lambda2": 1e308}])
+def test_distances_out_of_range_are_refused(lambdas):
+    """A weight that makes distances infinite is refused, not clustered."""
+    with pytest.raises(CoterieError, match="distances overflow"):
+        stun.distances(ROUTER * 10, np.ones((3, 3)) * [1, 1, 1e10], normalise=False, **lambdas)
+
+
 @given(st.integers(2, 8), st.integers(1, 5), st.integers(0, 2**32 - 1), st.booleans())
 def test_distances_are_symmetric_and_clones_are_at_zero(n, width, seed, normalise):
     """d_ij = d_ji exactly, d_ii = 0, nothing is negative, and a cloned row is at exactly 0 from its original."""
@@ -267,6 +301,27 @@ def test_official_distances_by_hand():
     assert rounded[0, 1] == np.float32(5) / np.float32(9.4375)
     exact = stun.official_distances(ROUTER, "F32", normalise=True)
     assert exact[0, 1] == np.float32(5) / np.float32(np.sqrt(89))
+
+
+def test_official_coactivation_by_hand():
+    """Over the absolute mean (18 / 9 = 2): alone -a / 2; mixed, m times that is added to the raw router distance."""
+    counts = np.array([[0, 3, 0], [3, 0, 6], [0, 6, 0]])
+    alone = stun.official_distances(ROUTER, "BF16", counts, lambda1=0, lambda2=1, normalise=True)
+    assert alone.dtype == np.float32 and np.array_equal(alone, [[INF, -1.5, 0], [-1.5, INF, -3], [0, -3, INF]])
+    mixed = stun.official_distances(ROUTER, "BF16", counts, lambda2=0.5, normalise=False)
+    assert np.array_equal(mixed, [[INF, 4.25, 8], [4.25, INF, 3.5], [8, 3.5, INF]])
+    with pytest.raises(CoterieError, match="needs co-activation counts"):
+        stun.official_distances(ROUTER, "BF16", lambda2=0.5, normalise=False)
+
+
+@pytest.mark.parametrize(
+    ("lambda1", "lambda2", "normalise", "known"),
+    [(1, 0, True, True), (1, 0, False, True), (0, 1, True, True), (1, 2, False, True), (1, 2, True, False),
+     (0, 2, True, False), (2, 1, False, False), (2, 0, True, False), (0, 0, True, False)],
+)  # fmt: skip
+def test_the_published_program_has_three_distances(lambda1, lambda2, normalise, known):
+    """Router alone, co-activation alone, or co-activation added to the router's undivided distance."""
+    assert stun.is_official(lambda1, lambda2, normalise=normalise) is known
 
 
 def test_official_distances_of_extreme_routers():

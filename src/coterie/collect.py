@@ -1,7 +1,7 @@
 """`coterie collect`: calibrate once; every criterion reads the one file.
 
 One streaming forward over the samples of all domains together, so that each expert is read once; every token knows
-its domain, and is added to that domain's sums.
+its domain and half (of the domain's samples, every second one), and is added to their sums. Axis G: 2 * domain + half.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from coterie.errors import CoterieError
 from coterie.layer import Model
+from coterie.loading import quiet_transformers
 from coterie.report import Progress, Stopwatch, no_progress, versions
 from coterie.samples import Data, compute_dtype, read_samples
-from coterie.stats import Stats
+from coterie.stats import HALVES, Stats, joined
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from coterie.calibrate import Batch, Routed, Walk
+    from coterie.calibrate import Batch, Piece, Routed, Stream, Walk
+    from coterie.layer import MoE
 
-Sums = dict[str, "np.ndarray"]  # of one layer by name, one row a domain
+Sums = dict[str, "np.ndarray"]  # of one layer by name, each (G, ...)
+SCALARS = ("tokens", "gates", "output_norms", "gated_output_norms", "output_norms_squared")
 
 
 def collect(
@@ -51,7 +54,7 @@ def collect(
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, data, samples=samples, seq_len=seq_len, seed=seed)
-    result = measure(source, by_domain, chosen, on_progress)
+    result = measure(source, by_domain, chosen, on_progress, spill=out.parent)
     result.save(out)
     return {
         "stats": str(out),
@@ -59,7 +62,7 @@ def collect(
         "options": {"samples": samples, "seq_len": seq_len, "seed": seed, "dtype": str(chosen).removeprefix("torch.")},
         "domains": {name: {"samples": len(given), "tokens": sum(map(len, given))} for name, given in by_domain.items()},
         "layers": result.layers,
-        "notes": notes,
+        "notes": [*notes, *result.notes],
         "versions": versions(),
         **clock.read(),
     }
@@ -81,105 +84,159 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise CoterieError(f"{out}: exists already; give another name, or --overwrite")
 
 
+@quiet_transformers()
 def measure(
     model: Model,
     by_domain: dict[str, list[tuple[int, ...]]],
     dtype: torch.dtype,
     on_progress: Progress = no_progress,
+    **activations: Any,
 ) -> Stats:
-    """All sums of `stats.SUMS` for every MoE layer, by domain.
+    """All sums of `stats.SUMS` for every MoE layer, by domain and half.
 
+    activations: where they go when they are large, as `Stream.embed` has it (spill, budget).
     Raises: CoterieError for a model that cannot be streamed, and for activations that are NaN or infinite.
     """
     from coterie.calibrate import Stream
 
     stream = Stream(model, dtype)
-    batches = stream.embed([sample for given in by_domain.values() for sample in given])
-    domain_of = [number for number, given in enumerate(by_domain.values()) for _ in given]
+    batches = stream.embed([sample for given in by_domain.values() for sample in given], **activations)
+    group_of = [HALVES * d + i % HALVES for d, given in enumerate(by_domain.values()) for i in range(len(given))]
+    groups, num_groups = _group_of_tokens(batches, group_of), HALVES * len(by_domain)
     stats = Stats(model.checkpoint.hash, {name: len(given) for name, given in by_domain.items()})
+    routers = Routers(stream, groups, num_groups)
 
-    def keep(layer: str, sums: Sums) -> None:
+    def keep(block: MoE, sums: Sums) -> None:
+        _check_finite(sums, block.name)
         for name, values in sums.items():
-            for domain, value in zip(by_domain, values, strict=True):
-                stats.add(domain, layer, name, value)
+            for domain, halves in zip(by_domain, values.reshape(-1, HALVES, *values.shape[1:]), strict=True):
+                stats.add(domain, block.key, name, halves)
 
-    walk = measuring_walk(model, dtype, _domain_of_tokens(batches, domain_of), len(by_domain), keep)
-    for index in stream.run(batches, walk):
+    blocks = {block.key: block for block in model.main}
+    for index in stream.run(batches, measuring_walk(model, dtype, groups, num_groups, keep)):
+        if block := blocks.get(str(index)):
+            logits = routers.take(block)
+            keep(block, logits)
+            if not logits:
+                stats.notes.append(f"{block.name}: its router's logits could not be seen, and are left out")
         on_progress("measuring layers", index + 1, len(stream.layers))
     return stats
 
 
-def _domain_of_tokens(batches: list[Batch], domain_of: list[int]) -> torch.Tensor:
-    """The domain's number of every row that a layer routes, in the order of `Routed.x`."""
+def _group_of_tokens(batches: list[Batch], group_of: list[int]) -> torch.Tensor:
+    """The group (G) of every row that a layer routes, in the order of `Routed.x`, from the group of every sample."""
     import torch
 
-    rows = [torch.tensor([domain_of[i] for i in b.samples]).repeat_interleave(b.hidden.shape[1]) for b in batches]
+    rows = [torch.tensor([group_of[i] for i in b.samples]).repeat_interleave(b.hidden.shape[1]) for b in batches]
     return torch.cat(rows)
 
 
+class Routers:
+    """Sums of what every router computes before its softmax or sigmoid, taken where it runs.
+
+    The logits z (T, E) are the output, or the first of several, of the module that holds the router's rows: in every
+    family of transformers x W^T plus the router's own bias, x being what that router sees (not always what the experts
+    see). Biases that only select are added later, and take no part.
+    """
+
+    def __init__(self, stream: Stream, groups: torch.Tensor, num_groups: int) -> None:
+        self._groups, self._num_groups = groups, num_groups
+        self._sums: dict[str, torch.Tensor] = {}  # layer key -> sums of z and of z^2 (2, G, E)
+        self._num_seen: dict[str, int] = {}
+        for block in stream.source.main:
+            index = int(block.key)
+            name = next((p for p, stored in stream.stored(index).items() if stored == block.router), None)
+            if name is not None:
+                router = stream.layers[index].get_submodule(name.rpartition(".")[0])
+                router.register_forward_hook(self._hook(block))
+
+    def _hook(self, block: MoE) -> Callable[..., None]:
+        import torch
+
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if not isinstance(first, torch.Tensor) or first.shape[-1:] != (block.num_experts,):
+                return
+            z = first.reshape(-1, block.num_experts).double()
+            start = self._num_seen.get(block.key, 0)
+            self._num_seen[block.key] = start + len(z)
+            rows = self._groups[start : start + len(z)]  # batches come in the order of the groups
+            empty = torch.zeros(2, self._num_groups, block.num_experts, dtype=torch.float64)
+            found = self._sums.setdefault(block.key, empty)
+            for sums, values in zip(found, (z, z.square()), strict=True):
+                sums.index_add_(0, rows, values[: len(rows)])
+
+        return hook
+
+    def take(self, block: MoE) -> Sums:
+        """A layer's sums (G, E), once it is through; none where not every token's logits were seen."""
+        sums, num_seen = self._sums.pop(block.key, None), self._num_seen.pop(block.key, 0)
+        if sums is None or num_seen != len(self._groups):
+            return {}
+        return {"logits": sums[0].numpy(), "logits_squared": sums[1].numpy()}
+
+
 def measuring_walk(
-    model: Model, dtype: torch.dtype, domains: torch.Tensor, num_domains: int, keep: Callable[[str, Sums], None]
+    model: Model, dtype: torch.dtype, groups: torch.Tensor, num_groups: int, keep: Callable[[MoE, Sums], None]
 ) -> Walk:
-    """The experts as they are, each measured on the way; `keep` gets a layer's sums once it is through."""
+    """The experts as they are, each measured on the way; `keep` gets a block's sums once it is through."""
     import numpy as np
     import torch
 
-    from coterie import moe
-
     def walk(routed: Routed) -> torch.Tensor:
-        assert len(routed.x) == len(domains)
-        num_experts, total = routed.block.num_experts, torch.zeros_like(routed.x)
-        sums: Sums = {"coactivation": _coactivation(routed, domains, num_domains)}
-        for e, rows, weights in routed.by_expert():
-            expert = moe.read_expert(model.checkpoint, routed.block, e, dtype)
-            x = routed.x[rows]
-            hidden, y = moe.expert_forward(routed.module, expert, x)
-            total.index_add_(0, rows, (y * weights[:, None]).to(total.dtype))
-            for d in range(num_domains):
-                own = domains[rows] == d
-                for name, value in _sums(x[own], hidden[own], y[own], weights[own]).items():
-                    shape = (num_domains, num_experts, *value.shape)
-                    sums.setdefault(name, np.zeros(shape))[d, e] = value
-        _check_finite(sums, routed.block.name)
-        keep(routed.block.key, sums)
+        assert len(routed.x) == len(groups)
+        total = routed.zeros()
+        sums: Sums = {"coactivation": _coactivation(routed, groups, num_groups)}
+        sums["num_tokens"] = torch.bincount(groups, minlength=num_groups).double().numpy()
+        for e, expert, rows, weights in routed.experts(model.checkpoint, dtype):
+            for piece in routed.pieces(expert, rows, weights):
+                routed.add(total, piece)
+                for name, values in _sums(piece, groups[piece.rows], num_groups).items():
+                    shape = (num_groups, routed.block.num_experts, *values.shape[1:])
+                    sum_of_expert = sums.setdefault(name, np.zeros(shape))[:, e]
+                    joined(name)(sum_of_expert, values.numpy(), out=sum_of_expert)
+        keep(routed.block, sums)
         return total
 
     return walk
 
 
-def _sums(x: torch.Tensor, hidden: torch.Tensor, y: torch.Tensor, gates: torch.Tensor) -> Sums:
-    """One expert's sums over its tokens: inputs (T, D), hidden (T, F), outputs (T, D) and gates (T,), in float64."""
-    import numpy as np
+def _sums(piece: Piece, groups: torch.Tensor, num_groups: int) -> dict[str, torch.Tensor]:
+    """An expert's sums over some of its tokens, whose groups are (T,), each (G, ...) in float64.
 
-    norms = y.float().norm(dim=1).double()
-    g, column = gates.double(), gates.float()[:, None]
-    values = {
-        "gates": g.sum(),
-        "output_norms": norms.sum(),
-        "gated_output_norms": (g * norms).sum(),
-        "inputs_squared": _sum_of_squares(x.float()),
-        "gated_inputs_squared": _sum_of_squares(x.float() * column),
-        "hidden_squared": _sum_of_squares(hidden.float()),
-        "gated_hidden_squared": _sum_of_squares(hidden.float() * column),
-        "outputs": y.double().sum(0),
+    One product of ones and squared gates (2G, T) with squares (T, C) sums every group, as it is and gated.
+    """
+    import torch
+
+    from coterie.activations import ROWS, weighted_sums
+
+    norms = torch.cat([y.float().norm(dim=1) for y in piece.y.split(ROWS)]).double()
+    gates, num_tokens = piece.weights.double(), len(groups)
+    scalars = torch.stack([torch.ones_like(gates), gates, norms, gates * norms, norms.square()])
+    by_group = torch.zeros(len(scalars), num_groups, dtype=torch.float64).index_add_(1, groups, scalars)
+    largest = piece.y.abs().amax(dim=1).double()
+    own = torch.zeros(num_groups, num_tokens)
+    own[groups, torch.arange(num_tokens)] = 1.0
+    both = torch.cat([own, own * piece.weights.float().square()])
+    inputs, hidden = (weighted_sums(both, v, squared=True).chunk(2) for v in (piece.x, piece.hidden))
+    return {
+        **dict(zip(SCALARS, by_group, strict=True)),
+        "output_max": torch.zeros(num_groups, dtype=torch.float64).scatter_reduce_(0, groups, largest, "amax"),
+        **dict(zip(("inputs_squared", "gated_inputs_squared"), inputs, strict=True)),
+        **dict(zip(("hidden_squared", "gated_hidden_squared"), hidden, strict=True)),
+        "outputs": weighted_sums(own, piece.y),
     }
-    return {"tokens": np.array(len(x), dtype=np.float64)} | {name: v.numpy() for name, v in values.items()}
 
 
-def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
-    """(T, C) -> (C,) in float64, squared there too: squares of float32 may be too large for it."""
-    return values.double().square().sum(0)
-
-
-def _coactivation(routed: Routed, domains: torch.Tensor, num_domains: int) -> np.ndarray:
-    """How many tokens of each domain chose both experts of a pair, (domains, E, E); the diagonal is 0."""
+def _coactivation(routed: Routed, groups: torch.Tensor, num_groups: int) -> np.ndarray:
+    """How many tokens of each group chose both experts of a pair, (G, E, E); the diagonal is 0."""
     import torch
 
     num_experts = routed.block.num_experts
-    counts = torch.zeros(num_domains * num_experts**2, dtype=torch.long)
+    counts = torch.zeros(num_groups * num_experts**2, dtype=torch.long)
     for i, j in combinations(routed.chosen.T, 2):
-        counts += torch.bincount((domains * num_experts + i) * num_experts + j, minlength=len(counts))
-    found = counts.view(num_domains, num_experts, num_experts)
+        counts += torch.bincount((groups * num_experts + i) * num_experts + j, minlength=len(counts))
+    found = counts.view(num_groups, num_experts, num_experts)
     return (found + found.mT).double().numpy()
 
 

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from coterie import clusters, criteria
 from coterie.apply import check_count, execute, fits_groups
+from coterie.criteria import Decision
+from coterie.data import parse_data
 from coterie.errors import CoterieError
 from coterie.experts import Layer, read_layer
 from coterie.family import Groups
 from coterie.layer import Model, MoE, mtp_names
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
-from coterie.plan import Choice, Plan
+from coterie.plan import Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
+from coterie.samples import Data
+from coterie.stats import parse_weights
 
 CHOICES = {
     "budget": ("uniform", "global"),
     "linkage": ("complete", "official"),
     "distance": ("frobenius", "raw"),
     "non_uniform": ("round", "refuse", "coterie"),
+}
+READ_BY = {  # option: the NEEDS of the methods that read it
+    "stats": ("stats", "outputs"),
+    "weights": ("stats", "outputs"),
+    "no_guard": ("stats", "outputs"),
+    "base": ("base",),
+    "data": ("outputs",),
+    "samples": ("outputs",),
+    "seq_len": ("outputs",),
+    "dtype": ("outputs",),
 }
 
 
@@ -41,6 +58,28 @@ class Options:
     threshold: float = 0.5
     seed: int = 0
     drop_mtp: bool = False
+    lambda1: float = 1.0
+    lambda2: float = 0.0
+    stats: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)  # of domains; those not named count 1
+    no_guard: bool = False
+    base: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    samples: int = 128
+    seq_len: int = 2048
+    dtype: str = "auto"
+
+    @property
+    def needs(self) -> str:
+        """What the method decides from, as `methods/prune/__init__.py` has it."""
+        return methods.load(self.method).NEEDS
+
+    def record(self) -> dict[str, Any]:
+        """As they are spelled on the command line, without those that only other kinds of methods read."""
+        weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
+        data = {name: str(file) for name, file in self.data.items()}
+        others = [n for n in ("base", "data", "samples", "seq_len", "dtype") if self.needs not in READ_BY[n]]
+        return {n: v for n, v in (vars(self) | {"weights": weights or None, "data": data}).items() if n not in others}
 
 
 def prune(
@@ -59,6 +98,16 @@ def prune(
     threshold: float = 0.5,
     seed: int = 0,
     drop_mtp: bool = False,
+    lambda1: float = 1.0,
+    lambda2: float = 0.0,
+    stats: str | Path | None = None,
+    weights: str | Mapping[str, float] | None = None,
+    no_guard: bool = False,
+    base: str | Path | None = None,
+    data: Data = (),
+    samples: int = 128,
+    seq_len: int = 2048,
+    dtype: str = "auto",
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -66,27 +115,40 @@ def prune(
 ) -> Report:
     """Removes `floor(ratio * E)` routed experts per layer (default 0.25), or all but `experts`, by a method.
 
-    method: stun, random, first, router-norm, weight-norm. The rest but `seed` shapes stun:
+    method: stun (the default), a criterion of statistics (reap, frequency, ean, man, msan, mone), of outputs (naee,
+    naee-greedy), of an earlier checkpoint (router-norm-change), or a control (random, first, router-norm, weight-norm).
+    stats: a file that `collect` wrote of this model. Criteria of statistics need it; of two experts that stun finds
+    alike, the one more used stays; naee knows super experts from it.
+    weights: how often each domain counts, as "code=2,chat=0.5" or a dictionary (default 1).
+    no_guard: super experts, whose outputs hold extreme values, may go like others.
+    base: the checkpoint before fine-tuning, for router-norm-change.
+    data, samples, seq_len, seed, dtype: what naee runs every expert on, as in `collect`; seed is also of random.
+    drop_mtp: leave multi-token-prediction layers out instead of cutting them like the others.
+    dry_run: decide and report; nothing is written. stun then reads headers and routers (and stats) alone.
+
+    The rest shapes stun:
     budget: uniform (the same count everywhere) or global (one height cuts all layers' dendrograms).
     linkage: complete, or official (the published program's rules); threshold is where its search starts.
     distance: router rows' distance over ||W||_F (frobenius) or as it is (raw).
     kappa: a layer left with fewer clusters than this gets their means instead of representatives.
     min_experts: no layer keeps fewer under a global budget (default: top-k).
     non_uniform: what becomes of unequal counts: round, refuse, or write them in our own layout (coterie).
-    drop_mtp: leave multi-token-prediction layers out instead of cutting them like the others.
-    dry_run: decide and report from headers and routers alone; nothing is written.
+    lambda1, lambda2: the weights of the router rows' distance and of co-activation (needs stats) in its distance.
     Raises: CoterieError, before anything is written.
     """
     clock = Stopwatch()
+    files = data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data, folders=True)
     options = Options(
-        method, ratio, experts, budget, linkage, distance, kappa, min_experts, non_uniform, threshold, seed, drop_mtp
-    )
+        method, ratio, experts, budget, linkage, distance, kappa, min_experts, non_uniform, threshold, seed, drop_mtp,
+        lambda1, lambda2, None if stats is None else str(stats), parse_weights(weights), no_guard,
+        None if base is None else str(base), files, samples, seq_len, dtype,
+    )  # fmt: skip
     check_options(options)
     source = Model.open(model)
-    plan, warnings = make_plan(source, options, dry_run=dry_run, on_progress=on_progress)
+    plan, warnings, findings = decided(source, options, dry_run=dry_run, on_progress=on_progress)
     return execute(
         source, plan, Path(out), command="prune", path=model,
-        options=vars(options).copy(), clock=clock, warnings=warnings,
+        options=options.record(), clock=clock, warnings=warnings, findings=findings,
         dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
     )  # fmt: skip
 
@@ -107,7 +169,8 @@ def check_options(options: Options) -> None:
     if options.min_experts is not None and options.min_experts < 1:
         raise CoterieError(f"--min-experts {options.min_experts}: expected at least 1")
     default = Options()
-    shaping = ("budget", "linkage", "distance", "kappa", "min_experts", "non_uniform", "threshold")
+    shaping: tuple[str, ...] = ("budget", "linkage", "distance", "kappa", "min_experts", "non_uniform", "threshold")
+    shaping += ("lambda1", "lambda2", *(("stats", "weights") if options.needs not in READ_BY["stats"] else ()))
     given = [n for n in shaping if getattr(options, n) != getattr(default, n)]
     if options.method != "stun" and given:
         flag = f"--{given[0].replace('_', '-')}"
@@ -118,10 +181,58 @@ def check_options(options: Options) -> None:
         raise CoterieError("--non-uniform is about a global budget and would be ignored; add --budget global")
     if options.threshold != default.threshold and (options.linkage, options.budget) != ("official", "global"):
         raise CoterieError("--threshold would be ignored; it belongs to --linkage official --budget global")
-    if options.seed != default.seed and options.method != "random":
+    if options.seed != default.seed and options.method != "random" and options.needs != "outputs":
         raise CoterieError(f"--seed is of the method random and would be ignored by {options.method}")
     if options.min_experts is not None and options.linkage == "official":
         raise CoterieError("--min-experts: the published program knows no floor; use --linkage complete")
+    _check_distance(options)
+    _check_needs(options)
+
+
+def _check_needs(options: Options) -> None:
+    """What a criterion decides from must be given, and nothing else."""
+    default, method = Options(), options.method
+    for name, needs in READ_BY.items():
+        if name not in ("stats", "weights") and getattr(options, name) != getattr(default, name):
+            if options.needs not in needs:
+                readers = ", ".join(methods.names(*needs))
+                raise CoterieError(f"--{name.replace('_', '-')} would be ignored by {method}; it is of {readers}")
+    if options.needs == "stats" and not options.stats:
+        raise CoterieError(
+            f"--method {method} decides by statistics; add --stats FILE, which `coterie collect MODEL FILE` writes"
+        )
+    if options.needs == "base" and not options.base:
+        raise CoterieError(
+            f"--method {method} compares with an earlier checkpoint; add --base MODEL, before fine-tuning"
+        )
+    if options.no_guard and not options.stats:
+        raise CoterieError("--no-guard would be ignored: without --stats no super experts are known")
+
+
+def _check_distance(options: Options) -> None:
+    """What router rows, co-activation and statistics demand of each other."""
+    lambda1, lambda2 = options.lambda1, options.lambda2
+    for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
+        if not 0 <= value < math.inf:
+            raise CoterieError(f"--{name} {value}: expected a finite number, 0 or more")
+    if lambda2 and not options.stats:
+        raise CoterieError(
+            "--lambda2 weighs co-activation, which only data show; "
+            "add --stats FILE, which `coterie collect MODEL FILE` writes"
+        )
+    if lambda1 != 1 and not lambda2:
+        raise CoterieError("--lambda1 weighs router distance against co-activation and would be ignored; add --lambda2")
+    if options.distance != "frobenius" and not lambda1:
+        raise CoterieError("--distance is of router rows and would be ignored with --lambda1 0")
+    if options.weights and not options.stats and options.needs != "outputs":
+        raise CoterieError("--weights are of the statistics' domains and would be ignored; add --stats")
+    if options.linkage == "official" and not stun.is_official(
+        lambda1, lambda2, normalise=options.distance == "frobenius"
+    ):
+        raise CoterieError(
+            "--linkage official knows --lambda1 and --lambda2 as 1 and 0, as 0 and 1, or as 1 and any number with "
+            "--distance raw; use one of these, or --linkage complete"
+        )
 
 
 def num_kept(options: Options, num_experts: int) -> int:
@@ -134,41 +245,56 @@ def num_kept(options: Options, num_experts: int) -> int:
     return num_experts - int(ratio * num_experts)
 
 
+def count_kept(model: Model, options: Options, blocks: list[MoE]) -> int:
+    """How many experts stay of each block. Raises: CoterieError where the routing, or a block, cannot have as many."""
+    family, config = model.family, model.checkpoint.config
+    uniform = num_kept(options, family.num_experts(config))
+    asked = f"--experts {uniform}" if options.experts else f"--ratio {0.25 if options.ratio is None else options.ratio}"
+    check_count(uniform, family.num_experts_per_token(config), family.groups(config), asked)
+    small = min(blocks, key=lambda b: b.num_experts)
+    if small.num_experts < uniform:
+        raise CoterieError(f"{asked}: keeps {uniform} experts, but {small.name} has {small.num_experts}; keep fewer")
+    return uniform
+
+
 def make_plan(
     model: Model, options: Options, *, dry_run: bool = False, on_progress: Progress = no_progress
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan, and what should be said aloud about it. Reads routers, and weights only where a method needs them."""
+    return decided(model, options, dry_run=dry_run, on_progress=on_progress)[:2]
+
+
+def decided(
+    model: Model, options: Options, *, dry_run: bool = False, on_progress: Progress = no_progress
+) -> tuple[Plan, tuple[str, ...], dict[str, Any]]:
+    """As `make_plan`, with what the decision found, for the report."""
     family, config = model.family, model.checkpoint.config
     groups, top_k, total = family.groups(config), family.num_experts_per_token(config), family.num_experts(config)
-    uniform = num_kept(options, total)
-    asked = f"--experts {uniform}" if options.experts else f"--ratio {0.25 if options.ratio is None else options.ratio}"
-    check_count(uniform, top_k, groups, asked)
     if options.drop_mtp and not mtp_names(model):
         raise CoterieError("--drop-mtp: the model has no multi-token-prediction layers to leave out")
     chosen = [b for b in model.moe if not (b.mtp and options.drop_mtp)]
-    small = min(chosen, key=lambda b: b.num_experts)
-    if small.num_experts < uniform:
-        raise CoterieError(f"{asked}: keeps {uniform} experts, but {small.name} has {small.num_experts}; keep fewer")
+    uniform = count_kept(model, options, chosen)
     layers = {b: read_layer(model.checkpoint, b, groups.num_groups) for b in chosen}
     budget: dict[str, Any] = {"kind": options.budget, "experts": uniform}
+    warnings = _awkward(uniform, total)
     if options.method == "stun":
         floor = _floor(options, uniform, top_k, groups)
-        clusters, found = _cluster(layers, options, uniform, floor, groups.num_groups)
-        choices = _representatives(layers, clusters, options.kappa, dry_run, on_progress)
-        budget |= found
+        task = clusters.Task(layers, options, uniform, floor, groups.num_groups, dry_run)
+        choices, found, notes = clusters.decide(task, clusters.read_stats(model, options.stats), on_progress)
+        decision = Decision(choices, found, notes=notes)
     else:
-        choices = _scored(layers, options, uniform, groups.num_groups, on_progress)
+        decision = _by_criterion(model, layers, options, uniform, groups.num_groups, on_progress)
+    warnings = (*warnings, *decision.notes)
     plan = Plan(
-        layers={b.key: c for b, c in choices.items() if not b.attention},
-        attention={b.key: c for b, c in choices.items() if b.attention},
-        budget=budget,
+        layers={b.key: c for b, c in decision.choices.items() if not b.attention},
+        attention={b.key: c for b, c in decision.choices.items() if b.attention},
+        budget=budget | decision.budget,
         drop_mtp=options.drop_mtp,
     )
-    warnings = _awkward(uniform, total)
     if any(b.mtp for b in model.moe):
         fate = "left out" if options.drop_mtp else f"cut to {uniform} experts by the same rule"
         warnings = (*warnings, f"multi-token-prediction layers are {fate}")
-    return plan, warnings
+    return plan, warnings, {"guarded": [], **decision.findings}
 
 
 def _floor(options: Options, uniform: int, top_k: int, groups: Groups) -> int:
@@ -188,134 +314,20 @@ def _awkward(count: int, before: int) -> tuple[str, ...]:
     return ()
 
 
-def _cluster(
-    layers: dict[MoE, Layer], options: Options, uniform: int, floor: int, size: int
-) -> tuple[dict[MoE, stun.Clusters], dict[str, Any]]:
-    """Each block's clusters under the budget, and what the budget came to. `size` is the number of routing groups."""
-    matrices = {b: _distance(b, layer, options) for b, layer in layers.items()}
-    if options.linkage == "official":
-        return _official(matrices, options, uniform, size)
-    trees = {b: [stun.dendrogram(d) for d in _per_group(m, size)] for b, m in matrices.items()}
-    counts = dict.fromkeys(layers, uniform)
-    heights = {b: [sum(hs) for hs in zip(*(t.heights for t in ts), strict=True)] for b, ts in trees.items()}
-    found: dict[str, Any] = {"cost": _cost(heights, counts, size)}
-    if options.budget == "global":
-        main = [b for b in layers if not b.mtp]
-        merges = [heights[b] for b in main]
-        limits = [(len(layers[b].router) - floor) // size for b in main]
-        wanted = sum(len(layers[b].router) - uniform for b in main) // size
-        cut = stun.cut_globally(merges, wanted, limits)
-        asked = {b: len(layers[b].router) - n * size for b, n in zip(main, cut, strict=True)}
-        found |= {"global": {b.name: n for b, n in asked.items()}, "global_cost": _cost(heights, asked, size)}
-        counts |= _settle(asked, options, found)
-    clusters = {b: _join(t, counts[b] // size, len(layers[b].router) // size) for b, t in trees.items()}
-    return clusters, found
+def _by_criterion(
+    model: Model, layers: dict[MoE, Layer], options: Options, uniform: int, num_groups: int, on_progress: Progress
+) -> Decision:
+    """The choices of any method but stun, by what it needs."""
+    task = criteria.Task(layers, uniform, num_groups, options.weights)
+    stats = criteria.read_stats(model, options.stats, [options.method]) if options.stats else None
+    if options.needs == "outputs":
+        from coterie import reconstruct
 
-
-def _settle(asked: dict[MoE, int], options: Options, found: dict[str, Any]) -> dict[MoE, int]:
-    """What becomes of unequal counts. Stock configs hold one count."""
-    if len(set(asked.values())) == 1 or options.non_uniform == "round":
-        found["rounded"] = len(set(asked.values())) > 1
-        return {}
-    if options.non_uniform == "refuse":
-        low, high = min(asked.values()), max(asked.values())
-        raise CoterieError(
-            f"--non-uniform refuse: the budget keeps {low} to {high} experts; stock configs hold one count"
-        )
-    if any(b.attention for b in asked):
-        raise CoterieError("--non-uniform coterie: attention experts share the config's one count; use round")
-    found["layout"] = "coterie"
-    return asked
-
-
-def _cost(heights: dict[MoE, list[float]], counts: dict[MoE, int], size: int) -> float:
-    """The sum of the heights of all merges made: what the clustering gives up."""
-    return float(sum(sum(heights[b][: len(heights[b]) + 1 - n // size]) for b, n in counts.items()))
-
-
-def _distance(block: MoE, layer: Layer, options: Options) -> Any:
-    normalise = options.distance == "frobenius"
-    if options.linkage == "official":
-        return stun.official_distances(
-            layer.router, layer.experts.checkpoint.tensors[block.router].dtype, normalise=normalise
-        )
-    return stun.distances(layer.router, normalise=normalise)
-
-
-def _per_group(matrix: Any, num_groups: int) -> list[Any]:
-    """The diagonal blocks: experts may only merge inside their routing group."""
-    size = len(matrix) // num_groups
-    return [matrix[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(num_groups)]
-
-
-def _join(trees: list[stun.Dendrogram], per_group: int, size: int) -> stun.Clusters:
-    return [[g * size + e for e in c] for g, tree in enumerate(trees) for c in tree.cut(per_group)]
-
-
-def _official(
-    matrices: dict[MoE, Any], options: Options, uniform: int, num_groups: int
-) -> tuple[dict[MoE, stun.Clusters], dict[str, Any]]:
-    """The published program: single linkage at a fixed count, or its threshold search for a total."""
-    import numpy as np
-
-    found: dict[str, Any] = {}
-    searched: dict[MoE, stun.Clusters] = {}
-    if options.budget == "global":
-        if num_groups > 1:
-            raise CoterieError("--linkage official --budget global knows no routing groups; use --linkage complete")
-        main = [b for b in matrices if not b.mtp]
-        lists = stun.official_global([matrices[b] for b in main], uniform * len(main), options.threshold)
-        asked = {b: len(c) for b, c in zip(main, lists, strict=True)}
-        found["global"] = {b.name: n for b, n in asked.items()}
-        _settle(asked, options, found)
-        searched = {} if found.get("rounded") else dict(zip(main, lists, strict=True))
-    clusters = {}
-    for block, matrix in matrices.items():
-        size, parts = len(matrix) // num_groups, _per_group(matrix, num_groups)
-        merges = size - uniform // num_groups
-        clusters[block] = [
-            [g * size + e for e in c] for g, m in enumerate(parts) for c in stun.official_clusters(m, np.inf, merges)
-        ]
-    return clusters | searched, found
-
-
-def _representatives(
-    layers: dict[MoE, Layer],
-    clusters: dict[MoE, stun.Clusters],
-    kappa: int,
-    dry_run: bool,
-    on_progress: Progress,
-) -> dict[MoE, Choice]:
-    choices = {}
-    for done, (block, layer) in enumerate(layers.items()):
-        choices[block] = _choose(layer, clusters[block], kappa, dry_run)
-        on_progress("choosing representatives", done + 1, len(layers))
-    return choices
-
-
-def _choose(layer: Layer, clusters: stun.Clusters, kappa: int, dry_run: bool) -> Choice:
-    """One representative per cluster, ascending; means instead where fewer than kappa clusters are left."""
-    if dry_run:  # weights stay unread: the tie rule stands in for the nearest to the mean
-        kept = [stun.pair_winner(c, layer.router) for c in clusters]
+        return reconstruct.decide(model, task, options, stats, on_progress)
+    if stats and options.stats:
+        return criteria.decide_by_stats(task, options.method, stats, options.stats, no_guard=options.no_guard)
+    if options.base:
+        scores = criteria.by_base(task, options.method, Model.open(options.base), options.base)
     else:
-        kept = [stun.representative(c, layer.experts, layer.router) for c in clusters]
-    order = sorted(range(len(kept)), key=kept.__getitem__)
-    merged = len(clusters) < kappa and any(len(c) > 1 for c in clusters)
-    return Choice(tuple(kept[i] for i in order), tuple(tuple(clusters[i]) for i in order), merged)
-
-
-def _scored(
-    layers: dict[MoE, Layer], options: Options, uniform: int, num_groups: int, on_progress: Progress
-) -> dict[MoE, Choice]:
-    """The highest scores of each routing group stay; ties go to the lower id."""
-    import numpy as np
-
-    method, generator = methods.load(options.method), np.random.default_rng(options.seed)
-    choices = {}
-    for done, (block, layer) in enumerate(layers.items()):
-        scores = np.asarray(method.score(layer, generator), dtype=np.float64).reshape(num_groups, -1)
-        size = scores.shape[1]
-        best = np.argsort(-scores, axis=1, kind="stable")[:, : uniform // num_groups]
-        choices[block] = Choice(tuple(sorted(g * size + int(e) for g, row in enumerate(best) for e in row)))
-        on_progress("scoring experts", done + 1, len(layers))
-    return choices
+        scores = criteria.by_weights(task, options.method, options.seed, on_progress)
+    return Decision(criteria.keep(task, scores))

@@ -1,6 +1,14 @@
-"""Which experts of a layer stay. A criterion is a file here with `score(layer, generator) -> (E,)`: the highest stay.
+"""Which experts of a layer stay. A criterion is one file here; `NEEDS` says what it decides from.
 
-STUN (`stun.py`) clusters instead of scoring. The command's `--method router-norm` is the file `router_norm.py`.
+| NEEDS | what the file has |
+|---|---|
+| `router`, `weights` | `score(layer, generator) -> (E,)`, from router rows alone or from all weights too |
+| `stats` | `SUMS`, names in `stats.SUMS`, and `score(*sums) -> (E,)` |
+| `base` | `score(layer, base) -> (E,)`, the same layer in an earlier checkpoint |
+| `outputs` | `check(...)` and `choose(error, groups, per_group) -> kept`, from what sets of experts give together |
+
+The highest scores stay. STUN (`stun.py`) clusters instead of scoring. The command's `--method router-norm` is the file
+`router_norm.py`.
 """
 
 import importlib
@@ -10,9 +18,10 @@ from types import ModuleType
 from coterie.errors import CoterieError
 
 
-def names() -> list[str]:
-    """Every method by its command-line name."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+def names(*needs: str) -> list[str]:
+    """Every method by its command-line name, or those that need one of the given things."""
+    found = sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+    return [name for name in found if not needs or load(name).NEEDS in needs]
 
 
 def load(name: str) -> ModuleType:

@@ -4,6 +4,8 @@ import numpy as np
 
 from coterie.experts import Layer
 
+NEEDS = "router"
+
 
 def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:
     """Minus the expert's id."""

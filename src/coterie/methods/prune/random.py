@@ -4,6 +4,8 @@ import numpy as np
 
 from coterie.experts import Layer
 
+NEEDS = "router"
+
 
 def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:
     """A random permutation of 0..E-1."""

@@ -4,6 +4,8 @@ import numpy as np
 
 from coterie.experts import Layer
 
+NEEDS = "router"
+
 
 def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:
     """||W_e||_2 of each router row, (E,)."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from coterie.errors import CoterieError
 
+NEEDS = "router"  # and weights for clusters of three or more; statistics where they are given
 Clusters = list[list[int]]
 MERGE_BELOW = 3  # kappa
 
@@ -44,23 +45,31 @@ def distances(
 
     router (E, D); coactivation (E, E) counts of tokens that chose both, needed when lambda2 is not 0.
     normalise divides the router's part by ||W||_F, which makes layers comparable.
-    Raises: CoterieError when counts are missing or of another shape.
+    Raises: CoterieError when counts are missing or of another shape, and for distances out of range.
     """
     rows = router.astype(np.float64)
     result = np.zeros((len(rows), len(rows)))
-    if lambda1:
-        # Differences, not the expanded square: clones must come out at exactly 0.
-        gap = np.stack([np.linalg.norm(rows - row, axis=1) for row in rows])
-        norm = np.linalg.norm(rows) if normalise else 1.0
-        result += lambda1 * gap / (norm or 1.0)
-    if lambda2:
-        if coactivation is None or coactivation.shape != result.shape:
-            found = "none" if coactivation is None else f"shape {coactivation.shape}"
-            raise CoterieError(f"lambda2 needs co-activation counts of shape {result.shape}; found {found}")
-        mean = np.abs(coactivation.mean()) or 1.0
-        result -= lambda2 * coactivation.astype(np.float64) / mean
+    with np.errstate(over="ignore", invalid="ignore"):
+        if lambda1:
+            # Differences, not the expanded square: clones must come out at exactly 0.
+            gap = np.stack([np.linalg.norm(rows - row, axis=1) for row in rows])
+            norm = np.linalg.norm(rows) if normalise else 1.0
+            result += lambda1 * gap / (norm or 1.0)
+        if lambda2:
+            result -= lambda2 * _shares(coactivation, len(rows))
+    if not np.isfinite(result).all():
+        raise CoterieError("--lambda1, --lambda2: distances overflow; give smaller numbers")
     np.fill_diagonal(result, 0.0)
     return result
+
+
+def _shares(coactivation: np.ndarray | None, num_experts: int) -> np.ndarray:
+    """Counts (E, E) over the absolute mean of them all, zero diagonal included."""
+    shape = (num_experts, num_experts)
+    if coactivation is None or coactivation.shape != shape:
+        found = "none" if coactivation is None else f"shape {coactivation.shape}"
+        raise CoterieError(f"lambda2 needs co-activation counts of shape {shape}; found {found}")
+    return coactivation.astype(np.float64) / (np.abs(coactivation.mean()) or 1.0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ def cut_globally(heights: Sequence[Sequence[float]], num_merges: int, max_merges
 
 def pair_winner(members: Sequence[int], router: np.ndarray, tokens: np.ndarray | None = None) -> int:
     """Who stays of experts that tie: more routed tokens if counted, else the longer router row, else the lower id."""
-    norms = np.linalg.norm(router.astype(np.float64), axis=1)
+    norms = dict(zip(members, np.linalg.norm(router[list(members)].astype(np.float64), axis=1), strict=True))
     usage = np.zeros(len(router)) if tokens is None else tokens
     return min(members, key=lambda e: (-usage[e], -norms[e], e))
 
@@ -145,21 +154,39 @@ def mean_of(vectors: Iterable[np.ndarray]) -> np.ndarray:
 # --- the published program ---------------------------------------------------------------------------------
 
 
-def official_distances(router: np.ndarray, dtype: str, *, normalise: bool) -> np.ndarray:
-    """Router distances in float32 as the program computes them: ||W||_F is rounded to the checkpoint's dtype.
+def official_distances(
+    router: np.ndarray,
+    dtype: str,
+    coactivation: np.ndarray | None = None,
+    *,
+    lambda1: float = 1.0,
+    lambda2: float = 0.0,
+    normalise: bool,
+) -> np.ndarray:
+    """Distances (E, E) in float32 as the program computes them: ||W||_F is rounded to the checkpoint's dtype.
 
-    The diagonal is +inf, by which the program rejects pairs already in one cluster.
+    It has three modes (`is_official`). The diagonal is +inf, by which it rejects pairs already in one cluster.
     Raises: CoterieError for distances or a norm beyond the range of these types.
     """
     rows = router.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         gap = np.stack([np.linalg.norm(rows - row, axis=1) for row in rows]).astype(np.float32)
-        norm = _rounded(np.float32(np.linalg.norm(rows)), dtype) if normalise else np.float32(1)
-    if not np.isfinite(gap).all() or not np.isfinite(norm):
-        raise CoterieError("--linkage official: router distances overflow the program's precision; use complete")
-    gap = gap / (norm or np.float32(1))
-    np.fill_diagonal(gap, np.inf)
-    return gap
+        norm = _rounded(np.float32(np.linalg.norm(rows)), dtype) if normalise and lambda1 else np.float32(1)
+        result = np.float32(lambda1) * gap / (norm or np.float32(1))
+        if lambda2:
+            result -= np.float32(lambda2) * _shares(coactivation, len(rows)).astype(np.float32)
+    if not np.isfinite(result).all() or not np.isfinite(norm):
+        raise CoterieError("--linkage official: distances overflow the program's precision; use complete")
+    np.fill_diagonal(result, np.inf)
+    return result
+
+
+def is_official(lambda1: float, lambda2: float, *, normalise: bool) -> bool:
+    """Whether the program has such a distance: the router's alone (1, 0), normalised or not; -a / |mean(a)| alone
+    (0, 1); or lambda2 of that added to the router's distance (1, any), which is not normalised then."""
+    if lambda1 and lambda2:
+        return lambda1 == 1 and not normalise
+    return (lambda1, lambda2) in ((1, 0), (0, 1))
 
 
 def _rounded(value: np.float32, dtype: str) -> np.float32:

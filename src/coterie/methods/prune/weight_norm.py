@@ -4,6 +4,8 @@ import numpy as np
 
 from coterie.experts import Layer
 
+NEEDS = "weights"
+
 
 def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:
     """The Frobenius norm over gate, up and down together, (E,); reads every expert once, one at a time."""
