@@ -62,6 +62,24 @@ class Layout:
         return cls(**below)
 
 
+GATED = ("gate_proj", "up_proj", "down_proj")  # how most files name a SwiGLU MLP's matrices
+
+
+@dataclass(frozen=True)
+class Dense:
+    """How a stock config says which decoder layers are dense, and where such a layer keeps its SwiGLU MLP.
+
+    kind: "ids" (a list of the dense layers' indices), "types" ("dense" or "sparse" for every layer), or "prefix" (how
+    many of the first layers are dense). One width, under `width`, serves all dense layers of a model.
+    """
+
+    kind: str
+    key: str
+    mlp: str = "mlp."  # relative to `...layers.N.`
+    names: tuple[str, str, str] = GATED
+    width: str = "intermediate_size"
+
+
 @dataclass(frozen=True)
 class Groups:
     """Group-limited routing: experts stand in `num_groups` equal groups, of which the best `top_groups` compete."""
@@ -85,6 +103,7 @@ class Family:
     group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
     stock: bool = True  # transformers has a class for it
+    dense: Dense | None = None  # None: its config cannot say that some layers are dense
 
     @property
     def name(self) -> str:

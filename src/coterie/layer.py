@@ -181,10 +181,14 @@ def _block(
     )
 
 
+def expert_names(block: MoE) -> list[str]:
+    """Every tensor of the routed experts."""
+    return [name for expert in block.experts for name in expert.values()] + list(block.fused)
+
+
 def _claims(block: MoE) -> dict[str, str]:
     claims = [(block.router, "router"), *((n, "row") for n in block.rows), *((n, "table") for n in block.tables)]
-    claims += [(n, "expert") for expert in block.experts for n in expert.values()]
-    claims += [(n, "expert") for n in block.fused]
+    claims += [(n, "expert") for n in expert_names(block)]
     claims += [(n, "shared") for n in block.shared] + [(n, "other") for n in block.whole]
     assert len({n for n, _ in claims}) == len(claims), f"{block.name}: a tensor claimed twice"
     return dict(claims)

@@ -7,8 +7,10 @@ not know. Our own layout (layers with different numbers of experts) is built fro
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,36 +72,20 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
 
 
 def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
-    """A model whose layers keep different numbers of experts: each layer is taken from a stock model (on the
-    meta device) of its own count, then the weights are read by the library's own loader."""
+    """A model whose layers keep different numbers of experts, or dense MLPs instead, and the keys that did not fit.
+
+    The weights are read by the library's own loader.
+    """
     import torch
-    from accelerate import init_empty_weights
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
     checkpoint = Checkpoint.open(path)
-    layout, family = checkpoint.config["coterie"], detect(checkpoint.config)
-    counts = {int(key): n for key, n in layout["num_experts"].items() if key.isdigit()}
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     wanted = getattr(torch, str(stored if dtype == "auto" else dtype))
-
-    def empty(num_experts: int) -> Any:
-        plain = {k: v for k, v in checkpoint.config.items() if k not in ("coterie", "model_type")}
-        for key, holder, value in list(lookup(plain, family.count)):
-            if value is not None:
-                holder[key.rpartition(".")[2]] = num_experts
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(layout["model_type"], **plain), dtype=wanted)
-
-    models = {n: empty(n) for n in set(counts.values())}
-    model = models[max(models)]
-    layers = model.get_decoder().layers
-    for index, n in counts.items():
-        if index < len(layers):
-            layers[index] = models[n].get_decoder().layers[index]
+    model = _empty_ours(checkpoint, wanted)
     slices: dict[str, Any] = {}
     for shard in checkpoint.shards:
         file = safe_open(str(checkpoint.path / shard), "pt")
@@ -108,14 +94,54 @@ def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
     how = LoadStateDictConfig(weight_mapping=mapping, dtype=wanted, device_map={"": "cpu"})
     info, _ = convert_and_load_state_dict_in_model(model, slices, how, None)
     model.tie_weights()
-    empty_now = sorted(n for n, p in model.named_parameters() if p.is_meta)
     faults = {
-        "missing_keys": empty_now,
+        "missing_keys": sorted(n for n, p in model.named_parameters() if p.is_meta),
         "unexpected_keys": sorted(map(str, info.unexpected_keys)),
         "mismatched_keys": sorted(map(str, info.mismatched_keys)),
         "conversion_errors": sorted(map(str, info.conversion_errors)),
     }
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
+
+
+def _empty_ours(checkpoint: Checkpoint, dtype: Any) -> Any:
+    """The model of our own layout on the meta device: each layer from a stock model of its own number of experts,
+    with a dense MLP in the place of a condensed block."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from coterie.standin import replace_block
+
+    layout, family = checkpoint.config["coterie"], detect(checkpoint.config)
+    counts = {int(key): n for key, n in layout["num_experts"].items() if key.isdigit()}
+
+    def empty(num_experts: int) -> Any:
+        plain = {k: v for k, v in checkpoint.config.items() if k not in ("coterie", "model_type")}
+        for key, holder, value in list(lookup(plain, family.count)):
+            if value is not None and num_experts:
+                holder[key.rpartition(".")[2]] = num_experts
+        with init_empty_weights(include_buffers=False):
+            config = stock_config(plain | {"model_type": layout["model_type"]})
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    models = {n: empty(n) for n in set(counts.values()) or {0}}  # 0: as the config says, where no layer has experts
+    model = models[max(models)]
+    layers = model.get_decoder().layers
+    for index, n in counts.items():
+        if index < len(layers):
+            layers[index] = models[n].get_decoder().layers[index]
+    for key, width in layout.get("dense", {}).items():
+        hidden = model.config.get_text_config().hidden_size
+        replace_block(layers[int(key)], hidden, width, dtype, f"{checkpoint.path}: layer {key}")
+    return model
+
+
+def stock_config(config: dict[str, Any]) -> Any:
+    """The library's config object, read by its own reader (which knows how it spells infinities)."""
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return AutoConfig.from_pretrained(folder)
 
 
 def load_tokenizer(path: str | Path) -> Any:

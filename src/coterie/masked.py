@@ -85,15 +85,15 @@ def mask_experts(model: Any, source: Model, plan: Plan) -> MaskedRouting:
         choice = plan.choice(block)
         if block.mtp or choice is None or len(choice.kept) == block.num_experts:
             continue
-        routing.hide(block.name, _twin(model, checkpoint, block.router), choice.kept)
+        routing.hide(block.name, twin(model, checkpoint, block.router), choice.kept)
         dropped = sorted(set(range(block.num_experts)) - set(choice.kept))
         with torch.no_grad():
             for name in block.rows:
                 if "bias" in name.rpartition(".")[2]:  # others, such as scales, choose nothing
-                    _twin(model, checkpoint, name)[..., dropped] = -torch.inf
+                    twin(model, checkpoint, name)[..., dropped] = -torch.inf
             for name, table in _tables(checkpoint, block, choice).items():
-                twin = _twin(model, checkpoint, name)
-                twin.copy_(torch.from_numpy(table).reshape(twin.shape))
+                loaded = twin(model, checkpoint, name)
+                loaded.copy_(torch.from_numpy(table).reshape(loaded.shape))
     return routing
 
 
@@ -110,7 +110,7 @@ def _tables(checkpoint: Checkpoint, block: MoE, choice: Choice) -> dict[str, np.
     return found
 
 
-def _twin(model: Any, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def twin(model: Any, checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """The loaded parameter or buffer that a tensor on disk became, found by layer, size and values.
 
     Names in memory differ from those on disk by family and by version of transformers; values do not.
@@ -121,7 +121,7 @@ def _twin(model: Any, checkpoint: Checkpoint, name: str) -> torch.Tensor:
     found = {}
     for other, tensor in (*model.named_parameters(), *model.named_buffers()):
         place = LAYER.fullmatch(other)
-        if place and place["index"] == match["index"] and tensor.numel() == values.numel():
+        if place and place["index"] == match["index"] and tensor.numel() == values.numel() and not tensor.is_meta:
             if torch.equal(tensor.detach().reshape(-1), values.to(tensor.dtype)):
                 found[other] = tensor
     if not found:

@@ -1,6 +1,6 @@
 """Shared experts, a bias that only selects, and routing limited to groups: DeepSeek and those who follow it."""
 
-from coterie.family import Family, Layout
+from coterie.family import Dense, Family, Layout
 
 LAYOUT = Layout.under(
     "mlp.",
@@ -19,33 +19,34 @@ KIMI = Layout.under(
 HASHED = Layout.under("ffn.", rows=("gate.bias",), tables=("gate.tid2eid",), fused=(), gate="w1", up="w3", down="w2")
 HASHED_SAVED = Layout.under("mlp.", rows=("gate.e_score_correction_bias",), tables=("gate.tid2eid",))
 
+FIRST = Dense("prefix", "first_k_dense_replace")
+TYPES = Dense("types", "mlp_layer_types")
+
 FAMILIES = (
     # Remote code only; softmax and plain top-k.
-    Family(("deepseek",), stock=False),
-    Family(("deepseek_v2",), min_per_group=1, group_switch=("topk_method", "group_limited_greedy")),
+    Family(("deepseek",), stock=False, dense=FIRST),
+    Family(("deepseek_v2",), min_per_group=1, group_switch=("topk_method", "group_limited_greedy"), dense=FIRST),
+    Family(("deepseek_v3", "dots1", "glm4_moe"), layouts=(LAYOUT,), dense=FIRST),
     Family(
         (
-            "deepseek_v3",
             "deepseek_v32",
             "axk1",
-            "axk2",
             "beam",
-            "dots1",
             "dots3_note_text",
             "exaone_moe",
-            "glm4_moe",
             "glm4_moe_lite",
             "glm_moe_dsa",
             "hy_v4",
             "laguna",
             "mimo_v2_flash",
-            "minimax_m3_vl_text",
-            "solar_open",
         ),
         layouts=(LAYOUT,),
+        dense=TYPES,
     ),
-    Family(("kimi_k2",), layouts=(LAYOUT,), stock=False),
-    Family(("bailing_hybrid",), layouts=(LAYOUT,), group_keys=("num_expert_group", "topk_group")),
-    Family(("kimi_linear",), layouts=(KIMI, LAYOUT), group_keys=("num_expert_group", "topk_group")),
+    # A dense layer's norm is another one (axk2), its MLP is stored otherwise, or there is none.
+    Family(("axk2", "minimax_m3_vl_text", "solar_open"), layouts=(LAYOUT,)),
+    Family(("kimi_k2",), layouts=(LAYOUT,), stock=False, dense=FIRST),
+    Family(("bailing_hybrid",), layouts=(LAYOUT,), group_keys=("num_expert_group", "topk_group"), dense=TYPES),
+    Family(("kimi_linear",), layouts=(KIMI, LAYOUT), group_keys=("num_expert_group", "topk_group"), dense=TYPES),
     Family(("deepseek_v4",), layouts=(HASHED, HASHED_SAVED)),
 )

@@ -2,16 +2,21 @@
 
 from dataclasses import replace
 
-from coterie.family import Family, Layout
+from coterie.family import Dense, Family, Layout
 
 FAMILIES = (
-    Family(("afmoe",), layouts=(Layout.under("mlp.", router="router.gate.weight", rows=("expert_bias",)),)),
+    Family(
+        ("afmoe",),
+        layouts=(Layout.under("mlp.", router="router.gate.weight", rows=("expert_bias",)),),
+        dense=Dense("prefix", "num_dense_layers"),
+    ),
     Family(
         ("hy_v3",),
         layouts=(
             Layout.under("mlp.", router="router.gate.weight", rows=("expert_bias",), shared=("shared_mlp.",)),
             Layout.under("mlp.", rows=("gate.e_score_correction_bias", "e_score_correction_bias")),
         ),
+        dense=Dense("types", "mlp_layer_types"),
     ),
     Family(
         ("ernie4_5_moe",),
@@ -36,6 +41,7 @@ FAMILIES = (
     Family(
         ("lfm2_moe",),
         layouts=(Layout.under("feed_forward.", rows=("expert_bias",), gate="w1", up="w3", down="w2"),),
+        dense=Dense("prefix", "num_dense_layers", "feed_forward.", ("w1", "w3", "w2")),
     ),
     Family(
         ("nemotron_h",),
