@@ -3,12 +3,13 @@
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import typer
 
 from coterie.cli import app
 from coterie.family import registry
-from coterie.methods import prune as methods
+from coterie.methods import prune, sparsify
 
 FOLDER = Path(__file__).parent
 
@@ -26,13 +27,18 @@ def cli() -> str:
     return "# The command line\n\n" + "\n".join(f"```\n{page.strip()}\n```\n" for page in pages)
 
 
-def method_table() -> str:
-    """Every pruning method with the first sentence of its file."""
+def method_tables() -> str:
+    """Every method with the first sentence of its file."""
+    experts, weights = _methods(prune), _methods(sparsify)
+    return f"# Methods\n\n## Which experts go\n\n{experts}\n## Which weights become zero\n\n{weights}"
+
+
+def _methods(package: ModuleType) -> str:
     rows = []
-    for name in methods.names():
-        doc = (importlib.import_module(f"coterie.methods.prune.{name.replace('-', '_')}").__doc__ or "").strip()
+    for name in package.names():
+        doc = (importlib.import_module(f"{package.__name__}.{name.replace('-', '_')}").__doc__ or "").strip()
         rows.append(f"| `{name}` | {' '.join(doc.split(chr(10) * 2)[0].split())} |")
-    return "# Pruning methods\n\n| method | what it does |\n|---|---|\n" + "\n".join(rows) + "\n"
+    return "| method | what it does |\n|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def family_table() -> str:
@@ -54,7 +60,7 @@ def family_table() -> str:
 
 def main() -> None:
     stale = []
-    for name, text in {"cli.md": cli(), "methods.md": method_table(), "families.md": family_table()}.items():
+    for name, text in {"cli.md": cli(), "methods.md": method_tables(), "families.md": family_table()}.items():
         page = FOLDER / name
         if not page.exists() or page.read_text(encoding="utf-8") != text:
             stale.append(name)

@@ -89,7 +89,7 @@ FAULTS = {
     "plan is a list": ({"plan": []}, "no `layers` object"),
     "unknown key": ({"layers": {}, "layer": {}}, r"unknown keys \['layer'\]"),
     "layer is a list": ({"layers": {"0": [1]}}, "layer '0': expected an object"),
-    "unknown key in a layer": ({"layers": {"0": {"keep": [1]}}}, "expected the keys kept, clusters and merged"),
+    "unknown key in a layer": ({"layers": {"0": {"keep": [1]}}}, "expected the keys kept, clusters, merged"),
     "attention is a list": ({"layers": {"0": {"attention": [1]}}}, r"layer '0' \(attention\): expected the keys"),
     "nothing kept": ({"layers": {"0": {"kept": []}}}, "`kept` must be ascending, distinct"),
     "kept missing": ({"layers": {"0": {"clusters": [[0]]}}}, "`kept` must be"),

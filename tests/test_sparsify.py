@@ -1,6 +1,7 @@
 """Unstructured pruning end to end on tiny models: exact sparsity, untouched rest, resume, refusals."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -25,18 +26,20 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_zeros_are_exact_and_nothing_else_changes(tiny_checkpoint, tmp_path, data, method, model_type):
-    """round(S x weights) expert weights are zero on disk; every other tensor keeps its bytes."""
+    """floor(S x inputs) zeros in each row, or round(S x weights) in all, on disk; other tensors keep their bytes."""
     source, out = tiny_checkpoint(model_type), tmp_path / "out"
     report = sparsify(source, out, method=method, sparsity=0.37, data={} if method == "magnitude" else data).report
     before, after = Model.open(source), Checkpoint.open(out)
-    zeros = total = 0
+    zeros = total = floored = 0
     for name, role in before.roles.items():
         values = after.read(name)
         if role == "expert" and not name.endswith("bias"):
+            inputs = before.checkpoint.tensors[name].shape[-2 if model_type == "gpt_oss" else -1]
             zeros, total = zeros + int((values == 0).sum()), total + values.size
+            floored += values.size // inputs * int(Fraction("0.37") * inputs)
         else:
             assert after.raw(name) == before.checkpoint.raw(name), name
-    assert zeros == round(0.37 * total) == report["expert_zeros"]
+    assert zeros == report["expert_zeros"] == (round(0.37 * total) if method in ("owl", "sparsegpt") else floored)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_checkpoint, tmp_path, data):
@@ -84,3 +87,54 @@ def test_attention_experts_keep_their_weights(tiny_checkpoint, tmp_path):
     before, after = Checkpoint.open(source), Checkpoint.open(out)
     attention = [name for name in before.tensors if "self_attention" in name]
     assert attention and all(after.raw(name) == before.raw(name) for name in attention)
+
+
+def test_quantised_experts_keep_their_codes_and_scales(tmp_path):
+    """8-bit experts are pruned by their dequantised magnitude; codes that stay, and scales, keep their bytes."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    from handmade import qwen, qwen_config, read_all, save
+
+    plain = read_all(qwen(tmp_path / "plain", experts=4, layers=1))
+    tensors = {}
+    for name, values in plain.items():
+        tensors[name] = torch.from_numpy(values)
+        if ".experts." in name:
+            scale = tensors[name].abs().amax(1, keepdim=True) / 448
+            tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale
+    source = save(tmp_path / "model", qwen_config(num_experts=4, num_hidden_layers=1), [plain])
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    sparsify(source, tmp_path / "out", method="magnitude", sparsity=0.34)
+    before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    for name, tensor in before.tensors.items():
+        old, new = np.frombuffer(before.raw(name), np.uint8), np.frombuffer(after.raw(name), np.uint8)
+        if tensor.dtype.startswith("F8"):
+            rows = new.reshape(tensor.shape)
+            assert ((rows == 0).sum(1) >= int(0.34 * tensor.shape[1])).all() and (new[new != 0] == old[new != 0]).all()
+        else:
+            assert (old == new).all(), name
+
+
+def test_verify_knows_zeros_from_damage(tiny_checkpoint, tmp_path, data):
+    """A pruned checkpoint passes; one weight changed, or one zero too many, is a fault."""
+    from coterie.verify import verify
+
+    source, out = tiny_checkpoint("qwen3_moe"), tmp_path / "out"
+    sparsify(source, out, sparsity=0.5, data=data)
+    assert verify(out, against=source)["ok"]
+    path, tensor = (
+        out / "model.safetensors",
+        next(t for n, t in Checkpoint.open(out).tensors.items() if ".experts." in n),
+    )
+    raw = bytearray(path.read_bytes())
+    place = next(i for i in range(tensor.start, tensor.end, 4) if raw[i : i + 4] != b"\0\0\0\0")
+    for change, says in ((b"\x01", "neither the original's nor zero"), (None, "the plan records")):
+        damaged = raw.copy()
+        damaged[place : place + 4] = (
+            bytes(4) if change is None else bytes([damaged[place] ^ 1]) + damaged[place + 1 : place + 4]
+        )
+        path.write_bytes(damaged)
+        found = verify(out, against=source)
+        assert not found["ok"] and any(says in check["detail"] for check in found["checks"])

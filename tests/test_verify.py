@@ -402,12 +402,12 @@ def test_masking_logits_alone_is_not_removal(tiny_checkpoint, tmp_path, monkeypa
     source = tiny_checkpoint(model_type)
     prune(source, tmp_path / "out", ratio=0.25)
     assert faults(verify(tmp_path / "out", against=source)) == {}
-    original = masked._twin
+    original = masked.twin
     keep = []
 
     def copied(model, checkpoint, name):
         keep.append(original(model, checkpoint, name))
         return keep[-1].clone() if name.endswith("bias") else keep[-1]
 
-    monkeypatch.setattr(masked, "_twin", copied)
+    monkeypatch.setattr(masked, "twin", copied)
     assert "differ by up to" in faults(verify(tmp_path / "out", against=source))[LOGITS]

@@ -1,13 +1,15 @@
 """Coterie: a few good experts. Makes mixture-of-experts language models small and cheap to run.
 
 Every command of the program is a function here, with the same options. Names load on first use, so that
-`import coterie` and `coterie --help` cost nothing.
+`import coterie` and `coterie --help` cost nothing; but once transformers is imported, it reads our sparse format.
 """
 
 import importlib
 import sys
 from types import ModuleType
 from typing import Any
+
+from coterie.sparse.hook import install
 
 _HOMES = {
     "Checkpoint": "coterie.checkpoint",
@@ -16,10 +18,18 @@ _HOMES = {
     "Plan": "coterie.plan",
     "Report": "coterie.report",
     "apply": "coterie.apply",
+    "collect": "coterie.collect",
+    "compare": "coterie.compare",
+    "condense": "coterie.condense",
+    "drop": "coterie.drop",
     "eval": "coterie.evaluate",
     "inspect": "coterie.inspect",
     "load": "coterie.loading",
+    "pack": "coterie.pack",
     "prune": "coterie.prune",
+    "sparsify": "coterie.sparsify",
+    "stun": "coterie.stun",
+    "unpack": "coterie.pack",
     "verify": "coterie.verify",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
@@ -47,3 +57,6 @@ sys.modules[__name__].__class__ = _Package
 
 def __dir__() -> list[str]:
     return __all__
+
+
+install()

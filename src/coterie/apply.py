@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coterie.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json, read_bytes
+from coterie.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
+from coterie.dense import check_dense, dense_outputs, patch_dense
+from coterie.dropping import check_dropped, dropped_outputs, patch_dropped
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
 from coterie.family import lookup
-from coterie.layer import Model, MoE, expert_axis, find_blocks, mtp_names
+from coterie.layer import Model, MoE, expert_axis, expert_names, find_blocks, mtp_names
 from coterie.plan import Choice, Plan, read_plan, to_json
+from coterie.repackage import converted
 from coterie.report import Progress, Report, Stopwatch, count, model_card, no_progress, removed_shares, versions
+from coterie.view import resolved, root, view
 from coterie.writer import Hole, Made, Output, Run, Writer, check_out, partial_of
 
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -43,9 +47,14 @@ def apply(
     plan: a `coterie.json`, its `plan` object, a file or folder holding one, or a dictionary.
     Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
     """
-    clock = Stopwatch()
+    clock, read = Stopwatch(), read_plan(plan)
+    if read.sparsity:
+        raise CoterieError(
+            f"plan: layer {next(iter(read.sparsity))!r} records zeros inside the experts, which `coterie sparsify` or "
+            "`coterie stun` make from data; to keep only the choice of experts, delete the `sparsity` entries"
+        )
     return execute(
-        Model.open(model), read_plan(plan), Path(out), command="apply", path=model,
+        converted(Model.open(model), read.converted), read, Path(out), command="apply", path=model,
         options={"plan": str(plan) if not isinstance(plan, dict) else "(given as an object)"},
         clock=clock, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
     )  # fmt: skip
@@ -65,39 +74,51 @@ def execute(
     resume: bool = False,
     overwrite: bool = False,
     on_progress: Progress = no_progress,
-    fill: Fill | None = None,
+    prepare: Prepare | None = None,
+    findings: dict[str, Any] | None = None,
 ) -> Report:
     """Checks the plan against the checkpoint, writes OUT (unless dry_run), and reports.
 
-    fill: computes the experts' weights after everything else is written, and returns what to add to the report.
+    findings: what the decision measured, for the report.
+    prepare: given the model as planned, checks everything and returns what changes its weights once they are written.
     """
     checkpoint = model.checkpoint
     check_out(out, checkpoint.path, resume=resume, overwrite=overwrite)
     check_plan(model, plan)
     outputs = plan_outputs(model, plan)
-    numbers, notes = _numbers(model, plan, outputs), [*warnings, *_left_behind(checkpoint)]
+    numbers, notes = _numbers(model, plan, outputs), [*warnings, *left_behind(checkpoint)]
+    view = planned(model, plan, outputs) if prepare else model
+    fill = prepare(view) if prepare else None
     report = Report(
         command=command,
         options=options,
         # A dry run reads headers and routers only; the fingerprint reads a few blocks of every shard.
         source={"path": str(path), "hash": None if dry_run else checkpoint.hash},
         plan=plan.as_dict(),
-        report={**numbers, **clock.read(), "cold_experts": [], "warnings": notes, "dry_run": dry_run},
+        report={
+            **numbers,
+            **clock.read(),
+            "cold_experts": [],
+            "warnings": notes,
+            "dry_run": dry_run,
+            **(findings or {}),
+        },
         versions=versions(),
     )
     if dry_run:
         return report
     identity = {"command": command, "options": options, "plan": report.plan, "source": checkpoint.hash}
     if resume and out.exists() and not partial_of(out).exists():
-        return _finished(out, report)
-    view = planned(model, plan, outputs) if fill else model
+        return finished(out, report)
     if fill:
         outputs = with_holes(outputs, view)
     with Writer(out, identity, resume=resume) as writer:
-        _write(writer, checkpoint, outputs, patched_config(model, plan), on_progress)
+        write(writer, checkpoint, outputs, patched_config(model, plan), on_progress)
         if fill:
-            filled = fill(view, writer)
-            report.report.update(filled | _numbers(model, plan, outputs, filled["expert_zeros"]))
+            filled = fill(writer)
+            report.plan.update(replace(plan, sparsity=filled.sparsity).as_dict())
+            report.report.update(filled.report | _numbers(model, plan, outputs, filled.zeros))
+            notes += filled.notes
         report.report.update(clock.read())
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", model_card(checkpoint, report))
@@ -105,69 +126,51 @@ def execute(
     return report
 
 
-Fill = Callable[[Model, Writer], dict[str, Any]]  # the model as planned, and where to put what is missing
-
-
 @dataclass(frozen=True)
-class Planned(Checkpoint):
-    """A checkpoint as the plan will make it, before it is written: byte runs of the source, and computed parts."""
+class Filled:
+    """What became of the weights: shares of zeros by layer and role, zeros by the report's bases, and more for it."""
 
-    source: Checkpoint = field(kw_only=True)
-    outputs: dict[str, Output] = field(kw_only=True, repr=False)
+    sparsity: dict[str, dict[str, float]]
+    zeros: dict[str, int]  # by the bases of `report.count`
+    report: dict[str, Any]
+    notes: list[str]
 
-    def raw(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        wanted = self.tensors[name].num_bytes - start if length is None else length
-        found, position = [], 0
-        for part in self.outputs[name].parts:
-            first, last = max(start, position), min(start + wanted, position + part.num_bytes)
-            if first < last:
-                found.append(self._part(name, part, first - position, last - position))
-            position += part.num_bytes
-        return b"".join(found)
 
-    def _part(self, name: str, part: Run | Made | Hole, first: int, last: int) -> bytes:
-        if isinstance(part, Made):
-            return part.make()[first:last]
-        assert isinstance(part, Run)
-        return read_bytes(self.source.path / part.file, part.start + first, last - first, name)
+Fill = Callable[[Writer], Filled]
+Prepare = Callable[[Model], Fill]
 
 
 def planned(model: Model, plan: Plan, outputs: dict[str, list[Output]]) -> Model:
     """The model that the plan makes, to read from as if it had been written."""
-    checkpoint, tensors = model.checkpoint, {}
-    for shard, group in outputs.items():
-        position = 0
-        for o in group:
-            tensors[o.name] = Tensor(o.name, o.dtype, o.shape, shard, position, position + o.num_bytes)
-            position += o.num_bytes
-    by_name = {o.name: o for group in outputs.values() for o in group}
-    config = patched_config(model, plan)
-    view = Planned(
-        checkpoint.path, config, tuple(outputs), tensors, checkpoint.metadata, source=checkpoint, outputs=by_name
-    )
-    return find_blocks(view, model.family)
+    return find_blocks(view(model.checkpoint, outputs, patched_config(model, plan)), model.family)
 
 
 def with_holes(outputs: dict[str, list[Output]], view: Model) -> dict[str, list[Output]]:
     """The outputs with the main layers' expert matrices left open, to be filled by `Writer.put`."""
-    weights = {name for block in view.main for name in expert_weights(view.checkpoint, block)}
+    weights = set(prunable(view))
     return {
         shard: [replace(o, parts=(Hole(o.num_bytes),)) if o.name in weights else o for o in group]
         for shard, group in outputs.items()
     }
 
 
-def _finished(out: Path, asked: Report) -> Report:
+def prunable(model: Model) -> list[str]:
+    """The tensors that hold the expert matrices of the ordinary layers."""
+    return [name for block in model.main for name in expert_weights(model.checkpoint, block)]
+
+
+def finished(out: Path, asked: Report) -> Report:
     """The report of a complete OUT, if it is what was asked for."""
     found = load_json(out / "coterie.json")
-    same = all(found.get(k) == v for k, v in asked.as_dict().items() if k in ("command", "options", "plan"))
+    made = found | {"plan": replace(read_plan(found), sparsity={}).as_dict()}
+    same = all(made.get(k) == v for k, v in asked.as_dict().items() if k in ("command", "options", "plan"))
     record = {key: found[key] for key in ("source", "report", "versions") if isinstance(found.get(key), dict)}
     if not same or len(record) < 3 or record["source"].get("hash") != asked.source["hash"]:
         raise CoterieError(f"{out}: is complete, but was made with another source, plan or option; choose another OUT")
-    return Report(asked.command, asked.options, plan=asked.plan, **record)
+    return Report(asked.command, asked.options, plan=found["plan"], **record)
 
 
-def _write(
+def write(
     writer: Writer,
     checkpoint: Checkpoint,
     outputs: dict[str, list[Output]],
@@ -198,7 +201,7 @@ def _travels(path: Path) -> bool:
     return path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_NAMES)
 
 
-def _left_behind(checkpoint: Checkpoint) -> list[str]:
+def left_behind(checkpoint: Checkpoint) -> list[str]:
     """Files that do not travel and that somebody might miss."""
     names = [p.name for p in checkpoint.other_files() if not _travels(p) and p.name not in OURS]
     missed = [n for n in names if n.endswith((".py", ".safetensors", *PICKLES)) or leads_outside(checkpoint.path / n)]
@@ -216,11 +219,13 @@ def check_plan(model: Model, plan: Plan) -> None:
             if (key, attention) not in known:
                 kind = "attention experts" if attention else "experts"
                 raise CoterieError(f"plan: layer {key!r} has no {kind} in {checkpoint.path}")
+    check_dense(model, plan)
+    check_dropped(model, plan)
     groups, top_k = model.family.groups(config), model.family.num_experts_per_token(config)
     counts = {}
     for block in model.moe:
         choice = plan.choice(block)
-        if block.mtp and plan.drop_mtp:
+        if (block.mtp and plan.drop_mtp) or (block.key in plan.condensed and not block.attention):
             continue
         counts[block.name] = len(choice.kept) if choice else block.num_experts
         if choice:
@@ -276,19 +281,19 @@ def fits_groups(num_kept: int, top_k: int, groups: Any) -> bool:
 
 def plan_outputs(model: Model, plan: Plan) -> dict[str, list[Output]]:
     """What every output shard holds, tensor by tensor, in the source's order. A shard left empty is left out."""
-    checkpoint, by_name = model.checkpoint, dict[str, Output | None]()
+    checkpoint, changed = model.checkpoint, dict[str, Output | None]()
     for block in model.moe:
         choice = plan.choice(block)
         if choice and len(choice.kept) < block.num_experts:
-            by_name |= block_outputs(checkpoint, block, choice)
+            changed |= block_outputs(checkpoint, block, choice)
     if plan.drop_mtp:
-        by_name |= dict.fromkeys(mtp_names(model))
+        changed |= dict.fromkeys(mtp_names(model))
+    by_name: dict[str, tuple[Output, ...]] = {n: (output,) if output else () for n, output in changed.items()}
+    by_name |= dense_outputs(model, plan) | dropped_outputs(model, plan)
     shards: dict[str, list[Output]] = {shard: [] for shard in checkpoint.shards}
     for name, tensor in checkpoint.tensors.items():
-        output = by_name.get(name, whole(tensor))
-        if output is not None:
-            shards[tensor.file].append(output)
-    return {shard: outputs for shard, outputs in shards.items() if outputs}
+        shards[tensor.file] += by_name.get(name, (whole(tensor),))
+    return resolved(checkpoint, {shard: outputs for shard, outputs in shards.items() if outputs})
 
 
 def whole(tensor: Tensor, name: str | None = None) -> Output:
@@ -397,18 +402,23 @@ def patched_config(model: Model, plan: Plan) -> dict[str, Any]:
         kept = {key: n for key, n in kept.items() if key not in mtp}
         for key, holder, _ in list(lookup(config, model.family.mtp_count)):
             holder[key] = 0
+    kept = {key: n for key, n in kept.items() if key not in plan.condensed}
     for key, holder, value in list(lookup(config, model.family.count)):
-        if value is not None:
+        if value is not None and kept:
             holder[key.rpartition(".")[2]] = max(kept.values())
     if len(set(kept.values())) > 1:
         # Loud in stock software: an unknown model type, not a model with random weights.
         model_type = next(v for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if isinstance(v, str))
         config["coterie"] = {"format": 1, "model_type": model_type, "num_experts": kept}
         config["model_type"] = "coterie"
+    patch_dense(config, model, plan)
+    patch_dropped(config, model, plan)
     return config
 
 
-def _numbers(model: Model, plan: Plan, outputs: dict[str, list[Output]], zeros: int = 0) -> dict[str, Any]:
+def _numbers(
+    model: Model, plan: Plan, outputs: dict[str, list[Output]], zeros: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Sizes before and after, and the share removed or zero on all three bases."""
     after = [Tensor(o.name, o.dtype, o.shape, s, 0, o.num_bytes) for s, tensors in outputs.items() for o in tensors]
     checkpoint, roles = model.checkpoint, dict(model.roles)
@@ -416,23 +426,27 @@ def _numbers(model: Model, plan: Plan, outputs: dict[str, list[Output]], zeros: 
         below = f"{block.prefix}{block.layout.experts}"
         roles |= {f"{below}{i}.{key}": "expert" for i, e in enumerate(block.experts) for key in e}
     counts = [count(list(checkpoint.tensors.values()), model.roles), count(after, roles)]
-    main = model.main
-    kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main}
+    for block in model.main:  # what stays, always on, is neither removed nor zero
+        if block.key in plan.condensed:
+            routed = sum(checkpoint.tensors[n].num_parameters for n in expert_names(block))
+            counts[1]["experts"] += routed // block.num_experts * len(plan.condensed[block.key].experts)
+    main = [b for b in model.main if int(b.key) not in plan.dropped]
+    kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main if b.key not in plan.condensed}
     return {
         "before": {
-            "parameters": counts[0]["all"],
-            "bytes": checkpoint.num_bytes,
-            "experts": _one_or_all({b.key: b.num_experts for b in main}),
+            "parameters": root(checkpoint).num_parameters,
+            "bytes": root(checkpoint).num_bytes,
+            "experts": _one_or_all({b.key: b.num_experts for b in model.main}),
         },
         "after": {
             "parameters": counts[1]["all"],
             "bytes": sum(t.num_bytes for t in after),
             "experts": _one_or_all(kept),
         },
-        "sparsity": removed_shares(counts[0], {base: n - zeros for base, n in counts[1].items()}),
+        "sparsity": removed_shares(counts[0], {base: n - (zeros or {}).get(base, 0) for base, n in counts[1].items()}),
     }
 
 
 def _one_or_all(counts: dict[str, int]) -> int | dict[str, int]:
     """One number where all layers agree, else the number of each."""
-    return next(iter(counts.values())) if len(set(counts.values())) == 1 else counts
+    return next(iter(counts.values()), 0) if len(set(counts.values())) <= 1 else counts

@@ -17,7 +17,9 @@ import typer
 
 import coterie
 from coterie.errors import CoterieError
-from coterie.methods import prune as methods
+from coterie.methods import prune as pruning
+from coterie.methods import sparsify as zeroing
+from coterie.methods.condense import LAYER_SEARCH, SELECT
 
 app = typer.Typer(
     name="coterie",
@@ -39,6 +41,33 @@ DryRun = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if coterie wrote it.")]
 Data = Annotated[list[str] | None, typer.Option("--data", metavar="NAME=FILE", help="A data set; repeatable.")]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="NAME=FILE",
+        help="Calibration data: text, JSON lines, Parquet, a folder, or hub:OWNER/NAME; repeatable [default: texts "
+        "that ship].",
+    ),
+]
+Lambda1 = Annotated[float, typer.Option(help="Weight of the router rows' distance.")]
+Lambda2 = Annotated[float, typer.Option(help="Weight of co-activation; needs --stats.")]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(metavar="STATS", help="What `coterie collect` measured on MODEL; of two alike, the more used stays."),
+]
+Samples = Annotated[int, typer.Option(help="Calibration sequences in all, spread evenly over the names.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens of each.")]
+Seed = Annotated[int, typer.Option(help="Which passages of the data are drawn.")]
+MinTokens = Annotated[int, typer.Option(help="Experts that fewer tokens reach are pruned by magnitude.")]
+OnePass = Annotated[
+    bool, typer.Option("--one-pass", help="Score all layers on the dense model, not on layers pruned before them.")
+]
+Also = Annotated[
+    str, typer.Option(metavar="KINDS", help="Prune these too, comma-separated: attention, shared, dense, router.")
+]
+Outliers = Annotated[float, typer.Option(help="OWL's M: outliers score so many times the mean.")]
+Dtype = Annotated[str, typer.Option(help="To compute in: auto (as stored), float32, bfloat16 or float16.")]
 
 
 @app.command()
@@ -71,7 +100,7 @@ def inspect(model: Model, json_: Json = False) -> None:
 def prune(
     model: Model,
     out: Out,
-    method: Annotated[str, typer.Option(help=f"How experts are chosen: {', '.join(methods.names())}.")] = "stun",
+    method: Annotated[str, typer.Option(help=f"How experts are chosen: {', '.join(pruning.names())}.")] = "stun",
     ratio: Annotated[float | None, typer.Option(help="Share of experts to remove per layer [default: 0.25].")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts to keep per layer, instead of --ratio.")] = None,
     budget: Annotated[str, typer.Option(help="uniform: every layer alike; global: one height cuts all.")] = "uniform",
@@ -83,6 +112,12 @@ def prune(
     threshold: Annotated[float, typer.Option(help="Where the official global search starts.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the method random.")] = 0,
     drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave multi-token-prediction layers out.")] = False,
+    lambda1: Lambda1 = 1.0,
+    lambda2: Lambda2 = 0.0,
+    stats: Statistics = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="NAME=W,...", help="How often each domain of STATS counts [default: 1 each].")
+    ] = None,
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -97,10 +132,206 @@ def prune(
         report = coterie.prune(
             model, out, method=method, ratio=ratio, experts=experts, budget=budget, linkage=linkage,
             distance=distance, kappa=kappa, min_experts=min_experts, non_uniform=non_uniform,
-            threshold=threshold, seed=seed, drop_mtp=drop_mtp, dry_run=dry_run, resume=resume, overwrite=overwrite,
+            threshold=threshold, seed=seed, drop_mtp=drop_mtp, lambda1=lambda1, lambda2=lambda2, stats=stats,
+            weights=weights, dry_run=dry_run, resume=resume, overwrite=overwrite,
             on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
+
+
+@app.command()
+def stun(
+    model: Model,
+    out: Out,
+    sparsity: Annotated[float, typer.Option(help="Share of expert weights to remove or zero, exactly.")] = 0.4,
+    expert_ratio: Annotated[
+        str | None, typer.Option(help="Share of experts to remove, or auto [default: half of --sparsity].")
+    ] = None,
+    second: Annotated[str, typer.Option(help=f"How weights are zeroed: {', '.join(zeroing.names())}.")] = "owl",
+    preset: Annotated[
+        str, typer.Option(help="recommended: expert matrices only; paper: every linear map, as published.")
+    ] = "recommended",
+    lambda1: Lambda1 = 1.0,
+    lambda2: Lambda2 = 0.0,
+    stats: Statistics = None,
+    one_pass: OnePass = False,
+    also: Also = "",
+    data: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 0,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(help="Experts that fewer tokens reach are pruned by magnitude [default: 64; paper: 1]."),
+    ] = None,
+    outliers: Outliers = 3.0,
+    dtype: Dtype = "auto",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """STUN: redundant experts out, then zeros inside the rest, at one exact total.
+
+    Example: coterie stun MODEL OUT --sparsity 0.40 --data code=code.txt --data prose=prose.txt
+    """
+    with _progress(quiet or json_) as on_progress:
+        report = coterie.stun(
+            model, out, sparsity=sparsity, expert_ratio=_ratio(expert_ratio), second=second, preset=preset,
+            lambda1=lambda1, lambda2=lambda2, stats=stats, one_pass=one_pass, also=also, data=data or [],
+            samples=samples, seq_len=seq_len, seed=seed, min_tokens=min_tokens, outliers=outliers, dtype=dtype,
+            dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+        )  # fmt: skip
+    _show_report(report, out, json_)
+
+
+def _ratio(text: str | None) -> float | str | None:
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text
+
+
+@app.command()
+def sparsify(
+    model: Model,
+    out: Out,
+    method: Annotated[str, typer.Option(help=f"How weights are chosen: {', '.join(zeroing.names())}.")] = "wanda",
+    sparsity: Annotated[float | None, typer.Option(help="Share of expert weights to zero [default: 0.5].")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="N:M", help="Zero N of every M consecutive inputs, instead of --sparsity.")
+    ] = None,
+    one_pass: OnePass = False,
+    also: Also = "",
+    data: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 0,
+    min_tokens: MinTokens = 64,
+    outliers: Outliers = 3.0,
+    dtype: Dtype = "auto",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Zero single weights inside the routed experts; all experts stay.
+
+    Example: coterie sparsify MODEL OUT --method owl --sparsity 0.5 --data code=code.txt
+    """
+    with _progress(quiet or json_) as on_progress:
+        report = coterie.sparsify(
+            model, out, method=method, sparsity=sparsity, pattern=pattern, one_pass=one_pass, also=also,
+            data=data or [], samples=samples, seq_len=seq_len, seed=seed, min_tokens=min_tokens, outliers=outliers,
+            dtype=dtype, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+        )  # fmt: skip
+    _show_report(report, out, json_)
+
+
+@app.command()
+def condense(
+    model: Model,
+    out: Out,
+    layers: Annotated[int | None, typer.Option(help="How many layers to condense; which is searched for.")] = None,
+    layer_ids: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Which decoder layers, instead of --layers.")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(help="Experts always on in each, beside the shared one [default: top-k].")
+    ] = None,
+    select: Annotated[str, typer.Option(help=f"How experts are chosen: {', '.join(SELECT)}.")] = "least-squares",
+    layer_search: Annotated[
+        str | None, typer.Option(help=f"How layers are chosen: {', '.join(LAYER_SEARCH)} [default: greedy].")
+    ] = None,
+    data: Calibration = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences in all [default: 128; official: 100].")
+    ] = None,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """CD-MoE: turn MoE layers into small dense ones: the shared expert and a few experts, always on.
+
+    Example: coterie condense MODEL OUT --layers 9 --data prose=prose.txt
+    """
+    with _progress(quiet or json_) as on_progress:
+        report = coterie.condense(
+            model, out, layers=layers, layer_ids=layer_ids, keep=keep, select=select, layer_search=layer_search,
+            data=data or [], samples=samples, seq_len=seq_len, seed=seed, dtype=dtype, dry_run=dry_run, resume=resume,
+            overwrite=overwrite, on_progress=on_progress,
+        )  # fmt: skip
+    _show_report(report, out, json_)
+
+
+@app.command()
+def drop(
+    model: Model,
+    out: Out,
+    unit: Annotated[str, typer.Option(help="layer: the MoE inside a decoder layer; block: all of it.")] = "layer",
+    count: Annotated[int, typer.Option(help="How many, by the similarity of what enters and leaves.")] = 1,
+    data: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Drop whole MoE layers or decoder layers: the baselines that condensing is held against.
+
+    Example: coterie drop MODEL OUT --unit block --count 2 --data prose=prose.txt
+    """
+    with _progress(quiet or json_) as on_progress:
+        report = coterie.drop(
+            model, out, unit=unit, count=count, data=data or [], samples=samples, seq_len=seq_len, seed=seed,
+            dtype=dtype, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+        )  # fmt: skip
+    _show_report(report, out, json_)
+
+
+@app.command()
+def collect(
+    model: Model,
+    stats: Annotated[Path, typer.Argument(metavar="STATS", help="The file to write; must not exist.")],
+    data: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace STATS.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure once what the experts do on data; criteria read the one file.
+
+    Example: coterie collect MODEL STATS --data code=code.txt --data prose=prose.txt
+    """
+    with _progress(quiet or json_) as on_progress:
+        result = coterie.collect(
+            model, stats, data=data or [], samples=samples, seq_len=seq_len, seed=seed, dtype=dtype,
+            overwrite=overwrite, on_progress=on_progress,
+        )  # fmt: skip
+    for note in result["notes"]:
+        typer.echo(f"note: {note}", err=True)
+    if json_:
+        _print_json(result)
+        return
+    _table(
+        f"{stats}: done in {result['seconds']:.1f} s",
+        [(f"data {name}", f"{n['samples']:,} samples, {n['tokens']:,} tokens") for name, n in result["domains"].items()]
+        + [("MoE layers", f"{len(result['layers']):,}"), ("peak memory", f"{result['peak_rss_bytes'] / 1e6:.0f} MB")],
+    )
 
 
 @app.command()
@@ -123,6 +354,65 @@ def apply(
             model, plan, out, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress
         )
     _show_report(report, out, json_)
+
+
+@app.command()
+def pack(
+    model: Annotated[str, typer.Argument(metavar="DENSE", help="A folder whose matrices hold zeros.")],
+    out: Out,
+    values: Annotated[
+        str, typer.Option(help="as stored, or int8: rounded, with a scale per 128 columns.")
+    ] = "as stored",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Store zeros as one bit each: smaller on disk and in memory, and faster to decode from.
+
+    Example: coterie pack OUT PACKED
+    """
+    with _progress(quiet or json_) as on_progress:
+        report = coterie.pack(
+            model, out, values=values, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress
+        )
+    _show_packed(report, out, json_)
+
+
+@app.command()
+def unpack(
+    model: Annotated[str, typer.Argument(metavar="PACKED", help="A folder that `coterie pack` wrote.")],
+    out: Out,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Restore the dense checkpoint, byte for byte.
+
+    Example: coterie unpack PACKED DENSE
+    """
+    with _progress(quiet or json_) as on_progress:
+        report = coterie.unpack(
+            model, out, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress
+        )
+    _show_packed(report, out, json_)
+
+
+def _show_packed(report: Any, out: Path, as_json: bool) -> None:
+    found = report.report
+    for warning in found.get("warnings", []):
+        typer.echo(f"note: {warning}", err=True)
+    if as_json:
+        _print_json(report.as_dict())
+        return
+    before, after = found["before"]["bytes"], found["after"]["bytes"]
+    title = "planned, nothing written" if found.get("dry_run") else f"{out}: done"
+    rows = [("bytes", f"{before:,} -> {after:,} ({after / before:.3f})")]
+    rows += [(f"packed {name}", f"{value:,}") for name, value in found.get("packed", {}).items()]
+    _table(f"{title} in {found['seconds']:.1f} s", [*rows, ("peak memory", f"{found['peak_rss_bytes'] / 1e6:.0f} MB")])
 
 
 @app.command()
@@ -202,11 +492,25 @@ def _show_report(report: Any, out: Path, as_json: bool) -> None:
             ("parameters", f"{before['parameters']:,} -> {after['parameters']:,}"),
             ("bytes", f"{before['bytes']:,} -> {after['bytes']:,}"),
             ("experts per layer", f"{before['experts']} -> {after['experts']}"),
-            ("experts' weights removed", f"{100 * report.report['sparsity']['experts']:.2f} %"),
-            ("all weights removed", f"{100 * report.report['sparsity']['all']:.2f} %"),
+            ("experts' weights removed or zero", f"{100 * report.report['sparsity']['experts']:.2f} %"),
+            ("all weights removed or zero", f"{100 * report.report['sparsity']['all']:.2f} %"),
+            *_show_zeros(report.report),
             ("peak memory", f"{report.report['peak_rss_bytes'] / 1e6:.0f} MB"),
         ],
     )
+
+
+def _show_zeros(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What unstructured pruning adds."""
+    if "expert_zeros" not in found:
+        return []
+    kurtosis = " -> ".join("none" if k is None else f"{k:.3f}" for k in found["kurtosis"].values())
+    cold = len(found["cold_experts"])
+    return [
+        ("zeros in experts", f"{found['expert_zeros']:,}"),
+        ("kurtosis of their weights", kurtosis),
+        ("experts too cold to calibrate", f"{cold:,}" + (" (pruned by magnitude)" if cold else "")),
+    ]
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -97,6 +97,26 @@ def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndar
     return gate, up, down
 
 
+def expert_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, int]]:
+    """(out, in) of an expert's matrices by part ("gate", "up", "down"), from the headers."""
+    layout, tensors = block.layout, checkpoint.tensors
+    if block.experts:
+        found = {}
+        for part, stored in (("gate", layout.gate), ("up", layout.up), ("down", layout.down)):
+            name = next((block.experts[0][k] for k in (f"{stored}.weight", stored) if k in block.experts[0]), None)
+            if name is not None:
+                found[part] = tensors[name].shape
+        return {part: (shape[0], shape[1]) for part, shape in found.items()}
+    shapes = [tensors[name].shape for name in _fused_weights(checkpoint, block)]
+    first, *rest = ((shape[-2] // (1 if len(shape) == 3 else block.num_experts), shape[-1]) for shape in shapes)
+    if len(rest) == 2:  # dbrx stores all three (F, D)
+        return {"gate": first, "up": rest[0], "down": rest[1][::-1]}
+    (rows, columns), down = (s[::-1] if layout.transposed else s for s in (first, rest[0]))
+    if layout.gate is None:
+        return {"up": (rows, columns), "down": down}
+    return {"gate": (rows // 2, columns), "up": (rows // 2, columns), "down": down}
+
+
 def expert_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
     """The tensors that hold the experts' matrices, without scales and biases."""
     if block.experts:
@@ -179,13 +199,45 @@ def store_expert(
     checkpoint: Checkpoint, block: MoE, e: int, matrices: tuple[np.ndarray | None, np.ndarray, np.ndarray]
 ) -> list[tuple[str, int, bytes]]:
     """(tensor name, offset in it, bytes) of expert e's changed (gate, up, down): the inverse of `expert_matrices`."""
+    found = [(n, encode(m, checkpoint.tensors[n].dtype, n)) for n, m in _as_stored(block, e, matrices)]
+    return [(n, 0 if block.experts else e * len(raw), raw) for n, raw in found]
+
+
+def zero_expert(
+    checkpoint: Checkpoint, block: MoE, e: int, masks: tuple[np.ndarray | None, np.ndarray, np.ndarray]
+) -> list[tuple[str, int, bytes]]:
+    """As `store_expert`, of expert e's stored bytes with zeros where the masks (gate, up, down) are true.
+
+    Bytes that stay are never decoded, so quantised weights (FP8) keep their scales.
+    """
+    found = []
+    for name, mask in _as_stored(block, e, masks):
+        tensor = checkpoint.tensors[name]
+        size = tensor.num_bytes if block.experts else tensor.num_bytes // block.num_experts
+        offset = 0 if block.experts else e * size
+        found.append((name, offset, zeroed(checkpoint.raw(name, offset, size), mask, name)))
+    return found
+
+
+def zeroed(raw: bytes, mask: np.ndarray, name: str) -> bytes:
+    """Stored elements with zero bytes where the mask, in the stored order, is true."""
+    width, rest = divmod(len(raw), mask.size)
+    if rest or width not in (1, 2, 4, 8):
+        raise CoterieError(f"tensor {name!r}: several weights share a byte; dequantise the checkpoint first")
+    values = np.frombuffer(raw, f"<u{width}").copy()
+    values[mask.reshape(-1)] = 0
+    return values.tobytes()
+
+
+def _as_stored(
+    block: MoE, e: int, matrices: tuple[np.ndarray | None, np.ndarray, np.ndarray]
+) -> list[tuple[str, np.ndarray]]:
+    """(tensor name, its matrix or its part of expert e) of canonical (gate, up, down)."""
     layout, (gate, up, down) = block.layout, matrices
     if block.experts:
         pairs = [(layout.gate, gate), (layout.up, up), (layout.down, down)]
-        names = [
-            (block.experts[e].get(f"{p}.weight") or block.experts[e][str(p)], m) for p, m in pairs if m is not None
-        ]
-        return [(n, 0, encode(m, checkpoint.tensors[n].dtype, n)) for n, m in names]
+        names = block.experts[e]
+        return [(names.get(f"{p}.weight") or names[str(p)], m) for p, m in pairs if m is not None]
     stored = [f"{block.prefix}{name}" for name in layout.fused]
     if len(stored) == 3:  # dbrx
         parts = [gate, up, down.T]
@@ -197,7 +249,4 @@ def store_expert(
         parts = [np.concatenate([gate, up]), down]
     if layout.transposed:
         parts = [p.T for p in parts if p is not None]
-    found = [
-        (n, encode(p, checkpoint.tensors[n].dtype, n)) for n, p in zip(stored, parts, strict=True) if p is not None
-    ]
-    return [(n, e * len(raw), raw) for n, raw in found]
+    return [(n, p) for n, p in zip(stored, parts, strict=True) if p is not None]

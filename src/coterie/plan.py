@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,13 +39,37 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Condensed:
+    """A MoE block that becomes one dense MLP: experts always on, each with a constant gate, beside the shared one.
+
+    `gates[i]` belongs to `experts[i]`; `shared_gate` is 1 where nothing scales the shared expert, or there is none.
+    """
+
+    experts: tuple[int, ...]
+    gates: tuple[float, ...]
+    shared_gate: float = 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"experts": list(self.experts), "gates": list(self.gates), "shared_gate": self.shared_gate}
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Choices per layer (and per layer with attention experts), what was asked for, and whether MTP layers go."""
+    """Choices per layer (and per layer with attention experts), what was asked for, and whether MTP layers go.
+
+    sparsity: per layer, the share of weights that became zero, by tensor role; a record of what `sparsify` did.
+    condensed: the layers that become dense; dropped: decoder layers that go, whole; converted: the model type to say
+    the result in, where the model's own cannot.
+    """
 
     layers: dict[str, Choice]
     attention: dict[str, Choice] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     drop_mtp: bool = False
+    sparsity: dict[str, dict[str, float]] = field(default_factory=dict)
+    condensed: dict[str, Condensed] = field(default_factory=dict)
+    dropped: tuple[int, ...] = ()
+    converted: str | None = None
 
     def choice(self, block: MoE) -> Choice | None:
         return (self.attention if block.attention else self.layers).get(block.key)
@@ -53,8 +78,12 @@ class Plan:
         layers: dict[str, Any] = {key: choice.as_dict() for key, choice in self.layers.items()}
         for key, choice in self.attention.items():
             layers.setdefault(key, {})["attention"] = choice.as_dict()
+        for key, shares in self.sparsity.items():
+            layers.setdefault(key, {})["sparsity"] = shares
+        layers |= {key: {"condensed": condensed.as_dict()} for key, condensed in self.condensed.items()}
         result: dict[str, Any] = {"layers": layers, "budget": self.budget}
-        return result | ({"drop_mtp": True} if self.drop_mtp else {})
+        extra = {"drop_mtp": self.drop_mtp, "dropped": list(self.dropped), "converted": self.converted}
+        return result | {key: value for key, value in extra.items() if value}
 
 
 def read_plan(source: str | Path | dict[str, Any]) -> Plan:
@@ -72,27 +101,37 @@ def read_plan(source: str | Path | dict[str, Any]) -> Plan:
     layers = content.get("layers") if isinstance(content, dict) else None
     if not isinstance(layers, dict):
         raise CoterieError(f"{where}: no `layers` object; expected a coterie.json or its `plan`")
-    known = {"layers", "budget", "drop_mtp"}
+    known = {"layers", "budget", "drop_mtp", "dropped", "converted"}
     if set(content) - known:
         raise CoterieError(f"{where}: unknown keys {sorted(set(content) - known)}; expected {sorted(known)}")
-    experts, attention = {}, {}
+    experts, attention, sparsity, condensed = {}, {}, {}, {}
     for key, value in layers.items():
         at = f"{where}: layer {key!r}"
         if not isinstance(value, dict):
             raise CoterieError(f"{at}: expected an object, found {value!r:.60}")
-        if set(value) - {"attention"}:
-            experts[key] = _choice(at, {k: v for k, v in value.items() if k != "attention"})
+        if "condensed" in value:
+            condensed[key] = _condensed(at, value)
+            continue
+        if set(value) - {"attention", "sparsity"}:
+            experts[key] = _choice(at, {k: v for k, v in value.items() if k not in ("attention", "sparsity")})
         if "attention" in value:
             attention[key] = _choice(f"{at} (attention)", value["attention"])
+        if "sparsity" in value:
+            sparsity[key] = _shares(at, value["sparsity"])
     budget = content.get("budget", {})
     if not isinstance(budget, dict) or not isinstance(content.get("drop_mtp", False), bool):
         raise CoterieError(f"{where}: budget must be an object and drop_mtp a boolean")
-    return Plan(experts, attention, budget, content.get("drop_mtp", False))
+    dropped, converted = content.get("dropped", []), content.get("converted")
+    if not _ids(dropped) or list(dropped) != sorted(set(dropped)) or not isinstance(converted, str | None):
+        raise CoterieError(f"{where}: dropped must be ascending layer numbers and converted a model type")
+    return Plan(
+        experts, attention, budget, content.get("drop_mtp", False), sparsity, condensed, tuple(dropped), converted
+    )
 
 
 def _choice(at: str, value: Any) -> Choice:
     if not isinstance(value, dict) or set(value) - {"kept", "clusters", "merged"}:
-        raise CoterieError(f"{at}: expected the keys kept, clusters and merged, found {value!r:.120}")
+        raise CoterieError(f"{at}: expected the keys kept, clusters, merged and sparsity, found {value!r:.120}")
     kept, clusters, merged = value.get("kept"), value.get("clusters", []), value.get("merged", False)
     if not _ids(kept) or not kept or list(kept) != sorted(set(kept)):
         raise CoterieError(f"{at}: `kept` must be ascending, distinct expert ids, found {kept!r:.120}")
@@ -106,6 +145,28 @@ def _choice(at: str, value: Any) -> Choice:
     if merged and not clusters:
         raise CoterieError(f"{at}: merged experts need their clusters")
     return Choice(tuple(kept), tuple(tuple(c) for c in clusters), merged)
+
+
+def _condensed(at: str, value: dict[str, Any]) -> Condensed:
+    found = value["condensed"]
+    if len(value) > 1 or not isinstance(found, dict) or set(found) - {"experts", "gates", "shared_gate"}:
+        raise CoterieError(
+            f"{at}: expected `condensed` alone, with the keys experts, gates and shared_gate, found {value!r:.120}"
+        )
+    experts, gates, shared = found.get("experts"), found.get("gates"), found.get("shared_gate", 1.0)
+    if not isinstance(experts, list) or not _ids(experts) or len(set(experts)) != len(experts):
+        raise CoterieError(f"{at}: `experts` must be distinct expert ids, found {experts!r:.120}")
+    numbers: list[Any] = [*gates, shared] if isinstance(gates, list) else []
+    if len(numbers) != len(experts) + 1 or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        raise CoterieError(f"{at}: `gates` must give one number per expert and `shared_gate` one, found {found!r:.120}")
+    return Condensed(tuple(experts), tuple(map(float, numbers[:-1])), float(shared))
+
+
+def _shares(at: str, value: Any) -> dict[str, float]:
+    given = value if isinstance(value, dict) else {}
+    if not given or not all(type(v) in (int, float) and 0 <= v <= 1 for v in given.values()):
+        raise CoterieError(f"{at}: `sparsity` must give the share of zeros by tensor role, found {value!r:.120}")
+    return {str(role): float(share) for role, share in given.items()}
 
 
 def _ids(value: Any) -> bool:

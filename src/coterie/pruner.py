@@ -6,9 +6,9 @@ produce, pruned, and its pruned output feeds the next. One-pass scores every lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
@@ -16,16 +16,20 @@ import numpy as np
 import torch
 
 from coterie import moe
-from coterie.calibrate import Batch, Routed, Stream
+from coterie.activations import Piece, Routed, weighted_sums
+from coterie.budget import PARTS, Counts, row_zeros
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.experts import expert_matrices, store_expert
+from coterie.experts import expert_biases, expert_matrices, expert_weights, store_expert, zero_expert
+from coterie.kurtosis import Moments
 from coterie.layer import Model, MoE
-from coterie.methods.sparsify import magnitude, owl
+from coterie.methods.sparsify import magnitude
 from coterie.methods.sparsify.select import lowest_per_group, lowest_per_row
+from coterie.numerics import decode, encode
 from coterie.report import Progress
 
-PARTS = ("gate", "up", "down")
+Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # gate, up, down
+Put = Callable[[str, int, bytes], None]  # (tensor, offset in it, bytes)
 
 
 @dataclass(frozen=True)
@@ -45,37 +49,34 @@ class Norms:
         return self.hessians[part == "down"]
 
 
-def measure(
-    routed: Routed, expert: moe.Expert, rows: torch.Tensor, weights: torch.Tensor, needs: str = "norms"
-) -> tuple[Norms, torch.Tensor]:
-    """One expert's norms over its tokens, and its (dense) output.
+class Seen:
+    """Sums over one expert's tokens, given in pieces.
 
     needs: "norms", "gated norms" (tokens times the router's weight), or "hessian" (norms and sum x x^T).
     """
-    x = routed.x[rows]
-    hidden, y = moe.expert_forward(routed.module, expert, x)
-    scale = weights[:, None].float() if needs == "gated norms" else 1.0
-    norms = [(t.float() * scale).square().sum(0, dtype=torch.float64).sqrt().numpy() for t in (x, hidden)]
-    hessians = None
-    if needs == "hessian":
-        hessians = tuple((t.double().T @ t.double()).numpy() for t in (x, hidden))
-    return Norms(norms[0], norms[1], len(rows), hessians), y  # type: ignore[arg-type]
 
+    def __init__(self, needs: str) -> None:
+        self.needs, self.num_tokens = needs, 0
+        self._squares: list[Any] = [0.0, 0.0]
+        self._hessians: list[Any] = [0.0, 0.0]
 
-def spread_zeros(sizes: list[int], sparsities: list[Fraction]) -> list[int]:
-    """Zeros per matrix so that the running total is always the rounded running target: exact over any number."""
-    counts, wanted, done = [], Fraction(0), 0
-    for size, sparsity in zip(sizes, sparsities, strict=True):
-        wanted += sparsity * size
-        counts.append(min(size, round(wanted) - done))
-        done += counts[-1]
-    return counts
+    def add(self, piece: Piece) -> None:
+        self.num_tokens += len(piece.rows)
+        weights = (
+            piece.weights.float()[None].square() if self.needs == "gated norms" else torch.ones(1, len(piece.rows))
+        )
+        for i, values in enumerate((piece.x, piece.hidden)):
+            self._squares[i] = self._squares[i] + weighted_sums(weights, values, squared=True)[0]
+            if self.needs == "hessian":
+                self._hessians[i] = self._hessians[i] + values.double().T @ values.double()
 
-
-def row_zeros(rows: int, num_zeros: int) -> np.ndarray:
-    """`num_zeros` over the rows as evenly as can be: the first rows take one more."""
-    base, rest = divmod(num_zeros, rows)
-    return base + (np.arange(rows) < rest)
+    def norms(self, where: str) -> Norms:
+        """Raises: CoterieError for NaN or infinite activations."""
+        inputs, hidden = (s.sqrt().numpy() for s in self._squares)
+        if not (np.isfinite(inputs).all() and np.isfinite(hidden).all()):
+            raise CoterieError(f"{where}: activations are NaN or infinite; the weights are damaged, or need float32")
+        hessians = (self._hessians[0].numpy(), self._hessians[1].numpy()) if self.needs == "hessian" else None
+        return Norms(inputs, hidden, self.num_tokens, hessians)
 
 
 def zero_mask(scores: np.ndarray, num_zeros: int, pattern: tuple[int, int] | None) -> np.ndarray:
@@ -90,123 +91,181 @@ class Pruner:
 
     checkpoint: Checkpoint
     method: ModuleType
-    zeros: dict[tuple[str, int, str], int]  # (layer, expert, part) -> zeros
-    put: Callable[[str, int, bytes], None]  # (tensor, offset, bytes)
-    dtype: torch.dtype
+    zeros: Counts
+    put: Put
+    dtype: torch.dtype = torch.float32
     pattern: tuple[int, int] | None = None
     min_tokens: int = 64
     sequential: bool = True
     cold: list[list[Any]] = field(default_factory=list)  # [layer, expert, tokens]
-    num_zeros: int = 0
+    num_zeros: Counter[str] = field(default_factory=Counter)  # by layer, counted in what was written
+    before: Moments = field(default_factory=Moments)
+    after: Moments = field(default_factory=Moments)
+    num_judged: int | None = None  # only the first so many tokens are measured; the rest pass through
+    _measured: dict[int, Norms] | None = None  # of the experts of a rehearsed layer
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know of the layers done."""
+        moments = [self.before.sums, self.after.sums]
+        return {"cold": self.cold, "zeros": dict(self.num_zeros), "moments": moments}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.cold, self.num_zeros = state["cold"], Counter(state["zeros"])
+        self.before, self.after = (Moments(sums) for sums in state["moments"])
 
     def walk(self, routed: Routed) -> torch.Tensor:
         """Prunes all experts of a block, chosen or not; returns the weighted sum of the pruned ones (sequential),
         or of the dense ones."""
-        total = torch.zeros_like(routed.x)
-        chosen = {e: (rows, weights) for e, rows, weights in routed.by_expert()}
-        none = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        for e in range(routed.block.num_experts):
-            rows, weights = chosen.get(e, none)
-            expert = moe.read_expert(self.checkpoint, routed.block, e, self.dtype)
-            norms, y = None, torch.zeros(0, total.shape[1])
-            if len(rows):
-                norms, y = measure(routed, expert, rows, weights, self.method.NEEDS)
-                _check_finite(norms, f"{routed.block.name}, expert {e}")
-            if len(rows) < self.min_tokens:
+        total = routed.zeros()
+        for e, rows, gates in every_expert(routed):
+            matrices, expert = self._read(routed.block, e)
+            norms = self._norms(routed, e, expert, rows, gates, None if self.sequential else total)
+            if norms is None or norms.num_tokens < self.min_tokens:
+                self.cold.append([routed.block.key, e, norms.num_tokens if norms else 0])
                 norms = None
-                self.cold.append([routed.block.key, e, len(rows)])
-            self.prune(routed.block, e, norms, expert)
-            if len(rows):
-                y = moe.expert_forward(routed.module, expert, routed.x[rows])[1] if self.sequential else y
-                total.index_add_(0, rows, (y * weights[:, None]).to(total.dtype))
+            pruned = self.prune(routed.block, e, matrices, norms)
+            if self.sequential:
+                for part, matrix in zip(PARTS, pruned, strict=True):
+                    if matrix is not None:
+                        expert.matrices[part].copy_(torch.from_numpy(matrix))
+                run_expert(routed, expert, rows, gates, total)
+        self._measured = None
         return total
 
-    def prune(self, block: MoE, e: int, norms: Norms | None, expert: moe.Expert | None = None) -> None:
-        """Zeroes one expert's weights on disk, and in `expert` if it still has to compute; no norms: by magnitude."""
-        pruned: list[np.ndarray | None] = []
-        for part, weight in zip(PARTS, expert_matrices(self.checkpoint, block, e), strict=True):
-            if weight is None:
-                pruned.append(None)
-                continue
-            if not np.isfinite(weight).all():
-                raise CoterieError(f"{block.name}, expert {e}, {part}: weights are NaN or infinite; expected finite")
-            kept = self._prune_matrix(weight, self.zeros[block.key, e, part], norms, part)
-            pruned.append(kept)
-            self.num_zeros += kept.size - int(np.count_nonzero(kept))
-            if expert:
-                expert.matrices[part].copy_(torch.from_numpy(kept))
-        assert pruned[1] is not None and pruned[2] is not None
-        for name, offset, raw in store_expert(self.checkpoint, block, e, (pruned[0], pruned[1], pruned[2])):
-            self.put(name, offset, raw)
+    def rehearse(self, routed: Routed) -> torch.Tensor:
+        """Measures the experts on the dense layer's activations, for the next `walk`; returns the dense sum."""
+        total, self._measured = routed.zeros(), {}
+        for e, rows, gates in every_expert(routed):
+            if len(rows):
+                _, expert = self._read(routed.block, e)
+                norms = self._see(routed, e, expert, rows, gates, total)
+                self._measured |= {e: norms} if norms else {}
+        return total
 
-    def _prune_matrix(self, weight: np.ndarray, num_zeros: int, norms: Norms | None, part: str) -> np.ndarray:
-        """The matrix with its zeros; by magnitude where too few tokens came to say more."""
+    def _read(self, block: MoE, e: int) -> tuple[Matrices, moe.Expert]:
+        matrices = read_finite(self.checkpoint, block, e)
+        return matrices, as_expert(self.checkpoint, block, e, matrices, self.dtype)
+
+    def _norms(
+        self,
+        routed: Routed,
+        e: int,
+        expert: moe.Expert,
+        rows: torch.Tensor,
+        gates: torch.Tensor,
+        total: torch.Tensor | None,
+    ) -> Norms | None:
+        """The expert's norms, measured now or in a rehearsal; adds its dense outputs to `total` if there is one."""
+        if not len(rows):
+            return None
+        if self._measured is None:
+            return self._see(routed, e, expert, rows, gates, total)
+        if total is not None:
+            run_expert(routed, expert, rows, gates, total)
+        return self._measured.get(e)
+
+    def _see(
+        self,
+        routed: Routed,
+        e: int,
+        expert: moe.Expert,
+        rows: torch.Tensor,
+        gates: torch.Tensor,
+        total: torch.Tensor | None,
+    ) -> Norms | None:
+        seen = Seen(self.method.NEEDS)
+        judged = len(rows) if self.num_judged is None else int((rows < self.num_judged).sum())  # rows ascend
+        run_expert(routed, expert, rows[:judged], gates[:judged], total, seen.add)
+        if total is not None:
+            run_expert(routed, expert, rows[judged:], gates[judged:], total)
+        return seen.norms(f"{routed.block.name}, expert {e}") if judged else None
+
+    def prune(self, block: MoE, e: int, matrices: Matrices, norms: Norms | None) -> Matrices:
+        """Writes one expert with its zeros, and returns it so; no norms: by magnitude."""
+        pruned: list[np.ndarray | None] = []
+        masks: list[np.ndarray | None] = []
+        for part, weight in zip(PARTS, matrices, strict=True):
+            kept, mask = (None, None) if weight is None else self._prune_matrix(block, e, part, weight, norms)
+            pruned.append(kept)
+            masks.append(mask)
+            if weight is not None and kept is not None:
+                left = int(np.count_nonzero(kept))
+                self.num_zeros[block.key] += kept.size - left
+                self.before.add(weight)
+                self.after.add(kept, left)
         if norms and self.method.NEEDS == "hessian":
-            return self.method.prune(weight, norms.hessian(part), num_zeros, pattern=self.pattern).astype(np.float32)
+            stored = store_expert(self.checkpoint, block, e, _three(pruned))
+        else:
+            stored = zero_expert(self.checkpoint, block, e, _three(masks))
+        for name, offset, raw in stored:
+            self.put(name, offset, raw)
+        return _three(pruned)
+
+    def _prune_matrix(
+        self, block: MoE, e: int, part: str, weight: np.ndarray, norms: Norms | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The matrix with its zeros, and where they are; by magnitude where too few tokens came to say more."""
+        num_zeros = self.zeros[block.key, e, part]
+        if norms and self.method.NEEDS == "hessian":
+            kept = self.method.prune(weight, norms.hessian(part), num_zeros, pattern=self.pattern)
+            name = expert_weights(self.checkpoint, block)[0]
+            dtype = self.checkpoint.tensors[name].dtype  # what computes from here on is what is written
+            return decode(encode(kept, dtype, name), dtype, name).astype(np.float32).reshape(kept.shape), None
         scores = self.method.score(weight, norms.of(part)) if norms else magnitude.score(weight)
-        return np.where(zero_mask(scores, num_zeros, self.pattern), np.float32(0), weight)
+        mask = zero_mask(scores, num_zeros, self.pattern)
+        return np.where(mask, np.float32(0), weight), mask
 
     def prune_all(self, model: Model, on_progress: Progress) -> None:
         """Every expert of every block, without data."""
         blocks = model.main
         for done, block in enumerate(blocks):
             for e in range(block.num_experts):
-                self.prune(block, e, None)
+                self.prune(block, e, read_finite(self.checkpoint, block, e), None)
             on_progress("pruning layers", done + 1, len(blocks))
 
 
-def _check_finite(norms: Norms, where: str) -> None:
-    if not (np.isfinite(norms.inputs).all() and np.isfinite(norms.hidden).all()):
-        raise CoterieError(f"{where}: activations are NaN or infinite; the weights are damaged, or need float32")
+def as_expert(checkpoint: Checkpoint, block: MoE, e: int, matrices: Matrices, dtype: torch.dtype) -> moe.Expert:
+    """Matrices that were read already, in the dtype to compute in, with the biases beside them."""
+    gate, up, down = (None if m is None else torch.tensor(m, dtype=dtype) for m in matrices)
+    assert up is not None and down is not None
+    biases = (None if b is None else torch.tensor(b, dtype=dtype) for b in expert_biases(checkpoint, block, e))
+    gate_up = up.contiguous() if gate is None else torch.cat([gate, up])
+    return moe.Expert(gate_up, down.contiguous(), gate is not None, *biases)
 
 
-def zero_budget(model: Model, sparsities: dict[str, Fraction]) -> dict[tuple[str, int, str], int]:
-    """Zeros of every expert matrix, exact in total; sparsities by layer."""
-    keys, sizes, shares = [], [], []
-    for block in model.main:
-        shapes = matrix_shapes(model.checkpoint, block)
-        for e in range(block.num_experts):
-            for part, (rows, columns) in shapes.items():
-                keys.append((block.key, e, part))
-                sizes.append(rows * columns)
-                shares.append(sparsities[block.key])
-    return dict(zip(keys, spread_zeros(sizes, shares), strict=True))
+def run_expert(
+    routed: Routed,
+    expert: moe.Expert,
+    rows: torch.Tensor,
+    gates: torch.Tensor,
+    total: torch.Tensor | None,
+    see: Callable[[Piece], None] | None = None,
+) -> None:
+    """Adds the expert's weighted outputs to `total`, if there is one, and shows `see` what passed, in pieces."""
+    for piece in routed.pieces(expert, rows, gates):
+        if see:
+            see(piece)
+        if total is not None:
+            routed.add(total, piece)
 
 
-def matrix_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, int]]:
-    """(out, in) of a block's matrices by part, from one of its experts: all are alike."""
-    found = zip(PARTS, expert_matrices(checkpoint, block, 0), strict=True)
-    return {part: (m.shape[0], m.shape[1]) for part, m in found if m is not None}
+def every_expert(routed: Routed) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(expert, its tokens' rows, their weights), ascending, also for experts that no token chose."""
+    chosen = {e: (rows, gates) for e, rows, gates in routed.by_expert()}
+    none = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    for e in range(routed.block.num_experts):
+        yield e, *chosen.get(e, none)
 
 
-def outlier_shares(stream: Stream, batches: list[Batch], m: float, on_progress: Progress) -> dict[str, float]:
-    """OWL's first pass, on the dense model: the share of outliers in each MoE layer's experts."""
-    shares: dict[str, float] = {}
-    checkpoint = stream.checkpoint
+def read_finite(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
+    """An expert's matrices. Raises: CoterieError for NaN or infinite weights."""
+    matrices = expert_matrices(checkpoint, block, e)
+    for part, weight in zip(PARTS, matrices, strict=True):
+        if weight is not None and not np.isfinite(weight).all():
+            raise CoterieError(f"{block.name}, expert {e}, {part}: weights are NaN or infinite; expected finite")
+    return matrices
 
-    def walk(routed: Routed) -> torch.Tensor:
-        total = torch.zeros_like(routed.x)
-        norms: dict[int, Norms] = {}
-        sums, count = 0.0, 0
-        for e, rows, weights in routed.by_expert():
-            expert = moe.read_expert(checkpoint, routed.block, e, stream.dtype)
-            norms[e], y = measure(routed, expert, rows, weights)
-            total.index_add_(0, rows, (y * weights[:, None]).to(total.dtype))
-            for part, weight in zip(PARTS, expert_matrices(checkpoint, routed.block, e), strict=True):
-                if weight is not None:
-                    # The sum of |W| * norm over the matrix, without the matrix of scores.
-                    sums += float(np.abs(weight).sum(0, dtype=np.float64) @ norms[e].of(part))
-                    count += weight.size
-        mean = sums / max(count, 1)
-        scores = (
-            owl.score(weight, n.of(part))
-            for e, n in norms.items()
-            for part, weight in zip(PARTS, expert_matrices(checkpoint, routed.block, e), strict=True)
-            if weight is not None
-        )
-        shares[routed.block.key] = owl.outlier_share(scores, mean, m)
-        return total
 
-    for index in stream.run(batches, walk):
-        on_progress("measuring outliers", index + 1, len(stream.layers))
-    return shares
+def _three(found: list[Any]) -> Any:
+    gate, up, down = found
+    return gate, up, down

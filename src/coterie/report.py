@@ -83,12 +83,14 @@ def removed_shares(before: dict[str, int], after: dict[str, int]) -> dict[str, f
 def model_card(source: Checkpoint, report: Report) -> str:
     """README.md of the result: what was done to what, the numbers, and how to repeat it."""
     before, after = report.report["before"], report.report["after"]
-    given = {k.replace("_", "-"): v for k, v in report.options.items() if v not in (None, False)}
-    options = " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in given.items())
+    options = " ".join(_typed(f"--{name.replace('_', '-')}", value) for name, value in report.options.items())
     rows = "\n".join(
         f"| {name} | {_show(before[key])} | {_show(after[key])} |"
         for name, key in (("parameters", "parameters"), ("bytes", "bytes"), ("routed experts per layer", "experts"))
     )
+    zeros = report.report.get("expert_zeros")
+    rows += "" if zeros is None else f"\n| of the experts' parameters zero | | {zeros:,} |"
+    again = "the command above repeats them" if zeros else "`coterie apply MODEL coterie.json OUT` repeats them"
     return f"""---
 tags: [mixture-of-experts, compressed]
 ---
@@ -101,12 +103,21 @@ tags: [mixture-of-experts, compressed]
 Made from `{report.source["path"]}` (fingerprint `{report.source["hash"][:16]}`) by
 
 ```
-coterie {report.command} MODEL OUT {options}
+coterie {report.command} MODEL OUT {" ".join(options.split())}
 ```
 
-`coterie.json` holds every decision and number; `coterie apply MODEL coterie.json OUT` repeats them.
+`coterie.json` holds every decision and number; {again}.
 The licence is the source model's.
 """
+
+
+def _typed(flag: str, value: Any) -> str:
+    """An option as one would type it; nothing for one that was not given."""
+    if value is None or value is False or value in ("", {}):
+        return ""
+    if isinstance(value, dict):
+        return " ".join(f"{flag} {name}={file}" for name, file in value.items())
+    return flag if value is True else f"{flag} {value}"
 
 
 def _show(value: Any) -> str:

@@ -19,10 +19,12 @@ from coterie.checkpoint import INDEX, Checkpoint, load_json
 from coterie.data import Document, encode, read_documents
 from coterie.errors import CoterieError
 from coterie.family import detect
-from coterie.layer import Model, find_blocks
+from coterie.layer import LAYER, Model, MoE, find_blocks
 from coterie.plan import Plan, read_plan
+from coterie.repackage import converted
 from coterie.report import Progress, no_progress
 from coterie.writer import Hole, Made, Output, Run
+from coterie.zeros import zero_faults
 
 CHUNK = 4 << 20  # bytes compared at a time
 NUM_BLOCKS, BLOCK = 2, 64  # sequences and tokens of the random batch, and of a text
@@ -108,15 +110,23 @@ def check_files(folder: Path) -> tuple[bool, str, Checkpoint | None]:
     try:
         if out.indexed:
             _check_index(out)
-        blocks = find_blocks(out, detect(out.config, list(out.tensors)))
-        planned = _check_counts(blocks, _plan(out)) if _record(out) is not None else "no coterie.json"
+        plan = _plan(out) if _record(out) is not None else Plan({})
+        blocks = () if _all_condensed(out, plan) else find_blocks(out, detect(out.config, list(out.tensors))).moe
+        planned = _check_counts(blocks, plan) if _record(out) is not None else "no coterie.json"
     except CoterieError as error:
         return False, str(error), out
-    counts = sorted({block.num_experts for block in blocks.moe})
+    counts = sorted({block.num_experts for block in blocks}) or [0]
     return True, (
-        f"{len(out.tensors):,} tensors in {len(out.shards)} file(s); {len(blocks.moe)} MoE blocks "
+        f"{len(out.tensors):,} tensors in {len(out.shards)} file(s); {len(blocks)} MoE blocks "
         f"of {' to '.join(map(str, sorted({counts[0], counts[-1]})))} experts; {planned}"
     ), out  # fmt: skip
+
+
+def _all_condensed(out: Checkpoint, plan: Plan) -> bool:
+    """Whether the plan left no layer with experts, and none has a router."""
+    routers = {layout.router for layout in detect(out.config).layouts}
+    rest = {match["rest"] for name in out.tensors if (match := LAYER.fullmatch(name))}
+    return bool(plan.condensed) and not routers & rest
 
 
 def _check_index(out: Checkpoint) -> None:
@@ -126,9 +136,9 @@ def _check_index(out: Checkpoint) -> None:
         raise CoterieError(f"{out.path / INDEX}: leaves out {_first(unlisted)}; loaders would not see them")
 
 
-def _check_counts(blocks: Model, plan: Plan) -> str:
+def _check_counts(blocks: tuple[MoE, ...], plan: Plan) -> str:
     """Raises: CoterieError unless every block holds the experts that the plan keeps."""
-    found = {(block.key, block.attention): block.num_experts for block in blocks.moe}
+    found = {(block.key, block.attention): block.num_experts for block in blocks}
     for keys, attention in ((plan.layers, False), (plan.attention, True)):
         for key, choice in keys.items():
             count = found.get((key, attention))
@@ -136,7 +146,10 @@ def _check_counts(blocks: Model, plan: Plan) -> str:
                 where = f"layer {key}" + (" (attention)" if attention else "")
                 shown = "no experts" if count is None else f"{count} experts"
                 raise CoterieError(f"{where} has {shown}; the plan in coterie.json keeps {len(choice.kept)}")
-    left = [block.name for block in blocks.moe if block.mtp and plan.drop_mtp]
+    whole = next((key for key in plan.condensed if (key, False) in found), None)
+    if whole is not None:
+        raise CoterieError(f"layer {whole} has experts; the plan in coterie.json condenses it")
+    left = [block.name for block in blocks if block.mtp and plan.drop_mtp]
     if left:
         raise CoterieError(f"{left[0]} is a multi-token-prediction layer; the plan in coterie.json drops those")
     return "as the plan in coterie.json says"
@@ -171,6 +184,7 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
     recorded = record.get("source") if record else None
     if not isinstance(recorded, dict) or recorded.get("hash") != source.checkpoint.hash:
         return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
+    source = converted(source, plan.converted)
     check_plan(source, plan)
     outputs = [o for shard in plan_outputs(source, plan).values() for o in shard]
     faults = _header_faults(out, outputs)
@@ -178,10 +192,21 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
     wrong = [key for key in {*config, *out.config} if config.get(key) != out.config.get(key)]
     if wrong:
         faults.append(f"config.json is not the original's with new counts: {_first(wrong)}")
+    pruned: set[str] = set()
+    if not faults and plan.sparsity:
+        pruned, faults = zero_faults(out, source, plan, corrected=_corrected(record))
     if not faults:
-        differing = list(_differing(out, source.checkpoint, outputs, on_progress))
+        same = [o for o in outputs if o.name not in pruned]
+        differing = list(_differing(out, source.checkpoint, same, on_progress))
         faults += [f"other bytes in {_first(differing)}"] if differing else []
-    return not faults, "; ".join(faults) or _tally(source.checkpoint, outputs), None
+    zeroed = f", {len(pruned):,} with zeros, as many as recorded" if pruned else ""
+    return not faults, "; ".join(faults) or _tally(source.checkpoint, outputs) + zeroed, None
+
+
+def _corrected(record: dict[str, Any] | None) -> bool:
+    """Whether the rule also changed the weights that stayed."""
+    options = record.get("options") if record else None
+    return isinstance(options, dict) and "sparsegpt" in (options.get("method"), options.get("second"))
 
 
 def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:
@@ -212,11 +237,10 @@ def _differing(out: Checkpoint, source: Checkpoint, outputs: list[Output], on_pr
 
 
 def _same(part: Run | Made | Hole, folder: Path, read: _Reader, target: Path, position: int) -> bool:
-    """Whether the file `target` holds the part at `position`. What a run computed meanwhile cannot be told."""
+    """Whether the file `target` holds the part at `position`."""
     if isinstance(part, Made):
         return part.make() == read(target, position, part.num_bytes)
-    if isinstance(part, Hole):
-        return True
+    assert isinstance(part, Run), "plans have no holes"
     for skip in range(0, part.num_bytes, CHUNK):
         length = min(CHUNK, part.num_bytes - skip)
         if read(folder / part.file, part.start + skip, length) != read(target, position + skip, length):
@@ -244,15 +268,13 @@ class _Reader(contextlib.ExitStack):
 def _tally(source: Checkpoint, outputs: list[Output]) -> str:
     """How many tensors had which fate."""
     fates = Counter(_fate(source, output) for output in outputs)
-    fates["dropped"] = len(source.tensors) - len(outputs)
+    fates["dropped"] = max(0, len(source.tensors) - len(outputs))
     always = dict.fromkeys(("kept as is", "renamed", "row-sliced", "computed", "dropped"), 0)
     return ", ".join(f"{count:,} {fate}" for fate, count in (always | fates).items())
 
 
 def _fate(source: Checkpoint, output: Output) -> str:
     """What became of one source tensor on its way to an output."""
-    if any(isinstance(part, Hole) for part in output.parts):
-        return "computed from data (not compared)"
     if any(isinstance(part, Made) for part in output.parts):
         return "computed"
     original = source.tensors.get(output.name)
@@ -271,7 +293,10 @@ def check_loads(out: Checkpoint) -> Answer:
     short = _memory_short(out)
     if _is_ours(out):
         model = None if short else _own_model(out)
-        return True, "not loaded: layers keep different numbers of experts, which only `coterie.load` reads", model
+        kind = "condensed layers in a family without dense ones"
+        if not out.config["coterie"].get("dense"):
+            kind = "layers keep different numbers of experts"
+        return True, f"not loaded: {kind}, which only `coterie.load` reads", model
     family = detect(out.config, list(out.tensors))
     if not family.stock:
         return True, (
@@ -399,8 +424,12 @@ def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], log
     plan = _plan(out)
     if logits is None:
         return True, "not compared: OUT gave no logits", None
+    if plan.sparsity:
+        return True, "not compared: weights were zeroed; every byte that stayed was", None
     if any(choice.merged for choice in (*plan.layers.values(), *plan.attention.values())):
         return True, "not compared: experts were averaged, so the original has no such experts to leave on", None
+    if plan.condensed or plan.dropped or plan.converted:
+        return _check_explicit(source, plan, sequences, logits)
     short = _memory_short(source.checkpoint)
     if short:
         return True, f"not compared: the original {short}", None
@@ -417,6 +446,19 @@ def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], log
     moved = _largest_gap(before, expected)
     ok, detail = _judge(_largest_gap(logits, expected), expected)
     return ok, f"{detail}; leaving experts out of {len(routing.hits)} routers moved them by up to {moved:.3g}", None
+
+
+def _check_explicit(source: Model, plan: Plan, sequences: list[list[int]], logits: list[Any]) -> Answer:
+    """OUT computes what the original does with its condensed blocks as plain sums, and without its dropped layers."""
+    from coterie.explicit import explicit_logits
+
+    try:
+        expected = explicit_logits(converted(source, plan.converted), plan, sequences)
+    except CoterieError as error:
+        return True, f"not compared: {error}", None
+    ok, detail = _judge(_largest_gap(logits, expected), expected)
+    what = f"{len(plan.condensed)} condensed layers as explicit sums" if plan.condensed else "explicit forward"
+    return ok, f"{detail}; {what}, {len(plan.dropped)} layers skipped", None
 
 
 def _judge(gap: float, expected: list[Any]) -> tuple[bool, str]:
