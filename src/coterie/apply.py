@@ -162,12 +162,20 @@ def prunable(model: Model) -> list[str]:
 def finished(out: Path, asked: Report) -> Report:
     """The report of a complete OUT, if it is what was asked for."""
     found = load_json(out / "coterie.json")
-    made = found | {"plan": replace(read_plan(found), sparsity={}).as_dict()}
-    same = all(made.get(k) == v for k, v in asked.as_dict().items() if k in ("command", "options", "plan"))
+    wanted = {key: value for key, value in asked.as_dict().items() if key in ("command", "options", "plan")}
+    same = wanted == {key: _without_zeros(found.get(key)) if key == "plan" else found.get(key) for key in wanted}
     record = {key: found[key] for key in ("source", "report", "versions") if isinstance(found.get(key), dict)}
     if not same or len(record) < 3 or record["source"].get("hash") != asked.source["hash"]:
         raise CoterieError(f"{out}: is complete, but was made with another source, plan or option; choose another OUT")
     return Report(asked.command, asked.options, plan=found["plan"], **record)
+
+
+def _without_zeros(plan: Any) -> Any:
+    """A recorded plan as it was before weights were zeroed."""
+    try:
+        return replace(read_plan(plan), sparsity={}).as_dict() if isinstance(plan, dict) else None
+    except CoterieError:
+        return None
 
 
 def write(

@@ -24,6 +24,7 @@ from coterie.errors import CoterieError
 
 NEEDS = "router"  # and weights for clusters of three or more; statistics where they are given
 Clusters = list[list[int]]
+CANCELS = 1e-3  # of the squares' sum: above it, the expanded square is exact to a dozen digits
 MERGE_BELOW = 3  # kappa
 
 
@@ -51,8 +52,7 @@ def distances(
     result = np.zeros((len(rows), len(rows)))
     with np.errstate(over="ignore", invalid="ignore"):
         if lambda1:
-            # Differences, not the expanded square: clones must come out at exactly 0.
-            gap = np.stack([np.linalg.norm(rows - row, axis=1) for row in rows])
+            gap = pairwise(rows)
             norm = np.linalg.norm(rows) if normalise else 1.0
             result += lambda1 * gap / (norm or 1.0)
         if lambda2:
@@ -120,6 +120,22 @@ def cut_globally(heights: Sequence[Sequence[float]], num_merges: int, max_merges
     for _, layer in sorted(allowed, key=lambda item: (item[0], item[1]))[:num_merges]:
         counts[layer] += 1
     return counts
+
+
+def pairwise(rows: np.ndarray) -> np.ndarray:
+    """||a - b||_2 of all pairs of rows (E, D), in float64: (E, E).
+
+    By ||a||^2 + ||b||^2 - 2ab, which one product gives for all; where that cancels, so that its rounding would show,
+    by differences: clones come out at exactly 0.
+    """
+    squares = (rows * rows).sum(axis=1)
+    total = squares[:, None] + squares
+    gaps = total - 2 * (rows @ rows.T)
+    close = gaps < CANCELS * total
+    for i, j in zip(*np.nonzero(np.triu(close, 1)), strict=True):
+        gaps[i, j] = gaps[j, i] = ((rows[i] - rows[j]) ** 2).sum()
+    np.fill_diagonal(gaps, 0.0)
+    return np.sqrt(np.minimum(gaps, gaps.T))
 
 
 def pair_winner(members: Sequence[int], router: np.ndarray, tokens: np.ndarray | None = None) -> int:
