@@ -27,6 +27,7 @@ _HOMES = {
     "load": "coterie.loading",
     "pack": "coterie.pack",
     "prune": "coterie.prune",
+    "recover": "coterie.recover",
     "sparsify": "coterie.sparsify",
     "stun": "coterie.stun",
     "unpack": "coterie.pack",

@@ -124,11 +124,16 @@ class Routed:
         for (e, rows, weights), expert in zip(chosen, experts, strict=True):
             yield e, expert, rows, weights
 
-    def pieces(self, expert: moe.Expert, rows: torch.Tensor, weights: torch.Tensor) -> Iterator[Piece]:
-        """Runs an expert over its tokens, a bounded number of them at a time."""
+    def pieces(
+        self, expert: moe.Expert, rows: torch.Tensor, weights: torch.Tensor, *, outputs: bool = True
+    ) -> Iterator[Piece]:
+        """Runs an expert over its tokens, a bounded number of them at a time; without outputs, y is (0, D)."""
         for some, theirs in zip(rows.split(moe.MOST_TOKENS), weights.split(moe.MOST_TOKENS), strict=True):
             x = self.gather(some)
-            hidden, y = moe.expert_forward(self.module, expert, x)
+            if outputs:
+                hidden, y = moe.expert_forward(self.module, expert, x)
+            else:
+                hidden, y = moe.expert_hidden(self.module, expert, x), x[:0]
             yield Piece(some, theirs, x[: len(some)], hidden[: len(some)], y[: len(some)])
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from coterie.errors import CoterieError
 from coterie.experts import expert_weights
 from coterie.family import lookup
 from coterie.layer import Model, MoE, expert_axis, expert_names, find_blocks, mtp_names
-from coterie.plan import Choice, Plan, read_plan, to_json
+from coterie.plan import Choice, Plan, command_of, read_plan, to_json
 from coterie.repackage import converted
 from coterie.report import Progress, Report, Stopwatch, count, model_card, no_progress, removed_shares, versions
 from coterie.view import resolved, root, view
@@ -48,6 +48,8 @@ def apply(
     Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
     """
     clock, read = Stopwatch(), read_plan(plan)
+    if command_of(plan) == "recover":
+        raise CoterieError("plan: of `coterie recover`, whose training no plan holds; give the condensed model's own")
     if read.sparsity:
         raise CoterieError(
             f"plan: layer {next(iter(read.sparsity))!r} records zeros inside the experts, which `coterie sparsify` or "

@@ -54,8 +54,12 @@ Lambda1 = Annotated[float, typer.Option(help="Weight of the router rows' distanc
 Lambda2 = Annotated[float, typer.Option(help="Weight of co-activation; needs --stats.")]
 Statistics = Annotated[
     Path | None,
-    typer.Option(metavar="STATS", help="What `coterie collect` measured on MODEL; of two alike, the more used stays."),
+    typer.Option(metavar="STATS", help="What `coterie collect` measured on MODEL: criteria need it, and stun's ties."),
 ]
+Weights = Annotated[
+    str | None, typer.Option(metavar="NAME=W,...", help="How often each domain of STATS counts [default: 1 each].")
+]
+NoGuard = Annotated[bool, typer.Option("--no-guard", help="Let experts with extreme outputs be removed too.")]
 Samples = Annotated[int, typer.Option(help="Calibration sequences in all, spread evenly over the names.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens of each.")]
 Seed = Annotated[int, typer.Option(help="Which passages of the data are drawn.")]
@@ -110,14 +114,20 @@ def prune(
     min_experts: Annotated[int | None, typer.Option(help="Floor of a global budget [default: top-k].")] = None,
     non_uniform: Annotated[str, typer.Option(help="Unequal counts: round, refuse, or coterie (our layout).")] = "round",
     threshold: Annotated[float, typer.Option(help="Where the official global search starts.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the method random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the methods random and naee.")] = 0,
     drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave multi-token-prediction layers out.")] = False,
     lambda1: Lambda1 = 1.0,
     lambda2: Lambda2 = 0.0,
     stats: Statistics = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="NAME=W,...", help="How often each domain of STATS counts [default: 1 each].")
+    weights: Weights = None,
+    no_guard: NoGuard = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL0", help="The checkpoint before training, for router-norm-change.")
     ] = None,
+    data: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    dtype: Dtype = "auto",
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -133,7 +143,8 @@ def prune(
             model, out, method=method, ratio=ratio, experts=experts, budget=budget, linkage=linkage,
             distance=distance, kappa=kappa, min_experts=min_experts, non_uniform=non_uniform,
             threshold=threshold, seed=seed, drop_mtp=drop_mtp, lambda1=lambda1, lambda2=lambda2, stats=stats,
-            weights=weights, dry_run=dry_run, resume=resume, overwrite=overwrite,
+            weights=weights, no_guard=no_guard, base=base, data=data or [], samples=samples, seq_len=seq_len,
+            dtype=dtype, dry_run=dry_run, resume=resume, overwrite=overwrite,
             on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
@@ -272,6 +283,44 @@ def condense(
 
 
 @app.command()
+def recover(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A folder that `coterie condense` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT2", help="The folder to write; must not exist.")],
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The original, to learn from.")] = None,
+    data: Calibration = None,
+    stage: Annotated[str, typer.Option(help="all (local, then distill), local, distill, or lm.")] = "all",
+    layer_ids: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="With --stage lm: train these layers of any model instead.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each stage.")] = 200,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate [default: by the model's width].")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Forwards per step.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens of each sample.")] = 256,
+    samples: Annotated[int, typer.Option(help="Samples in all, spread evenly over the names.")] = 2048,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="To compute in: auto (as stored), float32 or bfloat16.")] = "auto",
+    save_every: Annotated[int, typer.Option(help="Steps between two states that --resume goes on from.")] = 100,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune the condensed layers, and nothing else.
+
+    Example: coterie recover OUT OUT2 --teacher MODEL --data prose=prose.txt
+    """
+    with _progress(quiet or json_) as on_progress:
+        report = coterie.recover(
+            model, out, teacher=teacher, data=data or [], stage=stage, layer_ids=layer_ids, steps=steps, lr=lr,
+            batch_size=batch_size, accumulate=accumulate, seq_len=seq_len, samples=samples, seed=seed, dtype=dtype,
+            save_every=save_every, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+        )  # fmt: skip
+    _show_report(report, out, json_)
+
+
+@app.command()
 def drop(
     model: Model,
     out: Out,
@@ -332,6 +381,44 @@ def collect(
         [(f"data {name}", f"{n['samples']:,} samples, {n['tokens']:,} tokens") for name, n in result["domains"].items()]
         + [("MoE layers", f"{len(result['layers']):,}"), ("peak memory", f"{result['peak_rss_bytes'] / 1e6:.0f} MB")],
     )
+
+
+@app.command()
+def compare(
+    model: Model,
+    stats: Annotated[Path, typer.Argument(metavar="STATS", help="What `coterie collect` measured on MODEL.")],
+    ratio: Annotated[float | None, typer.Option(help="Share of experts to remove per layer [default: 0.25].")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts to keep per layer, instead of --ratio.")] = None,
+    weights: Weights = None,
+    no_guard: NoGuard = False,
+    seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What each criterion would keep: how much they agree, and how much of it is chance. Writes nothing.
+
+    Example: coterie compare MODEL STATS --ratio 0.25
+    """
+    with _progress(quiet or json_) as on_progress:
+        found = coterie.compare(
+            model, stats, ratio=ratio, experts=experts, weights=weights, no_guard=no_guard, seed=seed,
+            on_progress=on_progress,
+        )  # fmt: skip
+    for note in found["notes"]:
+        typer.echo(f"note: {note}", err=True)
+    if json_:
+        _print_json(found)
+        return
+    names = list(found["criteria"])
+    typer.echo("share of kept experts in common (and of the same criterion on two halves of the data)")
+    _table(" " * 20 + "  ".join(f"{n:>18}" for n in names), [(n, _overlaps(found, n, names)) for n in names])
+    typer.echo(f"by chance: {found['random']['expected']:.2f}; {found['seconds']:.1f} s")
+
+
+def _overlaps(found: dict[str, Any], name: str, names: list[str]) -> str:
+    stable = found["criteria"][name]["stability"]
+    own = f"({stable['mean']:.2f})" if stable else "(-)"
+    return "  ".join(f"{own if other == name else format(found['overlap'][name][other], '.2f'):>18}" for other in names)
 
 
 @app.command()

@@ -86,6 +86,20 @@ class Plan:
         return result | {key: value for key, value in extra.items() if value}
 
 
+def command_of(source: str | Path | dict[str, Any]) -> str | None:
+    """The command that a record names; nothing for a plan alone."""
+    content = source if isinstance(source, dict) else load_json(_file(source))
+    found = content.get("command")
+    return found if isinstance(found, str) else None
+
+
+def _file(source: str | Path) -> Path:
+    """The record in a folder, or the file itself."""
+    path = Path(source)
+    folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for names that are too long
+    return path / "coterie.json" if folder else path
+
+
 def read_plan(source: str | Path | dict[str, Any]) -> Plan:
     """A plan from a `coterie.json`, from its `plan` object alone, or from such a dictionary.
 
@@ -94,9 +108,7 @@ def read_plan(source: str | Path | dict[str, Any]) -> Plan:
     if isinstance(source, dict):
         where, content = "plan", source
     else:
-        where, path = str(source), Path(source)
-        folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for names that are too long
-        content = load_json(path / "coterie.json" if folder else path)
+        where, content = str(source), load_json(_file(source))
     content = content.get("plan", content)
     layers = content.get("layers") if isinstance(content, dict) else None
     if not isinstance(layers, dict):

@@ -6,6 +6,8 @@ filled; buffers are real from the beginning, because some (rotary frequencies) a
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from coterie.tensors import Maps, read
 
 NO_DATA = "use a method that needs no data"
 FLOATS = ("F64", "F32", "F16", "BF16")
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc: gives free memory back to the system
 MAPPED = 2**26  # bytes: a table of embeddings larger than this is mapped, since few of its rows are touched
 
 
@@ -122,6 +125,9 @@ def free(modules: Iterable[torch.nn.Module]) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty_like(parameter, device="meta")
             module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
+    gc.collect()  # the library's loading leaves cycles behind that hold what was loaded
+    if TRIM:
+        TRIM(0)  # and the allocator keeps what lies between
 
 
 def _tensor(checkpoint: Checkpoint, name: str, maps: Maps | None) -> torch.Tensor:
