@@ -27,7 +27,7 @@ RANKS = [
     {"folding", "repackage"},
     {"dense"},
     {"dropping"},
-    {"apply", "skeleton", "activations"},
+    {"apply", "skeleton", "activations", "replay"},
     {"sparse"},
     {"calibrate", "samples"},
     {"prune", "verify", "evaluate", "inspect"},

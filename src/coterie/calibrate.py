@@ -6,13 +6,13 @@ suspended where it calls its experts, for every batch; the experts are then walk
 all of its tokens and let go; the forwards resume with the sums. So each expert is read once per layer, and each
 product sees as many tokens as there are.
 
-Where the activations would be large they are mapped to files, and no forward is left suspended: a layer runs twice,
-first up to its experts, then, with their sums, to its end. The numbers are the same, bit for bit.
+Where the activations would be large they are mapped to files, and no forward is left suspended: a layer runs twice
+(`replay.py`), first up to its experts, then, with their sums, to its end. The numbers are the same, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +27,7 @@ from coterie import moe
 from coterie.activations import Arguments, Batch, Piece, Routed, Walk, plain_walk, restore, save, shared
 from coterie.errors import CoterieError
 from coterie.layer import Model, MoE
+from coterie.replay import Recording, unobserved
 from coterie.skeleton import NO_DATA, decoder_layers, empty_model, fill, free, modules_outside, own_tensors, targets
 from coterie.tensors import Maps
 
@@ -140,7 +141,7 @@ class Stream:
 
         When all activations (about five times the hidden states of all samples) exceed `budget` bytes, they go to
         unnamed files in the folder `spill` (the system's temporary folder, which may be memory, unless given), which
-        takes three fifths of them on the disk, and attention twice the time; results are the same bit for bit.
+        has to have room for as much; results are the same bit for bit.
         Raises: CoterieError for token ids that the model does not have, for models whose layers pass each other more
         than hidden states, and when the folder has too little room.
         """
@@ -193,7 +194,7 @@ class Stream:
         for layer in self.layers:
             layer.forward = record  # type: ignore[method-assign, assignment]
         try:
-            with _unobserved(self.layers):
+            with unobserved(self.layers.modules()):
                 self.decoder(input_ids=ids, use_cache=False)
         except Exception as error:  # anything can go wrong where layers are expected to return more
             raise self._refusal(str(error)) from error
@@ -292,40 +293,40 @@ class Stream:
                 keep(batch, self._forward(index, batch))
                 maps.release()
             return
-        routed = self._record(index, batches, maps)
-        counts = [batch.num_tokens for batch in batches]
-        sums = walk(routed).split(counts)
-        for batch, y, x, ids in zip(batches, sums, routed.x.split(counts), routed.chosen.split(counts), strict=True):
+        recording = Recording(self.layers[index], sum(batch.num_tokens for batch in batches), maps)
+        routed = self._record(index, batches, recording, maps)
+        sums = walk(routed).view(routed.x.shape)
+        for batch, rows in _rows_of(batches):
             running = _Forward(self._forward)
-            call = running.switch(index, batch)
-            if not (_same(call[1].reshape(x.shape), x) and _same(call[2].reshape(ids.shape), ids)):
-                raise self._unspillable(index, "gives its experts something else when it runs again")
-            output = running.switch(y.clone().view_as(call[1]))
+            with recording.second_run(rows):
+                call, x, ids = running.switch(index, batch), routed.x[rows], routed.chosen[rows]
+                if not (_same(call[1].reshape(x.shape), x) and _same(call[2].reshape(ids.shape), ids)):
+                    raise self._unspillable(index, "gives its experts something else when it runs again")
+                output = running.switch(sums[rows].clone().view_as(call[1]))
             if not running.dead:
                 raise self._unspillable(index, "calls its experts twice")
             keep(batch, output)
             maps.release()
 
-    def _record(self, index: int, batches: list[Batch], maps: Maps) -> Routed:
+    def _record(self, index: int, batches: list[Batch], recording: Recording, maps: Maps) -> Routed:
         """Runs every batch up to its experts and takes down what it asks of them."""
         calls: list[tuple] = []
-        done, x = 0, torch.empty(0)
-        with _unobserved(self.layers[index]):
-            for batch in batches:
-                running = _Forward(self._forward)
+        x = torch.empty(0)
+        for batch, rows in _rows_of(batches):
+            running = _Forward(self._forward)
+            with recording.first_run(rows):
                 call = running.switch(index, batch)
                 if running.dead:
                     raise self._unspillable(index, "does not call its experts")
                 running.throw()  # ends it there
-                if _rows(call) != batch.num_tokens:
-                    raise self._unspillable(index, f"asks for {_rows(call)} rows of {batch.num_tokens} tokens")
-                given = call[1].reshape(batch.num_tokens, -1)
-                if not calls:
-                    x = maps.zeros((sum(b.num_tokens for b in batches), given.shape[1]), given.dtype)
-                x[done : done + len(given)].copy_(given)
-                maps.release()
-                calls.append((call[0], given.new_empty(0, given.shape[1]), call[2].clone(), call[3].clone()))
-                done += len(given)
+            if _rows(call) != batch.num_tokens:
+                raise self._unspillable(index, f"asks for {_rows(call)} rows of {batch.num_tokens} tokens")
+            given = call[1].reshape(batch.num_tokens, -1)
+            if not calls:
+                x = maps.zeros((sum(b.num_tokens for b in batches), given.shape[1]), given.dtype)
+            x[rows].copy_(given)
+            maps.release()
+            calls.append((call[0], given.new_empty(0, given.shape[1]), call[2].clone(), call[3].clone()))
         rest = _gather(self._blocks[index], calls)
         return Routed(rest.block, rest.module, x, rest.chosen, rest.weights, maps)
 
@@ -358,7 +359,7 @@ class Stream:
             layer.forward = lambda *args, **kwargs: batch.loaded()  # type: ignore[method-assign, assignment]
         try:
             ids = torch.zeros(batch.hidden.shape[:2], dtype=torch.long)
-            with _unobserved(self.layers):
+            with unobserved(self.layers.modules()):
                 return self.model(input_ids=ids, use_cache=False).logits
         finally:
             for layer in self.layers:
@@ -411,22 +412,17 @@ def _rows(call: tuple) -> int:
     return call[1].numel() // call[1].shape[-1]
 
 
+def _rows_of(batches: list[Batch]) -> Iterator[tuple[Batch, slice]]:
+    """Every batch, and where its tokens are among those of all."""
+    start = 0
+    for batch in batches:
+        yield batch, slice(start, start + batch.num_tokens)
+        start += batch.num_tokens
+
+
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are equal in every bit, NaN included."""
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-@contextmanager
-def _unobserved(layers: torch.nn.Module) -> Iterator[None]:
-    """Runs layers without their modules' forward hooks: what they count must be counted once."""
-    kept = [(m, m._forward_pre_hooks, m._forward_hooks) for m in layers.modules()]
-    for module, _, _ in kept:
-        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for module, before, after in kept:
-            module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def advance(batch: Batch, output: torch.Tensor) -> None:
