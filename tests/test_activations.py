@@ -8,13 +8,14 @@ import torch
 from torch.nn.functional import silu
 
 import tiny
-from coterie import activations, moe, tensors
-from coterie.activations import Batch, Routed, plain_walk, shared, weighted_sums
-from coterie.calibrate import Stream
+from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_biases, expert_matrices
 from coterie.layer import Model
+from coterie.streaming import activations, tensors
+from coterie.streaming.activations import Batch, Routed, plain_walk, shared, weighted_sums
+from coterie.streaming.calibrate import Stream
 
 SPELLINGS = [(t, fused) for t in tiny.model_types() if t not in tiny.HAND_MADE for fused in (False, True)]
 SPELLINGS += [(t, False) for t in tiny.HAND_MADE]

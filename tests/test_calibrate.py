@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tiny
-from coterie import activations, calibrate, moe, skeleton, tensors
-from coterie.calibrate import Stream, plain_walk, restore, save
+from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.family import registry
 from coterie.layer import Model
 from coterie.loading import load_stock
+from coterie.streaming import activations, calibrate, skeleton, tensors
+from coterie.streaming.calibrate import Stream, plain_walk, restore, save
 
 STOCK = [t for t in tiny.model_types() if registry()[t].stock]
 CLOSED = ["dbrx", "jetmoe", "llama4", "llama4_text"]  # their experts modules are not open to the registry
@@ -315,7 +316,7 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
     code = """
 import resource, sys, torch
 from pathlib import Path
-from coterie.calibrate import Stream, plain_walk
+from coterie.streaming.calibrate import Stream, plain_walk
 from coterie.layer import Model
 
 stream = Stream(Model.open(sys.argv[1]), torch.float32)

@@ -20,8 +20,8 @@ from coterie.errors import CoterieError
 from coterie.experts import read_layer
 from coterie.layer import Model
 from coterie.loading import load_stock
-from coterie.samples import compute_dtype, max_positions, read_samples
 from coterie.stats import SUMS, Stats, merge
+from coterie.streaming.samples import compute_dtype, max_positions, read_samples
 from test_calibrate import FOLLOWED
 
 LENGTHS = {"prose": (9, 24, 9), "code": (5,), "a/b": (24, 1)}

@@ -17,7 +17,7 @@ from coterie.errors import CoterieError
 from coterie.loading import is_ours, load, load_stock
 from coterie.verify import verify
 
-decision = importlib.import_module("coterie.decision")
+decision = importlib.import_module("coterie.condensing.decision")
 MIX = {"experts": [5, 0], "gates": [0.7, -0.3], "shared_gate": 0.6}
 
 

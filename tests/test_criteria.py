@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 import slow_criteria
 import tiny
-from coterie import criteria, reconstruct
 from coterie.checkpoint import Checkpoint
 from coterie.collect import collect, measure
 from coterie.errors import CoterieError
 from coterie.experts import Layer, read_layer
-from coterie.guard import super_experts
 from coterie.layer import Model
 from coterie.methods import prune as methods
 from coterie.methods.prune import ean, frequency, man, mone, msan, naee, naee_greedy, reap, router_norm_change
 from coterie.prune import Options, prune
+from coterie.selecting import criteria, reconstruct
+from coterie.selecting.guard import super_experts
 from coterie.stats import SUMS, Stats, agreement, mean
 from handmade import HIDDEN, deepseek, qwen, read_all
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 import tiny
 from coterie.apply import apply
 from coterie.checkpoint import Checkpoint
+from coterie.condensing.refit import Sums, refit
 from coterie.errors import CoterieError
 from coterie.loading import is_ours, load, load_stock
-from coterie.objectives import distillation, language_modelling, pair
-from coterie.refit import Sums, refit
-from coterie.trainable import Part, mlp, routed
-from coterie.trainee import Options, make_job, mlp_names, peak_rate
-from coterie.training import Learner, batches, learning_rate, taken
+from coterie.training.loop import Learner, batches, learning_rate, taken
+from coterie.training.objectives import distillation, language_modelling, pair
+from coterie.training.trainable import Part, mlp, routed
+from coterie.training.trainee import Options, make_job, mlp_names, peak_rate
 from coterie.verify import verify
 
 recover = importlib.import_module("coterie.recover").recover

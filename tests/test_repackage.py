@@ -12,10 +12,10 @@ import tiny
 from coterie.apply import apply
 from coterie.checkpoint import Checkpoint
 from coterie.condense import condense
+from coterie.condensing.repackage import CONVERSIONS, converted
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.loading import load_stock
-from coterie.repackage import CONVERSIONS, converted
 from coterie.verify import verify
 
 TEXTS = [np.random.default_rng(i).integers(3, 128, n).tolist() for i, n in enumerate((20, 9))]

@@ -9,10 +9,10 @@ import pytest
 from coterie.apply import apply
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.kurtosis import Moments
 from coterie.layer import Model
 from coterie.report import count
 from coterie.stun import stun
+from coterie.zeroing.kurtosis import Moments
 
 
 @pytest.fixture(scope="module")

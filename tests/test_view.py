@@ -5,10 +5,10 @@ import torch
 import tiny
 from coterie.apply import apply, plan_outputs, planned
 from coterie.checkpoint import Checkpoint
+from coterie.condensing.repackage import converted
 from coterie.layer import Model
 from coterie.moe import read_expert
 from coterie.plan import Choice, Condensed, Plan
-from coterie.repackage import converted
 from coterie.view import resolved, root
 
 

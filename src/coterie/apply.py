@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from coterie.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
-from coterie.dense import check_dense, dense_outputs, patch_dense
-from coterie.dropping import check_dropped, dropped_outputs, patch_dropped
+from coterie.condensing.dense import check_dense, dense_outputs, patch_dense
+from coterie.condensing.dropping import check_dropped, dropped_outputs, patch_dropped
+from coterie.condensing.repackage import converted
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
 from coterie.family import lookup
 from coterie.layer import Model, MoE, expert_axis, expert_names, find_blocks, mtp_names
 from coterie.plan import Choice, Plan, command_of, read_plan, to_json
-from coterie.repackage import converted
 from coterie.report import Progress, Report, Stopwatch, count, model_card, no_progress, removed_shares, versions
 from coterie.view import resolved, root, view
 from coterie.writer import Hole, Made, Output, Run, Writer, check_out, partial_of

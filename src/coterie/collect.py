@@ -16,15 +16,15 @@ from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.loading import quiet_transformers
 from coterie.report import Progress, Stopwatch, no_progress, versions
-from coterie.samples import Data, compute_dtype, read_samples
 from coterie.stats import HALVES, Stats, joined
+from coterie.streaming.samples import Data, compute_dtype, read_samples
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from coterie.calibrate import Batch, Piece, Routed, Stream, Walk
     from coterie.layer import MoE
+    from coterie.streaming.calibrate import Batch, Piece, Routed, Stream, Walk
 
 Sums = dict[str, "np.ndarray"]  # of one layer by name, each (G, ...)
 SCALARS = ("tokens", "gates", "output_norms", "gated_output_norms", "output_norms_squared")
@@ -97,7 +97,7 @@ def measure(
     activations: where they go when they are large, as `Stream.embed` has it (spill, budget).
     Raises: CoterieError for a model that cannot be streamed, and for activations that are NaN or infinite.
     """
-    from coterie.calibrate import Stream
+    from coterie.streaming.calibrate import Stream
 
     stream = Stream(model, dtype)
     batches = stream.embed([sample for given in by_domain.values() for sample in given], **activations)
@@ -208,7 +208,7 @@ def _sums(piece: Piece, groups: torch.Tensor, num_groups: int) -> dict[str, torc
     """
     import torch
 
-    from coterie.activations import ROWS, weighted_sums
+    from coterie.streaming.activations import ROWS, weighted_sums
 
     norms = torch.cat([y.float().norm(dim=1) for y in piece.y.split(ROWS)]).double()
     gates, num_tokens = piece.weights.double(), len(groups)

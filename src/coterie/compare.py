@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coterie import clusters, criteria
-from coterie.criteria import Guarded, Task
 from coterie.errors import CoterieError
 from coterie.experts import read_layer
 from coterie.layer import Model
 from coterie.methods import prune as methods
 from coterie.prune import Options, check_options, count_kept
 from coterie.report import Progress, Stopwatch, no_progress, versions
+from coterie.selecting import clusters, criteria
+from coterie.selecting.criteria import Guarded, Task
 from coterie.stats import Stats, agreement, parse_weights, stability
 
 DRAWS = 5  # of the method random

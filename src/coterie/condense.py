@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from coterie.apply import execute
-from coterie.dense import check_writable, is_stock, num_layers
+from coterie.condensing.dense import check_writable, is_stock, num_layers
+from coterie.condensing.folding import check_foldable, shared_names
+from coterie.condensing.repackage import CONVERSIONS, conversion, converted
 from coterie.errors import CoterieError
-from coterie.folding import check_foldable, shared_names
 from coterie.layer import Model
 from coterie.methods.condense import LAYER_SEARCH, SELECT
 from coterie.plan import Condensed, Plan
-from coterie.repackage import CONVERSIONS, conversion, converted
 from coterie.report import Progress, Report, Stopwatch, no_progress
-from coterie.samples import Data, read_samples
+from coterie.streaming.samples import Data, read_samples
 from coterie.writer import check_out
 
 logger = logging.getLogger("coterie")
@@ -238,7 +238,7 @@ def decide(
     """The plan, and what was measured on the way: see `Decision.findings`."""
     if options.layers == 0:
         return Plan({}, converted=target), {"notes": []}
-    from coterie.decision import Decision
+    from coterie.condensing.decision import Decision
 
     number = options.samples or (OFFICIAL_SAMPLES if options.select == "official" else SAMPLES)
     by_domain, notes = read_samples(model, options.data, samples=number, seq_len=options.seq_len, seed=options.seed)

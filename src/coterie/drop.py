@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 from coterie.apply import execute, patched_config
 from coterie.condense import Options as Condensing
 from coterie.condense import named, target_type
-from coterie.dense import check_writable, num_layers
-from coterie.dropping import check_dropped
+from coterie.condensing.dense import check_writable, num_layers
+from coterie.condensing.dropping import check_dropped
+from coterie.condensing.folding import check_foldable
+from coterie.condensing.repackage import converted
 from coterie.errors import CoterieError
-from coterie.folding import check_foldable
 from coterie.layer import Model
 from coterie.plan import Condensed, Plan
-from coterie.repackage import converted
 from coterie.report import Progress, Report, Stopwatch, no_progress
-from coterie.samples import Data, compute_dtype, read_samples
+from coterie.streaming.samples import Data, compute_dtype, read_samples
 from coterie.writer import check_out
 
 if TYPE_CHECKING:
     import torch
 
-    from coterie.always_on import Blocks, Work
-    from coterie.calibrate import Batch
+    from coterie.condensing.always_on import Blocks, Work
+    from coterie.streaming.calibrate import Batch
 
 UNITS = ("layer", "block")
 NOTHING = Condensed((), (), 0.0)  # a dense MLP that gives zero
@@ -144,7 +144,7 @@ def check_kinds(model: Model, plan: Plan) -> None:
     """
     if not plan.dropped:
         return
-    from coterie.skeleton import decoder_layers, empty_model
+    from coterie.streaming.skeleton import decoder_layers, empty_model
 
     checkpoint = model.checkpoint
     changed = replace(checkpoint, config=patched_config(model, plan))
@@ -179,7 +179,7 @@ def rank(
     model: Model, options: Options, candidates: list[int], on_progress: Progress
 ) -> tuple[list[int], dict[str, Any], list[str]]:
     """(layers, most similar first; findings for the report; notes), from one pass of the model."""
-    from coterie.always_on import Blocks, Work
+    from coterie.condensing.always_on import Blocks, Work
 
     by_domain, notes = read_samples(
         model, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
@@ -203,7 +203,7 @@ def similarities(
     blocks: Blocks, batches: list[Batch], unit: str, candidates: list[int], work: Work, on_progress: Progress
 ) -> dict[int, float]:
     """Layer -> mean over tokens of the cosine of what comes before and after it."""
-    from coterie.choosing import surroundings
+    from coterie.condensing.choosing import surroundings
 
     found: dict[int, float] = {}
     for index in range(blocks.num_layers):

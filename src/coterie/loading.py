@@ -109,7 +109,7 @@ def _empty_ours(checkpoint: Checkpoint, dtype: Any) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    from coterie.standin import replace_block
+    from coterie.condensing.standin import replace_block
 
     layout, family = checkpoint.config["coterie"], detect(checkpoint.config)
     counts = {int(key): n for key, n in layout["num_experts"].items() if key.isdigit()}

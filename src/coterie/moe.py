@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from coterie.errors import CoterieError
 from coterie.experts import expert_biases, expert_matrices
 from coterie.layer import MoE
-from coterie.tensors import read, read_into, stored_dtype
+from coterie.streaming.tensors import read, read_into, stored_dtype
 
 if TYPE_CHECKING:
     from coterie.checkpoint import Checkpoint

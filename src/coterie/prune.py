@@ -9,9 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from coterie import clusters, criteria
 from coterie.apply import check_count, execute, fits_groups
-from coterie.criteria import Decision
 from coterie.data import parse_data
 from coterie.errors import CoterieError
 from coterie.experts import Layer, read_layer
@@ -21,8 +19,10 @@ from coterie.methods import prune as methods
 from coterie.methods.prune import stun
 from coterie.plan import Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
-from coterie.samples import Data
+from coterie.selecting import clusters, criteria
+from coterie.selecting.criteria import Decision
 from coterie.stats import parse_weights
+from coterie.streaming.samples import Data
 
 CHOICES = {
     "budget": ("uniform", "global"),
@@ -321,7 +321,7 @@ def _by_criterion(
     task = criteria.Task(layers, uniform, num_groups, options.weights)
     stats = criteria.read_stats(model, options.stats, [options.method]) if options.stats else None
     if options.needs == "outputs":
-        from coterie import reconstruct
+        from coterie.selecting import reconstruct
 
         return reconstruct.decide(model, task, options, stats, on_progress)
     if stats and options.stats:

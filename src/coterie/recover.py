@@ -23,8 +23,8 @@ from coterie.condense import _ids, named
 from coterie.errors import CoterieError
 from coterie.plan import to_json
 from coterie.report import Progress, Report, Stopwatch, no_progress, versions
-from coterie.samples import DTYPES, Data
-from coterie.trainee import STAGES, Job, Options, make_job, memory_bytes, num_trained
+from coterie.streaming.samples import DTYPES, Data
+from coterie.training.trainee import STAGES, Job, Options, make_job, memory_bytes, num_trained
 from coterie.writer import Writer, check_out, partial_of
 
 
@@ -79,7 +79,7 @@ def recover(
         return report
     if resume and Path(out).exists() and not partial_of(Path(out)).exists():
         return finished(Path(out), report)
-    from coterie.course import STATE, Course
+    from coterie.training.course import STATE, Course
 
     course = Course(job, save_every, on_progress)
     report.report["warnings"] += course.notes

@@ -5,13 +5,13 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from coterie import budget, linears
 from coterie.apply import execute
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.plan import Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
-from coterie.zeroing import Options, check_options, prepared
+from coterie.zeroing import budget, linears
+from coterie.zeroing.job import Options, check_options, prepared
 
 PER_ROW = ("magnitude", "wanda", "moe-pruner")  # as published: floor(S * I) zeros in every row
 

@@ -13,9 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from coterie import linears
 from coterie.apply import execute, fits_groups, plan_outputs, planned
-from coterie.budget import num_weights
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.plan import Plan
@@ -24,7 +22,9 @@ from coterie.prune import check_options as check_dropping
 from coterie.prune import make_plan
 from coterie.report import Progress, Report, Stopwatch, count, no_progress
 from coterie.sparsify import parse_also
-from coterie.zeroing import Calibration, Options, check_options, prepared, prune_layers, workers
+from coterie.zeroing import linears
+from coterie.zeroing.budget import num_weights
+from coterie.zeroing.job import Calibration, Options, check_options, prepared, prune_layers, workers
 
 PRESETS = ("recommended", "paper")
 SPLITS = (Fraction(0), Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(1))  # of S, tried by `auto`

@@ -16,15 +16,15 @@ from typing import Any
 
 from coterie.apply import check_plan, patched_config, plan_outputs
 from coterie.checkpoint import INDEX, Checkpoint, load_json
+from coterie.condensing.repackage import converted
 from coterie.data import Document, encode, read_documents
 from coterie.errors import CoterieError
 from coterie.family import detect
 from coterie.layer import LAYER, Model, MoE, find_blocks
 from coterie.plan import Plan, read_plan
-from coterie.repackage import converted
 from coterie.report import Progress, no_progress
 from coterie.writer import Hole, Made, Output, Run
-from coterie.zeros import zero_faults
+from coterie.zeroing.check import zero_faults
 
 CHUNK = 4 << 20  # bytes compared at a time
 NUM_BLOCKS, BLOCK = 2, 64  # sequences and tokens of the random batch, and of a text
@@ -450,7 +450,7 @@ def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], log
 
 def _check_explicit(source: Model, plan: Plan, sequences: list[list[int]], logits: list[Any]) -> Answer:
     """OUT computes what the original does with its condensed blocks as plain sums, and without its dropped layers."""
-    from coterie.explicit import explicit_logits
+    from coterie.condensing.explicit import explicit_logits
 
     try:
         expected = explicit_logits(converted(source, plan.converted), plan, sequences)

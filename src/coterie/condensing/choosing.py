@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from coterie.always_on import Blocks, Moments, Routing, Work, leave, moments, observe, routing_walk
-from coterie.calibrate import Batch, advance
+from coterie.condensing.always_on import Blocks, Moments, Routing, Work, leave, moments, observe, routing_walk
+from coterie.condensing.folding import shared_names
 from coterie.errors import CoterieError
-from coterie.folding import shared_names
 from coterie.methods.condense import least_squares, official, routing
 from coterie.plan import Condensed
 from coterie.report import Progress
+from coterie.streaming.calibrate import Batch, advance
 
 ROWS = 4096  # tokens whose divergence is computed at once
 CACHE = 2**31  # bytes of experts' outputs kept between the rounds of the published search

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from coterie import moe
+from coterie.condensing.refit import Sums
+from coterie.condensing.standin import block_of
 from coterie.errors import CoterieError
-from coterie.refit import Sums
-from coterie.skeleton import decoder_layers
-from coterie.standin import block_of
+from coterie.streaming.skeleton import decoder_layers
 
 Objective = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from coterie.always_on import Blocks
 from coterie.apply import plan_outputs, planned
-from coterie.calibrate import advance
+from coterie.condensing.always_on import Blocks
 from coterie.layer import Model
 from coterie.plan import Plan
+from coterie.streaming.calibrate import advance
 
 
 def explicit_logits(source: Model, plan: Plan, sequences: list[list[int]]) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from coterie.errors import CoterieError
 from coterie.experts import expert_matrices, store_expert
 from coterie.layer import MoE
 from coterie.numerics import encode
-from coterie.skeleton import decoder_layers, targets
+from coterie.streaming.skeleton import decoder_layers, targets
 
 Tensors = dict[str, torch.Tensor]
 Stored = Iterator[tuple[str, int, bytes]]  # (tensor, offset in it, bytes)

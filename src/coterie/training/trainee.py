@@ -7,11 +7,11 @@ from typing import Any
 
 from coterie.apply import whole
 from coterie.checkpoint import Checkpoint, load_json
-from coterie.dense import NUM_LAYERS
+from coterie.condensing.dense import NUM_LAYERS
+from coterie.condensing.folding import FOLDABLE, shared_names
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
 from coterie.family import GATED, detect, lookup, registry
-from coterie.folding import FOLDABLE, shared_names
 from coterie.layer import LAYER, Model, MoE, find_blocks
 from coterie.plan import Plan, read_plan
 from coterie.writer import Output

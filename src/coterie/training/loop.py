@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from coterie.errors import CoterieError
-from coterie.objectives import Objective
-from coterie.trainable import Part
+from coterie.training.objectives import Objective
+from coterie.training.trainable import Part
 
 WARMUP = 0.05  # share of the steps
 BETAS, EPSILON, CLIP = (0.9, 0.999), 1e-8, 1.0

@@ -17,7 +17,7 @@ from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.loading import quiet_transformers, stock_config
-from coterie.tensors import Maps, read
+from coterie.streaming.tensors import Maps, read
 
 NO_DATA = "use a method that needs no data"
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -14,22 +14,22 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie import budget, linears
 from coterie.apply import Fill, Filled, Prepare, prunable
 from coterie.errors import CoterieError
 from coterie.experts import Experts, expert_shapes
-from coterie.kurtosis import Moments
 from coterie.layer import Model
 from coterie.methods import sparsify as methods
 from coterie.methods.sparsify.select import check_pattern
 from coterie.plan import Plan
 from coterie.report import Progress
 from coterie.writer import Writer
+from coterie.zeroing import budget, linears
+from coterie.zeroing.kurtosis import Moments
 
 if TYPE_CHECKING:
-    from coterie.calibrate import Stream
-    from coterie.linears import Linears
-    from coterie.pruner import Pruner
+    from coterie.streaming.calibrate import Stream
+    from coterie.zeroing.linears import Linears
+    from coterie.zeroing.pruner import Pruner
 
 Shares = dict[str, Fraction]  # sparsity by layer
 
@@ -113,8 +113,8 @@ class Calibration:
 
     def __init__(self, view: Model, options: Options, spill: Path) -> None:
         """spill: the folder for activations that are too large for memory."""
-        from coterie.calibrate import Stream
-        from coterie.samples import compute_dtype, read_samples
+        from coterie.streaming.calibrate import Stream
+        from coterie.streaming.samples import compute_dtype, read_samples
 
         self.view, self.options = view, options
         self.dtype = compute_dtype(view, options.dtype)
@@ -143,7 +143,7 @@ class Calibration:
         """Sparsity by layer; OWL's takes a forward of the dense model."""
         if self.options.method != "owl":
             return uniform(self.view, self.options)
-        from coterie.outliers import Outliers
+        from coterie.zeroing.outliers import Outliers
 
         outliers = Outliers(self.stream, self.options.outliers, self.options.also)
         return owl_shares(self.view, self.options, outliers.shares(self.batches(), on_progress))
@@ -186,7 +186,7 @@ def workers(view: Model, options: Options, shares: Shares, put: Any, dtype: Any 
     """What prunes the experts, and what prunes the matrices beside them."""
     import torch
 
-    from coterie.pruner import Pruner
+    from coterie.zeroing.pruner import Pruner
 
     method = methods.load(options.method)
     pruner = Pruner(
@@ -209,7 +209,7 @@ def _calibrated(job: Job, calibration: Calibration, writer: Writer, on_progress:
 
     After each layer the hidden states and what was counted are saved, so that a killed run goes on from there.
     """
-    from coterie.activations import restore, save
+    from coterie.streaming.activations import restore, save
 
     stream = calibration.stream
     done = writer.units[-1] if writer.units else None

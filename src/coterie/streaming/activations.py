@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from coterie import moe
 from coterie.errors import CoterieError
 from coterie.layer import MoE
-from coterie.tensors import Maps
+from coterie.streaming.tensors import Maps
 
 if TYPE_CHECKING:
     from coterie.checkpoint import Checkpoint

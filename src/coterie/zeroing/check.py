@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from coterie import linears
 from coterie.apply import plan_outputs, planned
-from coterie.budget import num_weights
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
 from coterie.layer import Model
 from coterie.plan import Plan
+from coterie.zeroing import linears
+from coterie.zeroing.budget import num_weights
 
 CHUNK = 4 << 20  # bytes compared at a time; a multiple of every width
 TOLERANCE = 1e-9  # of a recorded share, which is one quotient of two whole numbers

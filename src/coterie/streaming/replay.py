@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from coterie import moe
 from coterie.errors import CoterieError
-from coterie.tensors import Maps
+from coterie.streaming.tensors import Maps
 
 Module = torch.nn.Module
 

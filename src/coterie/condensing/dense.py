@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from coterie.checkpoint import Checkpoint, Tensor
+from coterie.condensing.folding import DOWN, UP, check_condensed, folded, is_inside, natural_width, weights
 from coterie.errors import CoterieError
 from coterie.family import GATED, Dense, lookup
-from coterie.folding import DOWN, UP, check_condensed, folded, is_inside, natural_width, weights
 from coterie.layer import Model, MoE, expert_names
 from coterie.numerics import encode
 from coterie.plan import Condensed, Plan

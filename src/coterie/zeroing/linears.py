@@ -24,7 +24,7 @@ from coterie.methods.sparsify.select import lowest_per_row
 if TYPE_CHECKING:
     import torch
 
-    from coterie.calibrate import Stream, Walk
+    from coterie.streaming.calibrate import Stream, Walk
 
 KINDS = ("attention", "shared", "dense", "router")
 ATTENTION, DENSE = re.compile(r"attn|attention"), re.compile(r"mlp|ffn|feed_forward|fc\d")

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from coterie import moe
-from coterie.activations import Piece, Routed, weighted_sums
-from coterie.budget import PARTS, Counts, row_zeros
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_biases, expert_matrices, expert_weights, store_expert, zero_expert
-from coterie.kurtosis import Moments
 from coterie.layer import Model, MoE
 from coterie.methods.sparsify import magnitude
 from coterie.methods.sparsify.select import lowest_per_group, lowest_per_row
 from coterie.numerics import decode, encode
 from coterie.report import Progress
+from coterie.streaming.activations import Piece, Routed, weighted_sums
+from coterie.zeroing.budget import PARTS, Counts, row_zeros
+from coterie.zeroing.kurtosis import Moments
 
 Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # gate, up, down
 Put = Callable[[str, int, bytes], None]  # (tensor, offset in it, bytes)

@@ -24,12 +24,21 @@ from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_leaves
 
 from coterie import moe
-from coterie.activations import Arguments, Batch, Piece, Routed, Walk, plain_walk, restore, save, shared
 from coterie.errors import CoterieError
 from coterie.layer import Model, MoE
-from coterie.replay import Recording, unobserved
-from coterie.skeleton import NO_DATA, decoder_layers, empty_model, fill, free, modules_outside, own_tensors, targets
-from coterie.tensors import Maps
+from coterie.streaming.activations import Arguments, Batch, Piece, Routed, Walk, plain_walk, restore, save, shared
+from coterie.streaming.replay import Recording, unobserved
+from coterie.streaming.skeleton import (
+    NO_DATA,
+    decoder_layers,
+    empty_model,
+    fill,
+    free,
+    modules_outside,
+    own_tensors,
+    targets,
+)
+from coterie.streaming.tensors import Maps
 
 __all__ = ["Batch", "Piece", "Rehearse", "Routed", "Samples", "Stream", "Walk", "plain_walk", "restore", "save"]
 

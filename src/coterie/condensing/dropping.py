@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coterie.dense import NUM_LAYERS, num_layers
+from coterie.condensing.dense import NUM_LAYERS, num_layers
 from coterie.errors import CoterieError
 from coterie.family import lookup
 from coterie.layer import LAYER, Model

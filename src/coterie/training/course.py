@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from coterie import objectives, trainable, training
 from coterie.checkpoint import Checkpoint
+from coterie.condensing.folding import shared_names
+from coterie.condensing.refit import refit
 from coterie.errors import CoterieError
-from coterie.folding import shared_names
 from coterie.loading import load
-from coterie.refit import refit
 from coterie.report import Progress
-from coterie.samples import read_samples
-from coterie.trainable import Part
-from coterie.trainee import STAGES, Job, memory_bytes, peak_rate, stored_dtype
-from coterie.training import Sample, State
+from coterie.streaming.samples import read_samples
+from coterie.training import loop as training
+from coterie.training import objectives, trainable
+from coterie.training.loop import Sample, State
+from coterie.training.trainable import Part
+from coterie.training.trainee import STAGES, Job, memory_bytes, peak_rate, stored_dtype
 from coterie.writer import Writer
 
 HELD_OUT = 8  # one sample in so many is not trained on, but judges

@@ -22,9 +22,6 @@ import numpy as np
 import torch
 
 from coterie import moe
-from coterie.activations import Batch, Routed, Walk, plain_walk
-from coterie.calibrate import Stream, advance
-from coterie.criteria import UNMEASURED, Decision, Guarded, Task, by_weights, guard, keep, listed
 from coterie.errors import CoterieError
 from coterie.layer import Model, MoE
 from coterie.loading import quiet_transformers
@@ -32,8 +29,11 @@ from coterie.masked import MaskedRouting, twin
 from coterie.methods import prune as methods
 from coterie.plan import Choice
 from coterie.report import Progress
-from coterie.samples import compute_dtype, read_samples
+from coterie.selecting.criteria import UNMEASURED, Decision, Guarded, Task, by_weights, guard, keep, listed
 from coterie.stats import HALVES, Stats, agreement
+from coterie.streaming.activations import Batch, Routed, Walk, plain_walk
+from coterie.streaming.calibrate import Stream, advance
+from coterie.streaming.samples import compute_dtype, read_samples
 
 if TYPE_CHECKING:
     from coterie.prune import Options

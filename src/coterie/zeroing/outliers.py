@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from coterie import linears
-from coterie.activations import Batch, Routed, Walk
-from coterie.budget import PARTS
-from coterie.calibrate import Stream
 from coterie.experts import expert_matrices
 from coterie.layer import MoE
 from coterie.methods.sparsify import owl
-from coterie.pruner import Norms, Seen, as_expert, read_finite, run_expert
 from coterie.report import Progress
+from coterie.streaming.activations import Batch, Routed, Walk
+from coterie.streaming.calibrate import Stream
+from coterie.zeroing import linears
+from coterie.zeroing.budget import PARTS
+from coterie.zeroing.pruner import Norms, Seen, as_expert, read_finite, run_expert
 
 
 class Outliers:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from coterie import moe
-from coterie.calibrate import Batch, Routed, Stream, Walk, advance, plain_walk
+from coterie.condensing.folding import DOWN, GATE, UP, folded, natural_width, shared_names
+from coterie.condensing.standin import block_of
 from coterie.errors import CoterieError
-from coterie.folding import DOWN, GATE, UP, folded, natural_width, shared_names
 from coterie.layer import Model
 from coterie.plan import Condensed
-from coterie.standin import block_of
+from coterie.streaming.calibrate import Batch, Routed, Stream, Walk, advance, plain_walk
 from coterie.view import scale_of
 
 MOST_OUTPUTS = 2**25  # numbers of all experts' outputs in memory at once

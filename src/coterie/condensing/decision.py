@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from coterie.always_on import Blocks, Work
-from coterie.calibrate import Batch
-from coterie.choosing import Choice, by_divergence, by_least_squares, by_routing
+from coterie.condensing.always_on import Blocks, Work
+from coterie.condensing.choosing import Choice, by_divergence, by_least_squares, by_routing
+from coterie.condensing.sweep import Sweep, hidden_divergence, logit_divergence
 from coterie.layer import Model
 from coterie.methods.condense import layers as layer_search
 from coterie.plan import Condensed
 from coterie.report import Progress
-from coterie.samples import compute_dtype
-from coterie.sweep import Sweep, hidden_divergence, logit_divergence
+from coterie.streaming.calibrate import Batch
+from coterie.streaming.samples import compute_dtype
 
 if TYPE_CHECKING:
     from coterie.condense import Options

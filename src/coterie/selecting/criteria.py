@@ -14,12 +14,12 @@ import numpy as np
 
 from coterie.errors import CoterieError
 from coterie.experts import Layer, read_layer
-from coterie.guard import super_experts
 from coterie.layer import Model, MoE
 from coterie.methods import prune as methods
 from coterie.methods.prune import router_norm
 from coterie.plan import Choice
 from coterie.report import Progress, no_progress
+from coterie.selecting.guard import super_experts
 from coterie.stats import Stats, stability
 
 UNMEASURED = (

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from coterie.always_on import Blocks, Work, copies
-from coterie.calibrate import Batch
-from coterie.choosing import divergence, text_weights
+from coterie.condensing.always_on import Blocks, Work, copies
+from coterie.condensing.choosing import divergence, text_weights
 from coterie.plan import Condensed
 from coterie.report import Progress
+from coterie.streaming.calibrate import Batch
 
 ROWS = 256  # tokens whose logits are compared at once, in float64
 

@@ -1,0 +1,1 @@
+"""Which experts stay: clusters, criteria, guards, reconstruction."""

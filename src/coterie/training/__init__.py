@@ -1,0 +1,1 @@
+"""Recovery: the light fine-tuning of what was condensed."""

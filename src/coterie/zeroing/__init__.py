@@ -1,0 +1,1 @@
+"""Zeros inside experts: budgets, what calibration sees, one expert after the other."""
