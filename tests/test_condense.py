@@ -342,7 +342,7 @@ def test_verify_finds_a_wrong_gate(tiny_checkpoint, tmp_path):
 def test_what_cannot_be_is_refused_before_any_work(tiny_checkpoint, tmp_path, model_type, options, message):
     """Without reading data, and with nothing written."""
     with pytest.raises(CoterieError, match=message):
-        condense(tiny_checkpoint(model_type), tmp_path / "out", data=["x=/nowhere"], **options)
+        condense(tiny_checkpoint(model_type), tmp_path / "out", data=["x=hub:nobody/nothing"], **options)
     assert not list(tmp_path.iterdir())
 
 

@@ -114,7 +114,7 @@ def test_layers_with_experts_are_never_all_dropped():
 def test_what_cannot_be_is_refused_before_any_work(tiny_checkpoint, tmp_path, model_type, options, message):
     """Without reading data, and with nothing written."""
     with pytest.raises(CoterieError, match=message):
-        drop(tiny_checkpoint(model_type), tmp_path / "out", data=["x=/nowhere"], **options)
+        drop(tiny_checkpoint(model_type), tmp_path / "out", data=["x=hub:nobody/nothing"], **options)
     assert not list(tmp_path.iterdir())
 
 

@@ -328,6 +328,23 @@ def test_the_closed_form_alone_changes_down_alone(student, tiny_checkpoint, tmp_
     assert report.report["stages"][0]["after"]["local"] < report.report["stages"][0]["before"]["local"]
 
 
+def test_verify_finds_what_changed_besides_the_trained_layers(student, tiny_checkpoint, tmp_path, data):
+    """Against the condensed model all but six matrices are byte-equal; a seventh that differs is named, and so is a
+    model that was never trained."""
+    recover(student(), tmp_path / "out", teacher=tiny_checkpoint("qwen2_moe"), data=data, **QUICK)
+    found = verify(tmp_path / "out", against=student())
+    assert found["ok"] and "6 trained, 6 changed" in found["checks"][1]["detail"]
+    other = verify(tmp_path / "out", against=tiny_checkpoint("qwen2_moe"))
+    assert not other["ok"] and "is not the model that was trained" in other["checks"][1]["detail"]
+    name = "model.layers.0.mlp.gate.weight"
+    tensor = Checkpoint.open(tmp_path / "out").tensors[name]
+    with (tmp_path / "out" / tensor.file).open("r+b") as file:
+        file.seek(tensor.start)
+        file.write(b"\x01")
+    damaged = verify(tmp_path / "out", against=student())
+    assert not damaged["ok"] and f"other bytes in {name}" in damaged["checks"][1]["detail"]
+
+
 # --- the loop ------------------------------------------------------------------------------------------------------
 
 
@@ -463,7 +480,7 @@ def test_what_was_done_is_recorded(student, tiny_checkpoint, tmp_path, data):
 def test_a_dry_run_reads_no_data_and_writes_nothing(student, tiny_checkpoint, tmp_path):
     """What would be trained, and the memory that takes: 16 bytes a trained weight, 4 of every one, logits, a fit."""
     report = recover(
-        student(), tmp_path / "out", teacher=tiny_checkpoint("qwen2_moe"), data=["x=/nowhere"], dry_run=True
+        student(), tmp_path / "out", teacher=tiny_checkpoint("qwen2_moe"), data=["x=hub:nobody/nothing"], dry_run=True
     ).report
     sizes = [Checkpoint.open(f).num_parameters for f in (student(), tiny_checkpoint("qwen2_moe"))]
     assert report["trained"]["parameters"] == 2 * 3 * 56 * tiny.HIDDEN
@@ -514,7 +531,7 @@ def test_dropped_layers_stay_empty(student, tiny_checkpoint, tmp_path, data):
 def test_what_cannot_be_is_refused_before_any_work(student, tmp_path, options, message):
     """Without reading data, and with nothing written."""
     with pytest.raises(CoterieError, match=message):
-        recover(student(), tmp_path / "out", data=["x=/nowhere"], **options)
+        recover(student(), tmp_path / "out", data=["x=hub:nobody/nothing"], **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -526,12 +543,12 @@ def test_another_models_teacher_is_refused(student, tiny_checkpoint, tmp_path, k
     """Whose vocabulary, hidden size or number of layers differs; from headers alone."""
     teacher = with_config(tiny_checkpoint("qwen2_moe"), tmp_path / "teacher", **{key: 5})
     with pytest.raises(CoterieError, match=f"its {what} is 5"):
-        recover(student(), tmp_path / "out", teacher=teacher, data=["x=/nowhere"])
+        recover(student(), tmp_path / "out", teacher=teacher, data=["x=hub:nobody/nothing"])
 
 
 def test_models_that_cannot_teach_or_learn_are_refused(student, tiny_checkpoint, tmp_path):
     """No condensed layers on record, a teacher that is the student or has no stock class, weights made sparse."""
-    whole, data = tiny_checkpoint("qwen2_moe"), ["x=/nowhere"]
+    whole, data = tiny_checkpoint("qwen2_moe"), ["x=hub:nobody/nothing"]
     with pytest.raises(CoterieError, match="records no condensed layers"):
         recover(whole, tmp_path / "out", teacher=student(), data=data)
     with pytest.raises(CoterieError, match="is MODEL itself"):
@@ -553,7 +570,7 @@ def test_a_record_that_is_not_of_this_model_is_refused(student, tmp_path, key, m
     plan = {"layers": {**PLAN, key: PLAN["1"]}}
     (folder / "coterie.json").write_text(json.dumps({"plan": plan}))
     with pytest.raises(CoterieError, match=message):
-        recover(folder, tmp_path / "out", data=["x=/nowhere"], stage="lm")
+        recover(folder, tmp_path / "out", data=["x=hub:nobody/nothing"], stage="lm")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from coterie.apply import execute
 from coterie.condensing.dense import check_writable, is_stock, num_layers
 from coterie.condensing.folding import check_foldable, shared_names
 from coterie.condensing.repackage import CONVERSIONS, conversion, converted
+from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.methods.condense import LAYER_SEARCH, SELECT
@@ -38,7 +39,7 @@ class Options:
     keep: int | None = None
     select: str = "least-squares"
     layer_search: str | None = None
-    data: Any = field(default_factory=list)
+    data: dict[str, Path] = field(default_factory=dict)
     samples: int | None = None
     seq_len: int = 2048
     seed: int = 0
@@ -78,7 +79,7 @@ def condense(
     Raises: CoterieError, before anything is written.
     """
     clock, original = Stopwatch(), Model.open(model)
-    files = [data] if isinstance(data, str) else data
+    files = calibration_files(data)
     options = Options(layers, _ids(layer_ids), keep, select, layer_search, files, samples, seq_len, seed, dtype)
     check_options(options)
     check_out(Path(out), original.checkpoint.path, resume=resume, overwrite=overwrite)
@@ -94,8 +95,9 @@ def condense(
         notes += findings.pop("notes")
     if target:
         findings["converted"] = {"from": original.checkpoint.config["model_type"], "to": target}
+    asked = vars(options) | {"data": {name: str(file) for name, file in files.items()}}
     return execute(
-        source, plan, Path(out), command="condense", path=model, options=vars(options) | {"data": named(files)},
+        source, plan, Path(out), command="condense", path=model, options=asked,
         clock=clock, warnings=tuple(notes), dry_run=dry_run, resume=resume, overwrite=overwrite,
         on_progress=on_progress, findings=findings,
     )  # fmt: skip
@@ -113,11 +115,6 @@ def _ids(given: list[int] | str | None) -> list[int] | None:
         return [part if type(part) is int else int(str(part)) for part in parts]
     except ValueError as error:
         raise CoterieError(f"--layer-ids {given!r}: expected decoder layer numbers such as 3,5,11") from error
-
-
-def named(data: Any) -> dict[str, str] | list[str]:
-    """The data as JSON has it."""
-    return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else [str(item) for item in data]
 
 
 def check_options(options: Options) -> None:

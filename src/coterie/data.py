@@ -64,6 +64,13 @@ def parse_data(items: Iterable[str], *, folders: bool = False) -> dict[str, Path
     return data
 
 
+def calibration_files(data: dict[str, Any] | Iterable[str] | str | None) -> dict[str, Path]:
+    """Files by domain: from `NAME=FILE` items, from one, or from a dictionary. Raises: CoterieError as `parse_data`."""
+    if isinstance(data, dict):
+        return {str(name): check_source(file) for name, file in data.items()}
+    return parse_data([data] if isinstance(data, str) else data or (), folders=True)
+
+
 def check_source(path: str | Path) -> Path:
     """`path` itself, if a folder, `hub:...`, or a file that can be data. Raises: CoterieError as `check_file`."""
     if str(path).startswith(sources.HUB):

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from coterie.apply import execute, patched_config
 from coterie.condense import Options as Condensing
-from coterie.condense import named, target_type
+from coterie.condense import target_type
 from coterie.condensing.dense import check_writable, num_layers
 from coterie.condensing.dropping import check_dropped
 from coterie.condensing.folding import check_foldable
 from coterie.condensing.repackage import converted
+from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.plan import Condensed, Plan
@@ -44,7 +45,7 @@ class Options:
 
     unit: str = "layer"
     count: int = 1
-    data: Any = field(default_factory=list)
+    data: dict[str, Path] = field(default_factory=dict)
     samples: int = 128
     seq_len: int = 2048
     seed: int = 0
@@ -74,7 +75,7 @@ def drop(
     Raises: CoterieError, before anything is written.
     """
     clock, original = Stopwatch(), Model.open(model)
-    files = [data] if isinstance(data, str) else data
+    files = calibration_files(data)
     options = Options(unit, count, files, samples, seq_len, seed, dtype)
     check_options(options)
     check_out(Path(out), original.checkpoint.path, resume=resume, overwrite=overwrite)
@@ -90,8 +91,9 @@ def drop(
         order, found, notes = rank(source, options, candidates, on_progress)
         plan, findings = make_plan(source, options, order, target), findings | found
     check_kinds(source, plan)
+    asked = vars(options) | {"data": {name: str(file) for name, file in files.items()}}
     return execute(
-        source, plan, Path(out), command="drop", path=model, options=vars(options) | {"data": named(files)},
+        source, plan, Path(out), command="drop", path=model, options=asked,
         clock=clock, warnings=tuple(notes), dry_run=dry_run, resume=resume, overwrite=overwrite,
         on_progress=on_progress, findings=findings,
     )  # fmt: skip

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from coterie.apply import finished, left_behind, write
 from coterie.checkpoint import Checkpoint
-from coterie.condense import _ids, named
+from coterie.condense import _ids
+from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.plan import to_json
 from coterie.report import Progress, Report, Stopwatch, no_progress, versions
@@ -68,7 +69,7 @@ def recover(
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(model)
     options = Options(
-        None if teacher is None else str(teacher), [data] if isinstance(data, str) else data, stage, _ids(layer_ids),
+        None if teacher is None else str(teacher), calibration_files(data), stage, _ids(layer_ids),
         steps, lr, batch_size, accumulate, seq_len, samples, seed, dtype,
     )  # fmt: skip
     check_options(options, save_every)
@@ -128,7 +129,7 @@ def started(job: Job, path: str, clock: Stopwatch, *, dry_run: bool) -> Report:
     same = len(set(experts.values())) <= 1
     size = {"parameters": checkpoint.num_parameters, "bytes": checkpoint.num_bytes}
     size |= {"experts": next(iter(experts.values()), 0) if same else experts}  # type: ignore[dict-item]
-    options = vars(job.options) | {"data": named(job.options.data)}
+    options = vars(job.options) | {"data": {n: str(f) for n, f in job.options.data.items()}}
     return Report(
         command="recover",
         options=options,

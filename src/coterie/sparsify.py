@@ -50,10 +50,10 @@ def sparsify(
     outliers: OWL's M. dtype: to compute in: auto (as the experts are stored), float32, bfloat16 or float16.
     Raises: CoterieError, before anything is written.
     """
-    from coterie.data import parse_data
+    from coterie.data import calibration_files
 
     clock = Stopwatch()
-    files = data if isinstance(data, dict) else parse_data(data or [], folders=True)
+    files = calibration_files(data)
     groups = parse_pattern(pattern)
     if groups and sparsity is not None:
         raise CoterieError(f"--sparsity would be ignored: --pattern {pattern} zeroes {groups[0]} of every {groups[1]}")

@@ -67,10 +67,10 @@ def stun(
     min_tokens: 64 by default; paper: 1.
     Raises: CoterieError, before anything is written.
     """
-    from coterie.data import parse_data
+    from coterie.data import calibration_files
 
     clock = Stopwatch()
-    files = data if isinstance(data, dict) else parse_data(data or [], folders=True)
+    files = calibration_files(data)
     _check(sparsity, expert_ratio, preset, also)
     paper = preset == "paper"
     zeroing = Options(

@@ -45,7 +45,8 @@ def verify(
 ) -> dict[str, Any]:
     """Checks a checkpoint folder: `{"ok": bool, "checks": [{"name", "ok", "detail"}]}`.
 
-    against: the original; its bytes, and its logits with the dropped experts masked, are compared with OUT's.
+    against: the original; its bytes, and its logits with the dropped experts masked, are compared with OUT's. For what
+    `recover` wrote: the model that was trained; all bytes but the trained tensors' are compared.
     data: what to compute logits on: the first 2 blocks of 64 tokens of a text, or the first 8 lines of a JSONL with
     input_ids, uncut (default: 2 blocks of random token ids, always the same).
     A check that cannot be made here (no stock class, too little memory) is ok, and its detail begins with "not".
@@ -55,7 +56,9 @@ def verify(
     if not folder.is_dir():
         raise CoterieError(f"{out}: no such folder; expected a checkpoint folder that coterie wrote")
     documents = list(islice(read_documents(data), MAX_SEQUENCES)) if data is not None else None
-    source = Model.open(against) if against is not None else None
+    source: Model | Checkpoint | None = None
+    if against is not None:
+        source = Checkpoint.open(against) if _was_trained(folder) else Model.open(against)
     checks: list[Check] = []
 
     def run(name: str, check: Callable[[], Any]) -> Any:
@@ -76,16 +79,18 @@ def verify(
 
 def _check_contents(
     out: Checkpoint,
-    source: Model | None,
+    source: Model | Checkpoint | None,
     documents: list[Document] | None,
     run: Callable[[str, Callable[[], Any]], Any],
     on_progress: Progress,
 ) -> None:
     """The checks that need OUT's headers to be in order."""
-    if source:
+    if isinstance(source, Checkpoint):
+        run("accounts for every tensor", lambda: check_trained(out, source, on_progress))
+    elif source:
         run("accounts for every tensor", lambda: check_bytes(out, source, on_progress))
     sequences, logits = _own_logits(out, documents, run)
-    if source:
+    if isinstance(source, Model):
         run("logits equal the masked original", lambda: check_logits(out, source, sequences, logits))
 
 
@@ -201,6 +206,45 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
         faults += [f"other bytes in {_first(differing)}"] if differing else []
     zeroed = f", {len(pruned):,} with zeros, as many as recorded" if pruned else ""
     return not faults, "; ".join(faults) or _tally(source.checkpoint, outputs) + zeroed, None
+
+
+def _was_trained(folder: Path) -> bool:
+    """Whether the folder says that `recover` wrote it."""
+    record = folder / "coterie.json"
+    return record.is_file() and load_json(record).get("command") == "recover"
+
+
+def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key of a file that may hold anything."""
+    found = record.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = no_progress) -> Answer:
+    """Every tensor of the model that `recover` was given is in OUT, and only those recorded as trained differ."""
+    record = _record(out) or {}
+    recorded, trained = _object(record, "source"), _object(_object(record, "report"), "trained")
+    if recorded.get("hash") != source.hash:
+        return False, f"{source.path} is not the model that was trained, {recorded.get('path')!s:.200}", None
+    listed = trained.get("tensors")
+    if not isinstance(listed, list) or not all(isinstance(name, str) and name in source.tensors for name in listed):
+        return (
+            False,
+            "coterie.json does not say which of the model's tensors were trained (report.trained.tensors)",
+            None,
+        )
+    outputs = [Output(t.name, t.dtype, t.shape, (Run(t.file, t.start, t.end),)) for t in source.tensors.values()]
+    faults = _header_faults(out, outputs) + ([] if out.config == source.config else ["config.json is another"])
+    if not faults:
+        differing = set(_differing(out, source, outputs, on_progress))
+        wrong = differing - set(listed)
+        faults += [f"other bytes in {_first(wrong)}"] if wrong else []
+    same = len(outputs) - len(listed)
+    return (
+        not faults,
+        "; ".join(faults) or f"{same:,} kept as is, {len(listed):,} trained, {len(differing):,} changed",
+        None,
+    )
 
 
 def _corrected(record: dict[str, Any] | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from coterie.data import SHIPPED, check_source, draw, parse_data, read_documents
+from coterie.data import SHIPPED, calibration_files, draw, read_documents
 from coterie.errors import CoterieError
 from coterie.family import lookup
 from coterie.layer import Model
@@ -27,12 +27,9 @@ def read_samples(
     """Token sequences by domain, and what should be said aloud; `data` is NAME=FILE items or a dictionary of files.
 
     The model's tokenizer is loaded only where there is text.
-    Raises: CoterieError as `data.calibration`.
+    Raises: CoterieError as `data.draw` and `data.calibration_files`.
     """
-    if isinstance(data, dict):
-        files = {str(name): check_source(file) for name, file in data.items()}
-    else:
-        files = parse_data([data] if isinstance(data, str) else data, folders=True)
+    files = calibration_files(data)
     documents = {name: list(read_documents(file)) for name, file in (files or CALIBRATION).items()}
     is_text = any(d.input_ids is None for entries in documents.values() for d in entries)
     tokenizer = load_tokenizer(model.checkpoint.path) if is_text else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from coterie.apply import whole
@@ -25,7 +26,7 @@ class Options:
     """What `recover` was asked for, with its defaults; recorded in coterie.json."""
 
     teacher: str | None = None
-    data: Any = field(default_factory=list)
+    data: dict[str, Path] = field(default_factory=dict)
     stage: str = "all"
     layer_ids: list[int] | None = None
     steps: int = 200
