@@ -20,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a barrier on a busy machine waits for all
 
+import coterie
 from coterie.reference_model import DOMAINS, MODEL
 from coterie.report import versions
 from results import PAGE, SOME_TEXT, judge, run, write_between
@@ -103,6 +104,22 @@ class Run:
             yield from (f"{way} {count}" for way in [*WAYS.values(), "layer drop", "block drop"])
 
 
+def verified(done: Run) -> str:
+    """Says what `coterie verify` found of every output; a fault ends the benchmark."""
+    found = []
+    for name in done.rows:
+        if name != "original":
+            before = done.path(name.partition(", ")[0]) if ", " in name else MODEL
+            found.append(run("verify", done.path(name), "--against", before)["checks"])
+    compared = [check["detail"] for checks in found for check in checks if check["name"].startswith("logits")]
+    exact = sum(detail.startswith("bit-equal") for detail in compared)
+    return (
+        f"`coterie verify` of all {len(found)} outputs: no key missing or unexpected in stock transformers, "
+        f"every tensor accounted for; logits of the {len(compared)} unrecovered ones equal the explicit forward, "
+        f"{exact} bit for bit, the others but for rounding."
+    )
+
+
 # --- speed -------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +169,8 @@ def quality(row: dict[str, Any]) -> list[str]:
 
 def main_table(run: Run, speed: dict[str, dict[str, float]]) -> str:
     kinds = [f"{kind} {batch}" for kind in ("prefill", "decode") for batch in BATCHES]
-    size = {"parameters": 16_660_000, "bytes": MODEL.joinpath("model.safetensors").stat().st_size}
+    found = coterie.inspect(MODEL)
+    size = {key: found[key] for key in ("parameters", "bytes")}
     rows = []
     for name in run.names():
         row = run.rows[name]
@@ -202,11 +220,13 @@ def main() -> None:
     paths = {name: done.path(name) if name != "original" else MODEL for name in done.names()}
     speed = speeds(paths, given.rounds)
     (given.home / "speed.json").write_text(json.dumps(speed, indent=1))
-    note = f"Measured by `python benchmarks/condense_results.py`, {versions()['torch']=}."
-    print(note)
-    for mark, text in {
-        "condense": main_table(done, speed), "condense-search": search_table(done), "recovery": recovery_table(done),
-    }.items():  # fmt: skip
+    note = f"torch {versions()['torch']}. {verified(done)}"
+    texts = {
+        "condense": f"{main_table(done, speed)}\n\n{note}",
+        "condense-search": search_table(done),
+        "recovery": recovery_table(done),
+    }
+    for mark, text in texts.items():
         print(text)
         write_between(PAGE, mark, text)
 

@@ -302,6 +302,21 @@ def test_a_dry_run_gives_the_size(tiny_checkpoint, tmp_path, data):
     assert planned.report["after"] == condense(folder, tmp_path / "out", layers=2, data=data).report["after"]
 
 
+def test_verify_agrees_with_gates_that_bfloat16_rounded(tiny_checkpoint, tmp_path):
+    """A gate of 0.3 moves nearly every weight of `down` when it is rounded; that is no fault, a gate of 0.31 is one."""
+    model, _ = load_stock(tiny_checkpoint("qwen2_moe"), "bfloat16")
+    model.save_pretrained(tmp_path / "bf16")
+    for name, gate in (("out", 0.3), ("other", 0.31)):
+        layer = {"condensed": {"experts": [5, 0], "gates": [0.7, gate], "shared_gate": 0.6}}
+        apply(tmp_path / "bf16", {"layers": {"1": layer}}, tmp_path / name)
+    assert verify(tmp_path / "out", against=tmp_path / "bf16")["checks"][-1]["ok"]
+    shutil.copy(tmp_path / "out" / "coterie.json", tmp_path / "other" / "coterie.json")
+    found = verify(tmp_path / "other", against=tmp_path / "bf16")
+    assert {check["name"] for check in found["checks"] if not check["ok"]} == {
+        "accounts for every tensor", "logits equal the masked original",
+    }  # fmt: skip
+
+
 def test_verify_finds_a_wrong_gate(tiny_checkpoint, tmp_path):
     """A plan whose gates are not those that were folded: other bytes, other logits."""
     folder, out = tiny_checkpoint("qwen2_moe"), tmp_path / "out"

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from coterie import moe
-from coterie.condensing.folding import DOWN, GATE, UP, folded, natural_width, shared_names
+from coterie.condensing.folding import DOWN, GATE, UP, folded, natural_width, parts, shared_names, weights
 from coterie.condensing.standin import block_of
 from coterie.errors import CoterieError
 from coterie.layer import Model
+from coterie.numerics import decode, encode
 from coterie.plan import Condensed
 from coterie.streaming.calibrate import Batch, Routed, Stream, Walk, advance, plain_walk
 from coterie.view import scale_of
@@ -102,17 +103,21 @@ class Blocks:
         return lambda x: moe.expert_forward(experts, mlp, x)[1]
 
     def explicit(self, index: int, condensed: Condensed) -> Forward:
-        """The condensed block as it is meant: each part on its own, times its gate, one after the other."""
-        _, experts = self.module(index)
-        members = [(w, part) for part, w in zip(condensed.experts, condensed.gates, strict=True)]
+        """The condensed block as it is meant: each part on its own, one after the other, its gate in its down matrix
+        as the file's dtype rounds it."""
+        block, (_, experts) = self.by_index[index], self.module(index)
+        dtype = self.checkpoint.tensors[weights(block)[-1]].dtype
+
+        def stored(values: np.ndarray) -> torch.Tensor:
+            found = decode(encode(values, dtype, block.name), dtype, block.name).reshape(values.shape)
+            return torch.tensor(found, dtype=self.dtype)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             total = torch.zeros_like(x)
-            if condensed.shared_gate and (shared := self.shared(index)):
-                total += condensed.shared_gate * self.shared_output(experts, shared, x)
-            for gate, e in members:
-                expert = moe.read_expert(self.checkpoint, self.by_index[index], e, self.dtype)
-                total += gate * moe.expert_forward(experts, expert, x)[1]
+            for gate, matrices in parts(self.checkpoint, block, condensed):
+                up = torch.cat([stored(matrices[GATE]), stored(matrices[UP])])
+                expert = moe.Expert(up, stored(np.float32(gate) * matrices[DOWN]), has_gate=True)
+                total += moe.expert_forward(experts, expert, x)[1]
             return total
 
         return forward
