@@ -111,5 +111,6 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes, but for the two that hold seconds and peak memory."""
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in ("coterie.json", "README.md")}
+    """Every file's bytes, but for those that hold times and peak memory."""
+    timed = ("coterie.json", "coterie.log", "README.md")
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in timed}

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,7 @@ BITS = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_JSON = 200_000_000  # bytes; the index of a 2 TB checkpoint is about 20 MB
+MAX_VALUES = 2**22  # in one JSON file: that of half a million tensors; 3 bytes of JSON can take 64 of memory
 MAX_DEPTH = 100  # of nested JSON; what Python reads deeper, it cannot always copy or write again
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -64,10 +66,14 @@ def load_json(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
     if "\0" in str(path):
         raise CoterieError(f"{str(path)!r:.200}: not a file name")
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise CoterieError(f"{path}: {size:,} bytes of JSON; expected at most {limit:,}")
-        return parse_json(path.read_bytes(), str(path))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CoterieError(f"{path}: not a regular file; expected one with a JSON object")
+        with path.open("rb") as file:  # some files of the system say that they have no size
+            raw = b"" if status.st_size > limit else file.read(limit + 1)
+        if max(status.st_size, len(raw)) > limit:
+            raise CoterieError(f"{path}: {max(status.st_size, len(raw)):,} bytes of JSON; expected at most {limit:,}")
+        return parse_json(raw, str(path))
     except OSError as error:
         raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -83,6 +89,7 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
             raise CoterieError(f"{where}: key {twice!r} appears twice; a JSON object must name each key once")
         return found
 
+    check_cost(raw, where)
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except CoterieError:
@@ -94,6 +101,13 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         raise CoterieError(f"{where}: found a JSON {type(value).__name__}, expected an object")
     _check_writable(value, raw, where)
     return value
+
+
+def check_cost(raw: bytes, where: str) -> None:
+    """Raises: CoterieError for JSON that would take gigabytes of memory once parsed: it is refused before."""
+    count = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if count > MAX_VALUES:
+        raise CoterieError(f"{where}: {count:,} values of JSON; expected at most {MAX_VALUES:,}")
 
 
 def _check_writable(value: dict[str, Any], raw: bytes, where: str) -> None:
@@ -119,6 +133,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises: CoterieError naming the file and the first fault.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a named pipe would be waited for
+            raise CoterieError(f"{path}: cannot be read (not a regular file)")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
@@ -206,6 +222,7 @@ class Checkpoint:
         config_path = path / "config.json"
         if not config_path.is_file():
             raise CoterieError(f"{path}: no config.json; expected a folder with config.json and *.safetensors")
+        _check_link(path, "config.json")
         config = load_json(config_path)
         shards, weight_map = _shards(path)
         tensors: dict[str, Tensor] = {}
@@ -246,6 +263,15 @@ class Checkpoint:
         except OSError as error:
             raise CoterieError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         return digest.hexdigest()
+
+    @property
+    def stamps(self) -> dict[str, list[int]]:
+        """Bytes and time of the last change (nanoseconds) of every shard: what tells that somebody wrote to one."""
+        try:
+            found = {shard: (self.path / shard).stat() for shard in self.shards}
+        except OSError as error:
+            raise CoterieError(f"{self.path}: cannot be read ({error.strerror or error})") from error
+        return {shard: [status.st_size, status.st_mtime_ns] for shard, status in found.items()}
 
     def raw(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """The tensor's bytes as stored, or `length` of them from byte `start`."""
@@ -296,6 +322,8 @@ def read_bytes(path: Path, start: int, length: int, name: str) -> bytes:
             found = file.read(length)
     except OSError as error:
         raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (MemoryError, OverflowError) as error:
+        raise CoterieError(f"{path}: {name!r} has {length:,} bytes, more than fit into memory") from error
     if len(found) != length:
         raise CoterieError(f"{path}: ended while reading {name!r}; the file changed or is cut")
     return found
@@ -323,13 +351,18 @@ def _shards(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     """The weight files that make up the checkpoint, and the index's map (empty without an index)."""
     index = path / INDEX
     if index.is_file():
+        _check_link(path, INDEX)
         weight_map = load_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CoterieError(f"{index}: no weight_map; expected tensor names mapped to file names")
+        known: set[str] = set()
         for name, shard in weight_map.items():
+            if isinstance(shard, str) and shard in known:
+                continue
             plain = isinstance(shard, str) and shard == Path(shard).name and shard.endswith(".safetensors")
             if not plain or "\\" in shard or not shard.isprintable():
                 raise CoterieError(f"{index}: {name!r} is mapped to {shard!r:.80}; expected a plain *.safetensors name")
+            known.add(shard)
         shards = tuple(sorted(set(weight_map.values())))
         for shard in shards:
             if not (path / shard).is_file():
@@ -350,11 +383,11 @@ def _shards(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     raise CoterieError(f"{path}: no *.safetensors file")
 
 
-def _check_link(path: Path, shard: str) -> None:
-    """A linked shard is fine inside the folder or the hub's own cache; anywhere else it is refused."""
-    if leads_outside(path / shard):
-        target = (path / shard).resolve()
-        raise CoterieError(f"{path / shard}: a link to {target}, outside the model's folder; copy the file there")
+def _check_link(path: Path, name: str) -> None:
+    """A linked file is fine inside the folder or the hub's own cache; anywhere else it is refused."""
+    if leads_outside(path / name):
+        target = (path / name).resolve()
+        raise CoterieError(f"{path / name}: a link to {target}, outside the model's folder; copy the file there")
 
 
 def leads_outside(path: Path) -> bool:

@@ -2,30 +2,32 @@
 
 Everything goes to `OUT.partial/`; each finished shard is fsynced, renamed and journalled; the last act renames
 the folder to `OUT`. A killed run leaves `OUT.partial/`, from which the same command with resume goes on: a
-shard in the journal is kept, anything else is written again, so the result is byte-identical.
+shard in the journal is kept, anything else is written again, so the result is byte-identical. How the bytes get there
+is `copying.py`'s affair.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from coterie.checkpoint import INDEX, MAX_HEADER, Checkpoint, read_header
+from coterie.copying import PAGE, Copier, Move, can_share, joined, shareable, write_at
 from coterie.errors import CoterieError
+from coterie.journal import JOURNAL, Journal, guarded, held_by_another, is_held, read_journal, shards_of
 
-JOURNAL = "journal.jsonl"
-PAGE = 4096
-CHUNK = 16 << 20  # bytes per read where the kernel cannot copy by itself
+HEARTBEAT = 1.0  # seconds between two notes of how far the copying is
+SAID_EVERY = 60.0  # seconds between two lines of the log, while one file is copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,8 @@ def _check_place(out: Path, source: Path, may_exist: bool) -> None:
         raise CoterieError(f"{out}: exists already; choose another OUT, or add --overwrite")
     if out.exists() and any(out.iterdir()) and not (out / "coterie.json").is_file():
         raise CoterieError(f"{out}: is not a folder that coterie wrote (no coterie.json); refusing to replace it")
+    if is_held(partial_of(out)):
+        raise held_by_another(partial_of(out))
     if partial_of(out).exists() and not may_exist:
         raise CoterieError(
             f"{partial_of(out)}: left by an interrupted run; add --resume to go on, or --overwrite to start anew"
@@ -109,7 +113,10 @@ def _ours(partial: Path) -> bool:
     """Whether `OUT.partial` may be emptied: it is absent, empty, or a plain folder with our journal or report."""
     if not partial.exists():
         return not partial.is_symlink()
-    plain = partial.is_dir() and not partial.is_symlink()
+    if not partial.is_dir() or partial.is_symlink():
+        return False
+    # A link in it would be written through, a pipe waited for; coterie makes neither.
+    plain = all(not path.is_symlink() and (path.is_file() or path.is_dir()) for path in partial.iterdir())
     return plain and (not any(partial.iterdir()) or any((partial / n).is_file() for n in (JOURNAL, "coterie.json")))
 
 
@@ -117,27 +124,35 @@ class Writer:
     """The only code that writes weight files. Use as a context manager; leaving it without `finish` keeps
     `OUT.partial/` for a later resume."""
 
-    def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self, out: Path, identity: dict[str, Any], *, resume: bool = False, io: str = "auto", replace: bool = True
+    ) -> None:
         """Opens `OUT.partial/`, fresh or resumed. `identity` is what must be equal for a resume to be the same run.
 
+        replace: whether OUT may exist.
         Raises: CoterieError when another run holds the folder, or a resumed one was asked for something else.
         """
         self.out, self.partial = out, partial_of(out)
         self.units: list[dict[str, Any]] = []  # of this run and, after a resume, of the one before
+        self.copier = Copier(io)
+        # An engine may put another in its place.
+        self.move: Callable[[Path, list[Move], Callable[[int], None]], None] = self.copier.move
         self._places: dict[str, tuple[str, int, int]] = {}  # tensor -> shard, first and last byte
         self._open: dict[str, int] = {}
+        self._sources: Checkpoint | None = None
+        self._stamps: dict[str, list[int]] = {}
+        self._written, self._kept, self._total = 0, 0, 0  # bytes: by this run, by the one before, of all
+        self._began = self._said = time.monotonic()
+        self._beat = 0.0
+        self._identity = identity
+        self._journal = Journal(self.partial)
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._guarded(lambda: self.partial.mkdir(parents=True, exist_ok=True))
-        self._journal = self._guarded(lambda: (self.partial / JOURNAL).open("ab+", buffering=0))
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._journal.close()
-            raise CoterieError(
-                f"{self.partial}: another run writes here; wait for it, or choose another OUT"
-            ) from error
-        try:
-            self._done = self._guarded(lambda: self._recover(resume))
+            if self.out.exists() and not (replace or resume):  # since `check_out` looked
+                self._journal.discard()
+                raise CoterieError(f"{out}: exists already; choose another OUT, or add --overwrite")
+            self._resumed = resume and bool(self._journal.entries)
+            self._done = self._guarded(self._recover)
         except CoterieError:
             self._journal.close()
             raise
@@ -145,71 +160,80 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _: object) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
+        if error is not None and self.partial.exists():
+            with suppress(CoterieError):
+                self._journal.say(f"stopped: {str(error) or type(error).__name__}")
         self._journal.close()
 
-    def _recover(self, resume: bool) -> dict[str, int]:
+    def _recover(self) -> dict[str, int]:
         """The finished shards and their sizes, after a resume; a fresh run empties the folder."""
-        entries, end = self._entries()
-        if resume and entries:
+        entries = self._journal.entries
+        if self._resumed:
             if entries[0].get("identity") != self.identity:
-                raise CoterieError(
-                    f"{self.partial}: was begun with another source, plan or option; "
-                    "repeat the first command, or start anew with --overwrite"
-                )
-            self._journal.truncate(end)
+                raise self._another()
+            self._journal.keep()
             self.units = [e["unit"] for e in entries[1:] if isinstance(e.get("unit"), dict)]
-            done = {e["shard"]: e.get("bytes") for e in entries[1:] if isinstance(e.get("shard"), str)}
-            return {s: n for s, n in done.items() if type(n) is int and self._size(s) == n}
+            return {s: n for s, n in shards_of(entries).items() if self._size(s) == n}
         for path in self.partial.iterdir():
             if path.name != JOURNAL:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        self._journal.truncate(0)
-        self._log({"identity": self.identity})
+        self._journal.clear()
+        asked = {key: self._identity.get(key) for key in ("command", "options")}
+        self._journal.add({"identity": self.identity, "asked": asked})
         return {}
 
-    def _entries(self) -> tuple[list[dict[str, Any]], int]:
-        """The journal's whole lines, and where they end: what a cut line named is written again."""
-        self._journal.seek(0)
-        entries, end = [], 0
-        for line in self._journal.read().splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(entry, dict) or not line.endswith(b"\n"):
-                break
-            entries.append(entry)
-            end += len(line)
-        return entries, end
+    def _another(self) -> CoterieError:
+        return CoterieError(
+            f"{self.partial}: was begun with another source, plan or option; "
+            "repeat the first command, or start anew with --overwrite"
+        )
 
     def _size(self, shard: str) -> int | None:
         path = self.partial / shard
         return path.stat().st_size if path.is_file() else None
 
-    def _log(self, entry: dict[str, Any]) -> None:
-        def write() -> None:
-            _write_all(self._journal.fileno(), json.dumps(entry).encode() + b"\n")
-            os.fsync(self._journal.fileno())
-
-        self._guarded(write)
-
     def _guarded(self, action: Callable[[], Any]) -> Any:
-        """Runs a file operation; a full or read-only disk becomes a CoterieError."""
-        try:
-            return action()
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            hint = "free some space and add --resume" if full else "check permissions, or choose another OUT"
-            raise CoterieError(f"{self.partial}: cannot be written ({error.strerror or error}); {hint}") from error
+        return guarded(self.partial, action)
 
-    def check_space(self, num_bytes: int) -> None:
-        """Raises: CoterieError when the disk cannot hold `num_bytes` beside what is already written."""
-        free = shutil.disk_usage(self.partial).free + sum(self._done.values())
-        if num_bytes > free:
-            raise CoterieError(f"{self.out}: needs {num_bytes:,} bytes, the disk has {free:,} free; free some space")
+    def begin(self, source: Checkpoint, outputs: dict[str, list[Output]]) -> None:
+        """Notes what will be written from what, before anything is.
+
+        Raises: CoterieError when the disk has no room for it (then nothing is left), or the source's files are not
+        those of the run that is resumed.
+        """
+        self._sources, self._stamps = source, source.stamps
+        earlier = next((e["source"] for e in self._journal.entries if "began" in e and "source" in e), self._stamps)
+        if earlier != self._stamps:
+            raise self._another()
+        self._total = sum(num_copied(tensors) for tensors in outputs.values())
+        self._kept = sum(num_copied(tensors) for shard, tensors in outputs.items() if shard in self._done)
+        entry: dict[str, Any] = {"began": time.time(), "pid": os.getpid(), "files": len(outputs), "bytes": self._total}
+        holes = sum(p.num_bytes for tensors in outputs.values() for o in tensors for p in o.parts)
+        entry |= {"later": holes - self._total, "written": self._kept, "source": self._stamps}
+        self._check_space(source, outputs)
+        self._journal.add(entry)
+        verb = f"went on with {len(self._done)} files kept" if self._resumed else "began"
+        self._journal.say(
+            f"{verb}: coterie {self._identity.get('command', '')}, process {os.getpid()}, "
+            f"{self._total:,} bytes to {len(outputs)} files"
+        )
+
+    def _check_space(self, source: Checkpoint, outputs: dict[str, list[Output]]) -> None:
+        """Raises: CoterieError when the disk cannot hold what is not there already."""
+        files = (self.partial / name for shard in outputs for name in (shard, f"{shard}.tmp"))
+        there = sum(path.stat().st_blocks * 512 for path in files if path.is_file())
+        needed = sum(o.num_bytes for tensors in outputs.values() for o in tensors) - there
+        free = self._guarded(lambda: shutil.disk_usage(self.partial).free)
+        shared = self.copier.io in ("auto", "reflink")
+        if needed > free and shared and can_share(source.path / source.shards[0], self.partial):
+            needed -= sum(shareable(Layout.of(ts, {}, source.path).moves) for ts in outputs.values())
+        if needed > free:
+            if not self._resumed:
+                self._journal.discard()
+            raise CoterieError(f"{self.out}: needs {needed:,} bytes, the disk has {free:,} free; free some space")
 
     def shard(
         self,
@@ -221,23 +245,58 @@ class Writer:
     ) -> None:
         """Writes one safetensors file, unless the journal says it is done. Tensors keep the given order."""
         if name in self._done:
-            on_bytes(sum(o.num_bytes for o in outputs))
+            on_bytes(num_copied(outputs))
             self._place(name)
             return
-        temporary = self.partial / f"{name}.tmp"
+        temporary, began, before = self.partial / f"{name}.tmp", time.monotonic(), Counter(self.copier.moved)
+
+        def advance(num_bytes: int) -> None:
+            self._advance(num_bytes)
+            on_bytes(num_bytes)
 
         def write() -> int:
-            with temporary.open("wb") as file:
-                file.write(header_bytes(outputs, metadata))
-                file.flush()
-                copy_parts(file.fileno(), source.path, (p for o in outputs for p in o.parts), on_bytes)
+            layout = Layout.of(outputs, metadata, source.path)
+            with temporary.open("wb", buffering=0) as file:
+                write_at(file.fileno(), layout.header, 0)
+                os.truncate(file.fileno(), layout.num_bytes)
+                for position, part in layout.made:
+                    made = part.make()
+                    assert len(made) == part.num_bytes
+                    write_at(file.fileno(), made, position)
+                    advance(len(made))
+                self.move(temporary, layout.moves, advance)
                 os.fsync(file.fileno())
-                return file.tell()
+            return layout.num_bytes
 
         size = self._guarded(write)
         self._guarded(lambda: temporary.rename(self.partial / name))
-        self._log({"shard": name, "bytes": size})
+        self._journal.add({"shard": name, "bytes": size, "at": time.time(), "written": self._kept + self._written})
+        seconds, ways = time.monotonic() - began, "+".join(self.copier.moved - before) or "nothing copied"
+        self._journal.say(f"wrote {name}: {size:,} bytes in {seconds:.1f} s ({ways}); {self._progress()}")
         self._place(name)
+
+    def _advance(self, num_bytes: int) -> None:
+        """Counts copied bytes, and now and then says so."""
+        self._written += num_bytes
+        now = time.monotonic()
+        if now - self._beat > HEARTBEAT:
+            self._beat = now
+            self._journal.add({"at": time.time(), "written": self._kept + self._written}, sync=False)
+        if now - self._said > SAID_EVERY:
+            self._said = now
+            self._journal.say(self._progress())
+
+    def _progress(self) -> str:
+        """Bytes done of all, the rate, and the time left at that rate."""
+        rate = self._written / max(time.monotonic() - self._began, 1e-9)
+        done = self._kept + self._written
+        left = f"{max(0, self._total - done) / rate:,.0f} s left" if rate else "nothing to measure a rate by"
+        return f"{done:,} of {self._total:,} bytes, {rate / 1e6:,.0f} MB/s, {left}"
+
+    @property
+    def io(self) -> dict[str, Any]:
+        """For the report: the way asked for, bytes by the way they went, and files kept from an interrupted run."""
+        return {"asked": self.copier.io, "bytes": dict(self.copier.moved), "kept_files": len(self._done)}
 
     def _place(self, shard: str) -> None:
         """Where the shard's tensors stand."""
@@ -252,19 +311,22 @@ class Writer:
         def write() -> None:
             if shard not in self._open:
                 self._open[shard] = os.open(self.partial / shard, os.O_WRONLY)
-            view, position = memoryview(data), start + offset
-            while view:
-                written = os.pwrite(self._open[shard], view, position)
-                view, position = view[written:], position + written
+            write_at(self._open[shard], data, start + offset)
 
         self._guarded(write)
 
-    def unit(self, entry: dict[str, Any]) -> None:
-        """Journals a finished unit of work (a layer), after what it put is on the disk."""
+    def where(self, name: str) -> tuple[Path, int, int]:
+        """The file that a tensor stands in, its first and its last byte there, once `shard` wrote it."""
+        shard, start, end = self._places[name]
+        return self.partial / shard, start, end
+
+    def unit(self, entry: dict[str, Any], of: int | None = None) -> None:
+        """Journals a finished unit of work (a layer; `of` so many), after what it put is on the disk."""
         for descriptor in self._open.values():
             self._guarded(partial(os.fsync, descriptor))
-        self._log({"unit": entry})
+        self._journal.add({"unit": entry, "of": of, "at": time.time()})
         self.units.append(entry)
+        self._journal.say(f"finished {len(self.units)}" + (f" of {of} layers" if of else ""))
 
     def text(self, name: str, content: str) -> None:
         def write() -> None:
@@ -277,10 +339,18 @@ class Writer:
         self._guarded(write)
 
     def copy(self, path: Path) -> None:
-        self._guarded(lambda: shutil.copyfile(path, self.partial / path.name))
+        def write() -> None:
+            shutil.copyfile(path, self.partial / path.name)
+            with (self.partial / path.name).open("rb+") as file:
+                os.fsync(file.fileno())
+
+        self._guarded(write)
 
     def finish(self, expected: dict[str, dict[str, Output]], indexed: bool) -> None:
-        """Writes the index, reads every header back against what was meant, and renames the folder to OUT."""
+        """Writes the index, reads every header back against what was meant, and renames the folder to OUT.
+
+        Raises: CoterieError when somebody wrote to the source meanwhile: what was copied is then nobody's model.
+        """
         if indexed:
             weight_map = {name: shard for shard, outputs in expected.items() for name in outputs}
             total = sum(o.num_bytes for outputs in expected.values() for o in outputs.values())
@@ -291,21 +361,35 @@ class Writer:
             written = {n: (t.dtype, t.shape) for n, t in found.items()}
             assert written == {n: (o.dtype, o.shape) for n, o in outputs.items()}, f"{shard} is not what was meant"
 
-        def swap() -> None:
-            (self.partial / JOURNAL).unlink()
-            _fsync_folder(self.partial)
-            if not self.out.exists():
-                self.partial.rename(self.out)
-                _fsync_folder(self.out.parent)
-                return
-            # An empty folder of a new name is the only thing that a rename may replace here.
-            old = tempfile.mkdtemp(prefix=f"{self.out.name}.old-", dir=self.out.parent)
-            self.out.rename(old)
-            self.partial.rename(self.out)
-            _fsync_folder(self.out.parent)
-            shutil.rmtree(old, ignore_errors=True)
+        if self._sources and self._sources.stamps != self._stamps:
+            raise CoterieError(f"{self._sources.path}: the source changed while it was copied; start anew, --overwrite")
+        self._journal.say(f"complete after {time.monotonic() - self._began:.1f} s")
+        self._guarded(self._swap)
 
-        self._guarded(swap)
+    def _swap(self) -> None:
+        """Gives the folder its name. The journal goes last: whatever kills the run, what is left can be gone on from,
+        and a run that waits for the lock finds no folder that is unlocked and unfinished."""
+        _fsync_folder(self.partial)
+        if self.out.exists():
+            # An empty folder of a new name is the only thing that a rename may replace here.
+            old = self.out.with_name(f"{self.out.name}.old-{os.getpid()}-{time.time_ns()}")
+            self._journal.add({"aside": old.name})
+            old.mkdir()
+            self.out.rename(old)
+        self.partial.rename(self.out)
+        _fsync_folder(self.out.parent)
+        tidy(self.out, self._journal.entries)
+
+
+def tidy(out: Path, entries: list[dict[str, Any]] | None = None) -> None:
+    """Removes what a finished run has no more use for: the result that it replaced, and its journal."""
+    if entries is None:
+        entries = read_journal(out)
+    for name in (entry["aside"] for entry in entries if "aside" in entry):
+        if isinstance(name, str) and name == Path(name).name and name.startswith(f"{out.name}.old-"):
+            shutil.rmtree(out.with_name(name), ignore_errors=True)
+    with suppress(OSError):
+        (out / JOURNAL).unlink(missing_ok=True)
 
 
 def _fsync_folder(path: Path) -> None:
@@ -316,11 +400,43 @@ def _fsync_folder(path: Path) -> None:
         os.close(folder)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What stands where in a file to be written."""
+
+    header: bytes
+    moves: list[Move]  # neighbouring runs of one source file as one
+    made: list[tuple[int, Made]]  # from which byte on
+    num_bytes: int
+
+    @classmethod
+    def of(cls, outputs: list[Output], metadata: dict[str, str], source: Path) -> Layout:
+        """`source`: the folder that runs are of."""
+        header = header_bytes(outputs, metadata)
+        placed = [(len(header) + position, part) for position, part in _placed(outputs)]
+        moves = [Move(source / p.file, p.start, p.end, to) for to, p in placed if isinstance(p, Run)]
+        made = [(position, part) for position, part in placed if isinstance(part, Made)]
+        return cls(header, joined(moves), made, len(header) + sum(output.num_bytes for output in outputs))
+
+
+def _placed(outputs: list[Output]) -> Iterator[tuple[int, Run | Made | Hole]]:
+    """All parts, with the byte of the data where each begins."""
+    position = 0
+    for part in (part for output in outputs for part in output.parts):
+        yield position, part
+        position += part.num_bytes
+
+
+def num_copied(outputs: list[Output]) -> int:
+    """Bytes that are there once the file is: all but the holes."""
+    return sum(p.num_bytes for output in outputs for p in output.parts if not isinstance(p, Hole))
+
+
 def header_bytes(outputs: list[Output], metadata: dict[str, str]) -> bytes:
     """The length and JSON header of a safetensors file.
 
-    Padded with spaces so that the data begins at the same offset modulo 4096 as in the source: page-aligned
-    runs then stay page-aligned, and a filesystem that shares blocks can share them.
+    Padded with spaces so that the most bytes keep their offset modulo 4096: page-aligned runs then stay page-aligned,
+    a filesystem that shares blocks can share them, and the page cache can be passed by.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
@@ -329,66 +445,16 @@ def header_bytes(outputs: list[Output], metadata: dict[str, str]) -> bytes:
         header[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    first = next((part for output in outputs for part in output.parts), None)
-    offset = first.start if isinstance(first, Run) else 0
-    text += b" " * ((offset - 8 - len(text)) % PAGE)
-    assert len(text) <= MAX_HEADER
+    text += b" " * ((_offset(outputs) - 8 - len(text)) % PAGE)
+    if len(text) > MAX_HEADER:
+        raise CoterieError(f"the header to write has {len(text):,} bytes; readers take at most {MAX_HEADER:,}")
     return len(text).to_bytes(8, "little") + text
 
 
-def copy_parts(
-    target: int, folder: Path, parts: Iterable[Run | Made | Hole], on_bytes: Callable[[int], None] = lambda _: None
-) -> None:
-    """Appends parts to the open file `target`; neighbouring runs of one source file are copied as one."""
-    pending: Run | None = None
-    sources: dict[str, int] = {}
-
-    def flush() -> None:
-        if pending is not None:
-            if pending.file not in sources:
-                sources[pending.file] = os.open(folder / pending.file, os.O_RDONLY)
-            _copy_range(sources[pending.file], target, pending, on_bytes)
-
-    try:
-        for part in parts:
-            if isinstance(part, Run) and pending and pending.file == part.file and pending.end == part.start:
-                pending = Run(part.file, pending.start, part.end)
-                continue
-            flush()
-            pending = part if isinstance(part, Run) else None
-            if isinstance(part, Hole):
-                os.truncate(target, os.lseek(target, part.num_bytes, os.SEEK_CUR))
-            if isinstance(part, Made):
-                made = part.make()
-                assert len(made) == part.num_bytes
-                _write_all(target, made)
-                on_bytes(len(made))
-        flush()
-    finally:
-        for descriptor in sources.values():
-            os.close(descriptor)
-
-
-def _copy_range(source: int, target: int, run: Run, on_bytes: Callable[[int], None]) -> None:
-    """Copies inside the kernel where it can (and shares blocks where the filesystem can), else through a buffer."""
-    position = run.start
-    while position < run.end:
-        wanted = min(run.end - position, 64 * CHUNK)
-        try:
-            copied = os.copy_file_range(source, target, wanted, position)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-                raise
-            block = os.pread(source, min(wanted, CHUNK), position)
-            copied = len(block)
-            _write_all(target, block)
-        if copied == 0:
-            raise CoterieError(f"{run.file}: ended at byte {position:,}, expected {run.end:,}; the source changed")
-        position += copied
-        on_bytes(copied)
-
-
-def _write_all(target: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(target, view) :]
+def _offset(outputs: list[Output]) -> int:
+    """Where data should begin modulo a page: 0, or where most copied bytes stand as they do in their source."""
+    votes: Counter[int] = Counter()
+    for position, part in _placed(outputs):
+        if isinstance(part, Run):
+            votes[(part.start - position) % PAGE] += part.num_bytes
+    return votes.most_common(1)[0][0] if votes else 0

@@ -1,0 +1,363 @@
+"""Copies runs of bytes between files, in the cheapest way that the two places allow.
+
+Last step of the data flow: `writer` says which bytes, this says how. A way takes moves, does what it can, and hands
+back the rest; the next way goes on with it, and the last one can do everything:
+
+    reflink   the filesystem shares the blocks: nothing moves (XFS, btrfs; both sides at one offset modulo 4096)
+    direct    past the page cache, by a few threads: little processor time, and nobody's cache is lost
+    copy      inside the kernel (copy_file_range)
+    plain     through a buffer
+
+Memory: `THREADS` buffers of `CHUNK` bytes, whatever is copied.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+from coterie.errors import CoterieError
+
+PAGE = 4096
+CHUNK = 8 << 20  # bytes of one read and write
+THREADS = 4
+BATCH = 512  # chunks handed to the threads at once
+DIRECT_LEAST = 1 << 20  # bytes; the page cache serves shorter moves better
+FICLONERANGE = 0x4020940D  # linux/fs.h
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has none
+REFUSALS = {
+    getattr(errno, name) for name in ("EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "ENOTTY", "EPERM", "ETXTBSY")
+}  # this way does not work here; another may
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Bytes `start:end` of the file `source`, to the target from byte `to` on."""
+
+    source: Path
+    start: int
+    end: int
+    to: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.start
+
+    def cut(self, first: int, last: int) -> Move:
+        """The part that fills the target's bytes `first:last`."""
+        shift = self.start - self.to
+        return Move(self.source, first + shift, last + shift, first)
+
+    def pages(self) -> tuple[Move | None, list[Move]]:
+        """What fills whole pages of the target, if anything, and what is left at the ends."""
+        stop = self.to + self.num_bytes
+        first, last = -(-self.to // PAGE) * PAGE, stop // PAGE * PAGE
+        if first >= last:
+            return None, [self]
+        ends = [self.cut(self.to, first), self.cut(last, stop)]
+        return self.cut(first, last), [end for end in ends if end.num_bytes]
+
+    @property
+    def congruent(self) -> bool:
+        """Whether both sides begin at the same offset modulo a page."""
+        return (self.start - self.to) % PAGE == 0
+
+
+OnBytes = Callable[[int], None]
+Refuse = Callable[[Path, OSError], None]
+
+
+class Files:
+    """The descriptors of one target and its sources, opened when they are first needed."""
+
+    def __init__(self, target: Path) -> None:
+        self.path = target
+        self._open: dict[tuple[Path, int], int] = {}
+
+    def source(self, path: Path, flags: int = 0) -> int:
+        with reading(path):
+            return self._get(path, os.O_RDONLY | flags)
+
+    def target(self, flags: int = 0) -> int:
+        return self._get(self.path, os.O_WRONLY | flags)
+
+    def _get(self, path: Path, flags: int) -> int:
+        if (path, flags) not in self._open:
+            self._open[path, flags] = os.open(path, flags)
+        return self._open[path, flags]
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Says of a failure that it was the source's; a way that does not work there stays an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in REFUSALS:
+            raise
+        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+# --- the ways -----------------------------------------------------------------------------------------------------
+
+
+def reflink(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) -> list[Move]:
+    """Lets the target share the source's blocks, as far as whole pages go. Returns what is left."""
+    rest: list[Move] = []
+    refused: set[Path] = set()
+    for move in moves:
+        middle, ends = move.pages()
+        if middle is None or not middle.congruent or move.source in refused:
+            rest.append(move)
+            continue
+        try:
+            share(files.source(move.source), files.target(), middle)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            refuse(move.source, error)
+            refused.add(move.source)
+            rest.append(move)
+            continue
+        on_bytes(middle.num_bytes)
+        rest += ends
+    return rest
+
+
+def share(source: int, target: int, move: Move) -> None:
+    """One reflink between open files. Raises: OSError, with one of `REFUSALS` where blocks cannot be shared."""
+    fcntl.ioctl(target, FICLONERANGE, struct.pack("=qQQQ", source, move.start, move.num_bytes, move.to))
+
+
+def direct(
+    files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse, *, least: int = DIRECT_LEAST
+) -> list[Move]:
+    """Moves whole pages of the target past the page cache, several chunks at a time. Returns what is left.
+
+    Where the two sides differ modulo a page, a chunk is read with the pages around it and shifted in memory.
+    """
+    rest: list[Move] = []
+    chunks: list[Move] = []
+    for move in moves:
+        middle, ends = move.pages()
+        if middle is None or middle.num_bytes < least or not _opens_direct(files, move.source, refuse):
+            rest.append(move)
+            continue
+        rest += ends
+        stop = middle.to + middle.num_bytes
+        chunks += [middle.cut(at, min(at + CHUNK, stop)) for at in range(middle.to, stop, CHUNK)]
+    buffers: SimpleQueue[memoryview] = SimpleQueue()
+    for _ in range(min(THREADS, len(chunks))):
+        buffers.put(memoryview(mmap.mmap(-1, CHUNK + PAGE)))
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for first in range(0, len(chunks), BATCH):
+            batch = chunks[first : first + BATCH]
+            for chunk, refusal in zip(batch, pool.map(partial(_move_direct, files, buffers), batch), strict=True):
+                if refusal is None:
+                    on_bytes(chunk.num_bytes)
+                else:
+                    if refusal.errno:
+                        refuse(chunk.source, refusal)
+                    rest.append(chunk)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return rest
+
+
+def _opens_direct(files: Files, source: Path, refuse: Refuse) -> bool:
+    try:
+        if not O_DIRECT:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        files.source(source, O_DIRECT)
+        files.target(O_DIRECT)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        refuse(source, error)
+        return False
+    return True
+
+
+def _move_direct(files: Files, buffers: SimpleQueue[memoryview], chunk: Move) -> OSError | None:
+    """Moves one chunk of whole target pages; returns why it could not be, where another way may (with errno 0 for one
+    that was cut short, which says nothing against this way)."""
+    view = buffers.get()
+    try:
+        shift, length = chunk.start % PAGE, chunk.num_bytes
+        with reading(chunk.source):
+            wanted = -(-(shift + length) // PAGE) * PAGE
+            found = os.preadv(files.source(chunk.source, O_DIRECT), [view[:wanted]], chunk.start - shift)
+        if shift and found - shift >= length:
+            view[:length] = view[shift : shift + length]
+        if found - shift < length or os.pwrite(files.target(O_DIRECT), view[:length], chunk.to) < length:
+            return OSError(0, "came to less than was asked")
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        return error
+    finally:
+        buffers.put(view)
+    return None
+
+
+def copy(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) -> list[Move]:
+    """Copies inside the kernel. Returns what is left: that from which on the kernel would not."""
+    rest = []
+    for move in moves:
+        position, stop = move.to, move.to + move.num_bytes
+        source, target = files.source(move.source), files.target()
+        while position < stop:
+            part = move.cut(position, stop)
+            try:
+                copied = os.copy_file_range(source, target, min(part.num_bytes, 1 << 30), part.start, part.to)
+            except OSError as error:
+                if error.errno not in REFUSALS:
+                    raise
+                refuse(move.source, error)
+                copied = 0
+            if copied == 0:
+                rest.append(part)
+                break
+            position += copied
+            on_bytes(copied)
+    return rest
+
+
+def plain(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) -> list[Move]:
+    """Reads and writes through a buffer; nothing is ever left.
+
+    Raises: CoterieError when a source is shorter than it was.
+    """
+    for move in moves:
+        position, stop = move.to, move.to + move.num_bytes
+        source, target = files.source(move.source), files.target()
+        while position < stop:
+            part = move.cut(position, min(stop, position + CHUNK))
+            with reading(move.source):
+                block = os.pread(source, part.num_bytes, part.start)
+            if not block:
+                raise CoterieError(
+                    f"{move.source}: ended at byte {part.start:,}, expected {move.end:,}; the source changed"
+                )
+            write_at(target, block, position)
+            position += len(block)
+            on_bytes(len(block))
+    return []
+
+
+def write_at(target: int, data: bytes, position: int) -> None:
+    """Writes all of `data` from byte `position` on."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(target, view, position)
+        view, position = view[written:], position + written
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+WAYS = {"reflink": reflink, "direct": direct, "copy": copy, "plain": plain}
+IO = ("auto", *WAYS)
+
+
+def check_io(io: str) -> None:
+    """Raises: CoterieError for a way that does not exist."""
+    if io not in IO:
+        raise CoterieError(f"--io {io!r}: unknown; expected one of {', '.join(IO)}")
+
+
+class Copier:
+    """Copies by every way in turn, or by the one asked for, and counts the bytes of each."""
+
+    def __init__(self, io: str = "auto") -> None:
+        check_io(io)
+        self.io = io
+        self.moved: Counter[str] = Counter()  # bytes by way
+
+    def move(self, target: Path, moves: list[Move], on_bytes: OnBytes) -> None:
+        """Does all moves into the file `target`, which exists.
+
+        Raises: CoterieError when the way asked for does not work here, or a source is shorter than it was; OSError
+        when the target cannot be written.
+        """
+        files = Files(target)
+        try:
+            for way, run in self._ladder():
+                if moves:
+                    moves = run(files, moves, partial(self._count, way, on_bytes), self._refuse)
+        finally:
+            files.close()
+        assert not moves
+
+    def _ladder(self) -> list[tuple[str, Callable[..., list[Move]]]]:
+        """The ways in the order they are tried. One that was asked for leaves the ends of runs to the last."""
+        if self.io == "auto":
+            return list(WAYS.items())
+        asked = partial(direct, least=PAGE) if self.io == "direct" else WAYS[self.io]
+        return [(self.io, asked), ("plain", plain)]
+
+    def _count(self, way: str, on_bytes: OnBytes, num_bytes: int) -> None:
+        self.moved[way] += num_bytes
+        on_bytes(num_bytes)
+
+    def _refuse(self, source: Path, error: OSError) -> None:
+        if self.io != "auto":
+            raise CoterieError(
+                f"--io {self.io}: not possible from {source} ({error.strerror or error}); use --io auto"
+            ) from error
+
+    @property
+    def notes(self) -> list[str]:
+        """Where the way asked for was never of use."""
+        if self.io in ("auto", "plain") or self.moved[self.io] or not self.moved:
+            return []
+        return [f"--io {self.io} moved no byte: no run fills a page of {PAGE} bytes at an offset that it needs"]
+
+
+def can_share(source: Path, folder: Path) -> bool:
+    """Whether files in `folder` can share blocks with `source`: tried on its first page."""
+    probe = folder / "probe.tmp"
+    try:
+        files = Files(probe)
+        probe.touch()
+        try:
+            share(files.source(source), files.target(), Move(source, 0, PAGE, 0))
+        finally:
+            files.close()
+            probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def shareable(moves: list[Move]) -> int:
+    """Bytes that need no room where blocks can be shared."""
+    middles = (move.pages()[0] for move in moves)
+    return sum(middle.num_bytes for middle in middles if middle and middle.congruent)
+
+
+def joined(moves: list[Move]) -> list[Move]:
+    """Neighbours on both sides as one move."""
+    found: list[Move] = []
+    for move in moves:
+        last = found[-1] if found else None
+        if last and last.source == move.source and last.end == move.start and last.to + last.num_bytes == move.to:
+            found[-1] = replace(last, end=move.end)
+        elif move.num_bytes:
+            found.append(move)
+    return found
