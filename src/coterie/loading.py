@@ -1,7 +1,8 @@
 """Loads a finished checkpoint into transformers, and refuses one that does not fill its model exactly.
 
 `from_pretrained` succeeding proves nothing: it fills what is missing with random numbers and drops what it does
-not know. Our own layout (layers with different numbers of experts) is built from stock layers here.
+not know. Our own layout (layers with different numbers of experts, or with routers that know more of them than are
+stored) is built from stock layers here.
 """
 
 from __future__ import annotations
@@ -19,9 +20,28 @@ from typing import Any
 from coterie.checkpoint import Checkpoint, load_json, resolve
 from coterie.errors import CoterieError
 from coterie.family import detect, lookup
-from coterie.layer import is_mtp
+from coterie.layer import LAYER, MoE, find_blocks, is_mtp
 
+WIDTHS = ("hidden_size", "d_model", "vocab_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers from writing bars, reports and warnings: what matters in them is raised or returned."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
 
 
 def load(path: str | Path, *, dtype: str = "auto") -> Any:
@@ -55,6 +75,7 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = load_json(folder / "config.json")
+    check_sizes(Checkpoint.open(folder))
     architectures = config.get("architectures") or [""]
     multimodal = str(architectures[0]).endswith("ForConditionalGeneration")
     auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
@@ -71,6 +92,7 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
 
 
+@quiet_transformers()
 def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
     """A model whose layers keep different numbers of experts, or dense MLPs instead, and the keys that did not fit.
 
@@ -85,34 +107,78 @@ def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
     checkpoint = Checkpoint.open(path)
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     wanted = getattr(torch, str(stored if dtype == "auto" else dtype))
-    model = _empty_ours(checkpoint, wanted)
+    model, routed = _empty_ours(checkpoint, wanted), _routed_blocks(checkpoint)
     slices: dict[str, Any] = {}
     for shard in checkpoint.shards:
         file = safe_open(str(checkpoint.path / shard), "pt")
         slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    constants = {block.key: slices.pop(block.constants)[:].to(wanted) for block in routed if block.constants}
     mapping: Any = get_model_conversion_mapping(model)
     how = LoadStateDictConfig(weight_mapping=mapping, dtype=wanted, device_map={"": "cpu"})
     info, _ = convert_and_load_state_dict_in_model(model, slices, how, None)
     model.tie_weights()
     faults = {
         "missing_keys": sorted(n for n, p in model.named_parameters() if p.is_meta),
-        "unexpected_keys": sorted(map(str, info.unexpected_keys)),
+        "unexpected_keys": sorted(k for k in map(str, info.unexpected_keys) if not is_mtp(k, checkpoint.config)),
         "mismatched_keys": sorted(map(str, info.mismatched_keys)),
         "conversion_errors": sorted(map(str, info.conversion_errors)),
     }
+    for block in routed:
+        _route(model, block, constants.get(block.key))
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
 
 
+def _routed_blocks(checkpoint: Checkpoint) -> list[MoE]:
+    """The blocks whose router knows more experts than are stored."""
+    family = detect(checkpoint.config)
+    if not family.layer_routes(checkpoint.config):
+        return []
+    return [block for block in find_blocks(checkpoint, family).main if block.routes]
+
+
+def _route(model: Any, block: MoE, constants: Any) -> None:
+    """Leads what the block's router chooses to what is stored."""
+    from coterie.routed import install
+
+    install(model.get_decoder().layers[int(block.key)], block.routes, constants, block.name)
+
+
+def check_routable(checkpoint: Checkpoint, keys: list[str]) -> None:
+    """Raises: CoterieError unless these layers of the stock model can have a router that knows removed experts.
+
+    Builds the model without its weights.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from coterie.routed import shrink
+
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(stock_config(checkpoint.config), dtype=torch.float32)
+    except Exception as error:  # a config can provoke anything in there
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+        raise CoterieError(f"{checkpoint.path}: transformers does not build it ({reason}); remove experts") from error
+    layers = getattr(model.get_decoder(), "layers", ())
+    for key in keys:
+        if int(key) >= len(layers):
+            raise CoterieError(f"{checkpoint.path}: {type(model).__name__} has no decoder layer {key}; remove experts")
+        shrink(layers[int(key)], 1, f"layer {key}")
+
+
 def _empty_ours(checkpoint: Checkpoint, dtype: Any) -> Any:
-    """The model of our own layout on the meta device: each layer from a stock model of its own number of experts,
-    with a dense MLP in the place of a condensed block."""
+    """The model of our own layout on the meta device: each layer from a stock model of as many experts as its router
+    knows, with room for those that are stored, and with a dense MLP in the place of a condensed block."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     from coterie.condensing.standin import replace_block
+    from coterie.routed import shrink
 
     layout, family = checkpoint.config["coterie"], detect(checkpoint.config)
-    counts = {int(key): n for key, n in layout["num_experts"].items() if key.isdigit()}
+    stored, routes = family.layer_counts(checkpoint.config), family.layer_routes(checkpoint.config)
+    counts = {int(key): len(routes.get(key, ())) or n for key, n in stored.items() if key.isdigit()}
 
     def empty(num_experts: int) -> Any:
         plain = {k: v for k, v in checkpoint.config.items() if k not in ("coterie", "model_type")}
@@ -129,10 +195,27 @@ def _empty_ours(checkpoint: Checkpoint, dtype: Any) -> Any:
     for index, n in counts.items():
         if index < len(layers):
             layers[index] = models[n].get_decoder().layers[index]
+    for key in routes:
+        shrink(layers[int(key)], stored[key], f"{checkpoint.path}: layer {key}")
     for key, width in layout.get("dense", {}).items():
         hidden = model.config.get_text_config().hidden_size
         replace_block(layers[int(key)], hidden, width, dtype, f"{checkpoint.path}: layer {key}")
     return model
+
+
+def check_sizes(checkpoint: Checkpoint) -> None:
+    """Refuses a config whose model would fill any memory, or take hours to build, before the library believes it.
+
+    Raises: CoterieError for a width beyond the longest axis of any tensor, and for many more layers than are stored.
+    """
+    longest = max((n for tensor in checkpoint.tensors.values() for n in tensor.shape), default=0)
+    layers = 1 + max((int(m["index"]) for m in map(LAYER.fullmatch, checkpoint.tensors) if m), default=0)
+    limits = dict.fromkeys(WIDTHS, longest) | dict.fromkeys(("num_hidden_layers", "n_layers"), 2 * layers + 64)
+    for key, _, value in lookup(checkpoint.config, tuple(limits)):
+        if isinstance(value, int) and value > limits[key]:
+            raise CoterieError(
+                f"{checkpoint.path}: config.json says {key} {value!s:.40}; its tensors are for {limits[key]:,} at most"
+            )
 
 
 def stock_config(config: dict[str, Any]) -> Any:
@@ -169,21 +252,3 @@ def check_folder(path: str | Path) -> None:
     local = isinstance(path, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith(".")
     if local and not Path(path).is_dir():
         raise CoterieError(f"{path}: no such folder; expected one with config.json, or a hub id")
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers from writing bars, reports and warnings: what matters in them is raised or returned."""
-    from transformers.utils import logging as theirs
-
-    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity(logging.CRITICAL)
-    theirs.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        theirs.set_verbosity(verbosity)
-        if bars:
-            theirs.enable_progress_bar()

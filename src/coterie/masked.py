@@ -20,6 +20,7 @@ from coterie.errors import CoterieError
 from coterie.layer import LAYER, Model, MoE
 from coterie.numerics import decode
 from coterie.plan import Choice, Plan
+from coterie.routes import is_routed
 from coterie.writer import Made
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
@@ -83,7 +84,7 @@ def mask_experts(model: Any, source: Model, plan: Plan) -> MaskedRouting:
     routing, checkpoint = MaskedRouting(), source.checkpoint
     for block in source.moe:
         choice = plan.choice(block)
-        if block.mtp or choice is None or len(choice.kept) == block.num_experts:
+        if block.mtp or choice is None or len(choice.kept) == block.num_experts or is_routed(choice, block):
             continue
         routing.hide(block.name, twin(model, checkpoint, block.router), choice.kept)
         dropped = sorted(set(range(block.num_experts)) - set(choice.kept))

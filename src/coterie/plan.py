@@ -13,14 +13,28 @@ from coterie.checkpoint import load_json
 from coterie.errors import CoterieError
 from coterie.layer import MoE
 
+REMOVED = ("remove", "null", "constant", "alias")  # what becomes of the router rows of experts that go
+
+LARGEST = 1e300  # of a gate; Python's integers go beyond any float
+
 
 @dataclass(frozen=True)
 class Choice:
-    """What happens to the experts of one block. `kept` ascends; `clusters[i]` are the experts `kept[i]` stands for."""
+    """What happens to the experts of one block. `kept` ascends; `clusters[i]` are the experts `kept[i]` stands for.
+
+    removed: what becomes of the others' router rows. "remove": they go too. The rest is for our own layout, where the
+    router stays as it was: a token that chooses a removed expert gets nothing of it ("null"), a constant ("constant"),
+    or the stored expert that stands for it ("alias", by `clusters`).
+    constants: the SHA-256 of the constants' bytes as stored; "" is filled in when the plan is executed.
+    """
 
     kept: tuple[int, ...]
     clusters: tuple[tuple[int, ...], ...] = ()
-    merged: bool = False  # kept[i] becomes the mean of clusters[i], its router row the mean of theirs
+    merged: bool = False  # kept[i] becomes the mean of clusters[i]; its router row, but for alias, the mean of theirs
+    shares: tuple[tuple[float, ...], ...] = ()  # of each member of clusters[i] in that mean; none: equal
+    aligned: bool = False  # each member's neurons are put in the order of kept[i]'s before
+    removed: str = "remove"
+    constants: str = ""
 
     def stand_ins(self, num_experts: int) -> dict[int, int]:
         """Original id -> new index, for kept experts and for the dropped ones that a cluster covers."""
@@ -35,6 +49,14 @@ class Choice:
             result["clusters"] = [list(c) for c in self.clusters]
         if self.merged:
             result["merged"] = True
+        if self.shares:
+            result["shares"] = [list(s) for s in self.shares]
+        if self.aligned:
+            result["aligned"] = True
+        if self.removed != "remove":
+            result["removed"] = self.removed
+        if self.constants:
+            result["constants"] = self.constants
         return result
 
 
@@ -60,6 +82,7 @@ class Plan:
     sparsity: per layer, the share of weights that became zero, by tensor role; a record of what `sparsify` did.
     condensed: the layers that become dense; dropped: decoder layers that go, whole; converted: the model type to say
     the result in, where the model's own cannot.
+    constants: where those of `Choice.removed` come from: {"stats": path, "weights": {domain: weight}}.
     """
 
     layers: dict[str, Choice]
@@ -70,6 +93,7 @@ class Plan:
     condensed: dict[str, Condensed] = field(default_factory=dict)
     dropped: tuple[int, ...] = ()
     converted: str | None = None
+    constants: dict[str, Any] = field(default_factory=dict)
 
     def choice(self, block: MoE) -> Choice | None:
         return (self.attention if block.attention else self.layers).get(block.key)
@@ -82,7 +106,8 @@ class Plan:
             layers.setdefault(key, {})["sparsity"] = shares
         layers |= {key: {"condensed": condensed.as_dict()} for key, condensed in self.condensed.items()}
         result: dict[str, Any] = {"layers": layers, "budget": self.budget}
-        extra = {"drop_mtp": self.drop_mtp, "dropped": list(self.dropped), "converted": self.converted}
+        extra: dict[str, Any] = {"drop_mtp": self.drop_mtp, "dropped": list(self.dropped), "converted": self.converted}
+        extra["constants"] = self.constants
         return result | {key: value for key, value in extra.items() if value}
 
 
@@ -113,7 +138,7 @@ def read_plan(source: str | Path | dict[str, Any]) -> Plan:
     layers = content.get("layers") if isinstance(content, dict) else None
     if not isinstance(layers, dict):
         raise CoterieError(f"{where}: no `layers` object; expected a coterie.json or its `plan`")
-    known = {"layers", "budget", "drop_mtp", "dropped", "converted"}
+    known = {"layers", "budget", "drop_mtp", "dropped", "converted", "constants"}
     if set(content) - known:
         raise CoterieError(f"{where}: unknown keys {sorted(set(content) - known)}; expected {sorted(known)}")
     experts, attention, sparsity, condensed = {}, {}, {}, {}
@@ -136,14 +161,17 @@ def read_plan(source: str | Path | dict[str, Any]) -> Plan:
     dropped, converted = content.get("dropped", []), content.get("converted")
     if not _ids(dropped) or list(dropped) != sorted(set(dropped)) or not isinstance(converted, str | None):
         raise CoterieError(f"{where}: dropped must be ascending layer numbers and converted a model type")
+    constants = _source_of_constants(where, content.get("constants", {}))
     return Plan(
-        experts, attention, budget, content.get("drop_mtp", False), sparsity, condensed, tuple(dropped), converted
-    )
+        experts, attention, budget, content.get("drop_mtp", False), sparsity, condensed, tuple(dropped), converted,
+        constants,
+    )  # fmt: skip
 
 
 def _choice(at: str, value: Any) -> Choice:
-    if not isinstance(value, dict) or set(value) - {"kept", "clusters", "merged"}:
-        raise CoterieError(f"{at}: expected the keys kept, clusters, merged and sparsity, found {value!r:.120}")
+    known = ("kept", "clusters", "merged", "shares", "aligned", "removed", "constants")
+    if not isinstance(value, dict) or set(value) - set(known):
+        raise CoterieError(f"{at}: expected the keys {', '.join(known)} and sparsity, found {value!r:.120}")
     kept, clusters, merged = value.get("kept"), value.get("clusters", []), value.get("merged", False)
     if not _ids(kept) or not kept or list(kept) != sorted(set(kept)):
         raise CoterieError(f"{at}: `kept` must be ascending, distinct expert ids, found {kept!r:.120}")
@@ -156,7 +184,56 @@ def _choice(at: str, value: Any) -> Choice:
         raise CoterieError(f"{at}: an expert stands in two clusters")
     if merged and not clusters:
         raise CoterieError(f"{at}: merged experts need their clusters")
-    return Choice(tuple(kept), tuple(tuple(c) for c in clusters), merged)
+    shares, aligned = _means(at, value, clusters, merged)
+    removed, constants = _removed(at, value, clusters)
+    return Choice(tuple(kept), tuple(tuple(c) for c in clusters), merged, shares, aligned, removed, constants)
+
+
+def _removed(at: str, value: dict[str, Any], clusters: list[Any]) -> tuple[str, str]:
+    """What becomes of the removed experts' router rows, and the fingerprint of the constants in their place."""
+    removed, constants = value.get("removed", "remove"), value.get("constants", "")
+    if removed not in REMOVED:
+        raise CoterieError(f"{at}: `removed` is {removed!r:.60}; expected one of {', '.join(REMOVED)}")
+    if removed != "remove" and bool(clusters) != (removed == "alias"):
+        raise CoterieError(f"{at}: `removed` is {removed!r}; alias needs `clusters`, and null and constant have none")
+    is_hash = isinstance(constants, str) and len(constants) == 64 and set(constants) <= set("0123456789abcdef")
+    if constants != "" and not (is_hash and removed == "constant"):
+        raise CoterieError(
+            f"{at}: `constants` is {constants!r:.80}; expected a SHA-256 beside `removed`: 'constant', or none"
+        )
+    return removed, constants
+
+
+def _source_of_constants(where: str, value: Any) -> dict[str, Any]:
+    """Where constants come from. Raises: CoterieError for anything but a path and weights."""
+    given = value if isinstance(value, dict) else {"": value}
+    weights = given.get("weights", {})
+    numbers: list[Any] = list(weights.values()) if isinstance(weights, dict) else [None]
+    known = not set(given) - {"stats", "weights"} and isinstance(given.get("stats"), str)
+    if given and not (known and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)):
+        raise CoterieError(
+            f"{where}: `constants` must say of which `stats` (a path) and with which `weights` of domains, found "
+            f"{value!r:.120}"
+        )
+    return given
+
+
+def _means(at: str, value: dict[str, Any], clusters: list[Any], merged: bool) -> tuple[tuple[Any, ...], bool]:
+    """How merged experts are averaged: the members' shares, and whether their neurons are aligned."""
+    shares, aligned = value.get("shares", []), value.get("aligned", False)
+    if not isinstance(aligned, bool) or ((shares or aligned) and not merged):
+        raise CoterieError(f"{at}: `shares` and `aligned` (a boolean) are of merged experts")
+    if not isinstance(shares, list) or (shares and [len(c) for c in clusters] != _lengths(shares)):
+        raise CoterieError(f"{at}: `shares` must give one number for every member of every cluster")
+    numbers = [n for s in shares for n in s]
+    if not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers) or any(abs(sum(s) - 1) > 1e-6 for s in shares):
+        raise CoterieError(f"{at}: `shares` must be numbers from 0 to 1 that sum to 1 in every cluster")
+    return tuple(tuple(map(float, s)) for s in shares), aligned
+
+
+def _lengths(lists: list[Any]) -> list[int]:
+    """Of lists; -1 for what is none."""
+    return [len(found) if isinstance(found, list) else -1 for found in lists]
 
 
 def _condensed(at: str, value: dict[str, Any]) -> Condensed:
@@ -169,7 +246,7 @@ def _condensed(at: str, value: dict[str, Any]) -> Condensed:
     if not isinstance(experts, list) or not _ids(experts) or len(set(experts)) != len(experts):
         raise CoterieError(f"{at}: `experts` must be distinct expert ids, found {experts!r:.120}")
     numbers: list[Any] = [*gates, shared] if isinstance(gates, list) else []
-    if len(numbers) != len(experts) + 1 or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+    if len(numbers) != len(experts) + 1 or not all(type(n) in (int, float) and abs(n) < LARGEST for n in numbers):
         raise CoterieError(f"{at}: `gates` must give one number per expert and `shared_gate` one, found {found!r:.120}")
     return Condensed(tuple(experts), tuple(map(float, numbers[:-1])), float(shared))
 
