@@ -7,7 +7,7 @@ about one layer's arrays.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,15 @@ from coterie.stats import Stats, stability
 if TYPE_CHECKING:
     from coterie.prune import Options
 
+FAR = 1e3  # times the largest distance: of guarded experts
+
 
 @dataclass(frozen=True)
 class Task:
-    """What STUN is asked: the blocks' layers, and how many experts to keep of each (`num_groups` routing groups)."""
+    """What STUN is asked: the blocks' layers, and how many experts to keep of each (`num_groups` routing groups).
+
+    guarded: super experts by block: each is a cluster of its own as long as there are others to join.
+    """
 
     layers: dict[MoE, Layer]
     options: Options
@@ -35,6 +40,7 @@ class Task:
     floor: int
     num_groups: int
     dry_run: bool
+    guarded: dict[MoE, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def read_stats(model: Model, path: str | None) -> Stats | None:
     """The statistics asked for. Raises: CoterieError when they are of another model."""
     if path is None:
         return None
-    stats = Stats.load(path, only=("tokens", "coactivation"))
+    stats = Stats.load(path, only=("tokens", "coactivation", "output_max"))
     stats.check_model(model.checkpoint.hash, path)
     return stats
 
@@ -112,7 +118,9 @@ def _sum(stats: Stats, block: MoE, name: str, weights: dict[str, float]) -> np.n
 def _cluster(task: Task, usage: dict[MoE, Usage]) -> tuple[dict[MoE, stun.Clusters], dict[str, Any]]:
     """Each block's clusters under the budget, and what the budget came to."""
     layers, options, uniform, size = task.layers, task.options, task.uniform, task.num_groups
-    matrices = {b: _distance(b, layer, options, usage.get(b)) for b, layer in layers.items()}
+    matrices = {
+        b: _apart(_distance(b, layer, options, usage.get(b)), task.guarded.get(b, [])) for b, layer in layers.items()
+    }
     if options.linkage == "official":
         return _official(matrices, options, uniform, size)
     trees = {b: [stun.dendrogram(d) for d in _per_group(m, size)] for b, m in matrices.items()}
@@ -164,6 +172,16 @@ def _distance(block: MoE, layer: Layer, options: Options, usage: Usage | None) -
     return stun.distances(layer.router, pairs, **how)
 
 
+def _apart(matrix: np.ndarray, guarded: list[int]) -> np.ndarray:
+    """Distances (E, E) by which guarded experts are far from all others, so that those join first."""
+    if not guarded:
+        return matrix
+    result, far = matrix.copy(), FAR * (1 + np.abs(matrix).max())
+    result[guarded, :] = result[:, guarded] = far
+    result[guarded, guarded] = matrix[guarded, guarded]
+    return result
+
+
 def _per_group(matrix: Any, num_groups: int) -> list[Any]:
     """The diagonal blocks: experts may only merge inside their routing group."""
     size = len(matrix) // num_groups
@@ -211,14 +229,34 @@ def _representatives(
     for done, (block, layer) in enumerate(task.layers.items()):
         tokens = usage[block].tokens if block in usage else None
 
-        def stays(cluster: list[int], layer: Layer = layer, tokens: np.ndarray | None = tokens) -> int:
+        guarded = set(task.guarded.get(block, []))
+        _check_guarded(block, clusters[block], guarded)
+
+        def stays(
+            cluster: list[int],
+            layer: Layer = layer,
+            tokens: np.ndarray | None = tokens,
+            guarded: set[int] = guarded,
+        ) -> int:
+            if guarded & set(cluster):
+                return min(guarded & set(cluster))
             if task.dry_run or len(cluster) < 3:  # a dry run reads no weights: the tie rule stands in
                 return stun.pair_winner(cluster, layer.router, tokens)
             return nearest(layer, tuple(cluster))
 
-        choices[block] = _choose(clusters[block], stays, task.options.kappa)
+        kappa = 0 if any(guarded & set(c) and len(c) > 1 for c in clusters[block]) else task.options.kappa
+        choices[block] = _choose(clusters[block], stays, kappa)
         on_progress("choosing representatives", done + 1, len(task.layers))
     return choices
+
+
+def _check_guarded(block: MoE, clusters: stun.Clusters, guarded: set[int]) -> None:
+    """Raises: CoterieError where more super experts than clusters leave two in one."""
+    if any(len(guarded & set(c)) > 1 for c in clusters):
+        raise CoterieError(
+            f"{block.name}: more super experts than the {len(clusters)} experts that stay (or than those of a routing "
+            "group); keep more, or --no-guard"
+        )
 
 
 def _choose(clusters: stun.Clusters, stays: Callable[[list[int]], int], kappa: int) -> Choice:
