@@ -47,6 +47,11 @@ def zeros_in_all(model: Model, shares: dict[str, Fraction], total: int) -> Count
     return dict(zip(keys, counts, strict=True))
 
 
+def zeros_of(model: Model, shares: dict[str, Fraction], total: int | None) -> Counts:
+    """Zeros of every expert matrix: exactly `total`, or a share of each row."""
+    return zeros_per_row(model, shares) if total is None else zeros_in_all(model, shares, total)
+
+
 def spread_zeros(sizes: list[int], sparsities: list[Fraction]) -> list[int]:
     """Zeros per matrix so that the running total is always the rounded running target: exact over any number."""
     counts, wanted, done = [], Fraction(0), 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.apply import Fill, Filled, Prepare, prunable
+from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts import Experts, expert_shapes
 from coterie.layer import Model
@@ -27,11 +28,13 @@ from coterie.zeroing import budget, linears
 from coterie.zeroing.kurtosis import Moments
 
 if TYPE_CHECKING:
-    from coterie.streaming.calibrate import Stream
+    from coterie.streaming.calibrate import Stream, Walk
     from coterie.zeroing.linears import Linears
     from coterie.zeroing.pruner import Pruner
+    from coterie.zeroing.spread import Spread
 
 Shares = dict[str, Fraction]  # sparsity by layer
+ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated on the driver's machine alone"
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,17 @@ class Job:
     source: Model
     plan: Plan
     view: Model
+    engine: Engine
 
 
-def prepared(options: Options, source: Model, plan: Plan, spill: Path, on_progress: Progress) -> Prepare:
+def prepared(
+    options: Options, source: Model, plan: Plan, spill: Path, on_progress: Progress, engine: Engine
+) -> Prepare:
     """Checks model, data and options against each other before anything is written; then zeroes the weights."""
 
     def prepare(view: Model) -> Fill:
         check_writable(view, options)
-        job = Job(options, source, plan, view)
+        job = Job(options, source, plan, view, engine)
         if options.method == "magnitude":
             return lambda writer: _by_magnitude(job, writer, on_progress)
         calibration = Calibration(view, options, spill)
@@ -177,9 +183,7 @@ def owl_shares(view: Model, options: Options, outliers: dict[str, float]) -> Sha
 
 def counts(view: Model, options: Options, shares: Shares) -> budget.Counts:
     """Zeros of every expert matrix."""
-    if options.total is None:
-        return budget.zeros_per_row(view, shares)
-    return budget.zeros_in_all(view, shares, options.total)
+    return budget.zeros_of(view, shares, options.total)
 
 
 def workers(view: Model, options: Options, shares: Shares, put: Any, dtype: Any = None) -> tuple[Pruner, Linears]:
@@ -199,9 +203,23 @@ def workers(view: Model, options: Options, shares: Shares, put: Any, dtype: Any 
 def _by_magnitude(job: Job, writer: Writer, on_progress: Progress) -> Filled:
     shares = uniform(job.view, job.options)
     pruner, others = workers(job.view, job.options, shares, writer.put)
-    pruner.prune_all(job.view, on_progress)
+    prune_all = spread(job, writer, pruner, shares).prune_all if job.engine.spread else pruner.prune_all
+    prune_all(job.view, on_progress)
     others.prune_all()
     return filled(job, pruner, others, shares, {}, [])
+
+
+def spread(job: Job, writer: Writer, pruner: Pruner, shares: Shares) -> Spread:
+    """What prunes experts on the engine's nodes, in place of the pruner."""
+    from coterie.zeroing.spread import Spread
+
+    found, options = Spread(job.engine, writer, pruner), job.options
+    found.describe({
+        "plan": job.plan.as_dict(), "method": options.method, "total": options.total, "pattern": options.pattern,
+        "one_pass": options.one_pass, "min_tokens": options.min_tokens, "dtype": str(pruner.dtype).partition(".")[2],
+        "shares": {key: str(share) for key, share in shares.items()},
+    })  # fmt: skip
+    return found
 
 
 def _calibrated(job: Job, calibration: Calibration, writer: Writer, on_progress: Progress) -> Filled:
@@ -223,22 +241,27 @@ def _calibrated(job: Job, calibration: Calibration, writer: Writer, on_progress:
         pruner.restore(done)
         others.zeros = Counter({(layer, kind): n for layer, kind, n in done["others"]})
         restore(batches, writer.partial / f"hidden-{done['layer']}.safetensors")
-    for index in prune_layers(stream, batches, pruner, others, first):
+    apart = job.engine.spread and not others.also
+    walk = spread(job, writer, pruner, shares).walk if apart else pruner.walk
+    for index in prune_layers(stream, batches, pruner, others, first, walk):
         save(batches, writer.partial / f"hidden-{index}.safetensors")
         kept = {"layer": index, "others": [[*key, n] for key, n in others.zeros.items()], **pruner.state()}
         kept["samples"] = calibration.digest
-        writer.unit(kept | {"shares": {key: str(share) for key, share in shares.items()}})
+        writer.unit(kept | {"shares": {key: str(share) for key, share in shares.items()}}, len(stream.layers))
         (writer.partial / f"hidden-{index - 1}.safetensors").unlink(missing_ok=True)
         on_progress("pruning layers", index + 1, len(stream.layers))
     for path in writer.partial.glob("hidden-*.safetensors"):
         path.unlink()
-    return filled(job, pruner, others, shares, {"calibration": calibration.summary()}, calibration.notes)
+    notes = [*calibration.notes, *([ALSO_HERE] if job.engine.spread and others.also else [])]
+    return filled(job, pruner, others, shares, {"calibration": calibration.summary()}, notes)
 
 
-def prune_layers(stream: Stream, batches: Any, pruner: Pruner, others: Linears, first: int = 0) -> Any:
+def prune_layers(
+    stream: Stream, batches: Any, pruner: Pruner, others: Linears, first: int = 0, walk: Walk | None = None
+) -> Any:
     """Yields each layer's index once it is pruned; with other linears, a layer runs densely first, to be measured."""
     rehearse = others.rehearse(stream, pruner.rehearse) if others.also else None
-    return stream.run(batches, pruner.walk, first, rehearse)
+    return stream.run(batches, walk or pruner.walk, first, rehearse)
 
 
 def filled(job: Job, pruner: Pruner, others: Linears, shares: Shares, more: dict[str, Any], notes: list[str]) -> Filled:

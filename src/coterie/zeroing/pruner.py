@@ -113,24 +113,35 @@ class Pruner:
         self.cold, self.num_zeros = state["cold"], Counter(state["zeros"])
         self.before, self.after = (Moments(sums) for sums in state["moments"])
 
+    def absorb(self, state: dict[str, Any]) -> None:
+        """Adds what another pruner did, by its `state`."""
+        self.cold += state["cold"]
+        self.num_zeros.update(state["zeros"])
+        before, after = (Moments(sums) for sums in state["moments"])
+        self.before, self.after = self.before + before, self.after + after
+
     def walk(self, routed: Routed) -> torch.Tensor:
         """Prunes all experts of a block, chosen or not; returns the weighted sum of the pruned ones (sequential),
         or of the dense ones."""
         total = routed.zeros()
         for e, rows, gates in every_expert(routed):
-            matrices, expert = self._read(routed.block, e)
-            norms = self._norms(routed, e, expert, rows, gates, None if self.sequential else total)
-            if norms is None or norms.num_tokens < self.min_tokens:
-                self.cold.append([routed.block.key, e, norms.num_tokens if norms else 0])
-                norms = None
-            pruned = self.prune(routed.block, e, matrices, norms)
-            if self.sequential:
-                for part, matrix in zip(PARTS, pruned, strict=True):
-                    if matrix is not None:
-                        expert.matrices[part].copy_(torch.from_numpy(matrix))
-                run_expert(routed, expert, rows, gates, total)
+            self.visit(routed, e, rows, gates, total)
         self._measured = None
         return total
+
+    def visit(self, routed: Routed, e: int, rows: torch.Tensor, gates: torch.Tensor, total: torch.Tensor) -> None:
+        """Prunes one expert, and adds its weighted outputs to `total`."""
+        matrices, expert = self._read(routed.block, e)
+        norms = self._norms(routed, e, expert, rows, gates, None if self.sequential else total)
+        if norms is None or norms.num_tokens < self.min_tokens:
+            self.cold.append([routed.block.key, e, norms.num_tokens if norms else 0])
+            norms = None
+        pruned = self.prune(routed.block, e, matrices, norms)
+        if self.sequential:
+            for part, matrix in zip(PARTS, pruned, strict=True):
+                if matrix is not None:
+                    expert.matrices[part].copy_(torch.from_numpy(matrix))
+            run_expert(routed, expert, rows, gates, total)
 
     def rehearse(self, routed: Routed) -> torch.Tensor:
         """Measures the experts on the dense layer's activations, for the next `walk`; returns the dense sum."""
@@ -184,6 +195,7 @@ class Pruner:
         """Writes one expert with its zeros, and returns it so; no norms: by magnitude."""
         pruned: list[np.ndarray | None] = []
         masks: list[np.ndarray | None] = []
+        before, after = Moments(), Moments()  # of this expert: sums do not depend on who pruned the others
         for part, weight in zip(PARTS, matrices, strict=True):
             kept, mask = (None, None) if weight is None else self._prune_matrix(block, e, part, weight, norms)
             pruned.append(kept)
@@ -191,8 +203,9 @@ class Pruner:
             if weight is not None and kept is not None:
                 left = int(np.count_nonzero(kept))
                 self.num_zeros[block.key] += kept.size - left
-                self.before.add(weight)
-                self.after.add(kept, left)
+                before.add(weight)
+                after.add(kept, left)
+        self.before, self.after = self.before + before, self.after + after
         if norms and self.method.NEEDS == "hessian":
             stored = store_expert(self.checkpoint, block, e, _three(pruned))
         else:
