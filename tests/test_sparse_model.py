@@ -225,7 +225,7 @@ def test_layouts_that_are_transposed_interleaved_or_without_a_gate(pruned, packe
 
 def test_experts_closed_to_other_implementations_are_refused(packed):
     """jetmoe packs and unpacks, but cannot be loaded packed: said by name."""
-    with pytest.raises(CoterieError, match="unpack the checkpoint first"):
+    with pytest.raises(CoterieError, match="`coterie unpack`"):
         load(packed("jetmoe"))
 
 

@@ -1,7 +1,7 @@
 """`coterie pack` and `coterie unpack`: a checkpoint with zeros to one that does not store them, and back.
 
-Data-free and exact: every byte comes back. Streamed, one matrix in memory; pack reads what it packs twice, once to
-count, because a safetensors header names all sizes before the first value.
+Data-free and exact: every byte comes back. What a verb recorded about the checkpoint (`coterie.json`) goes with it, so
+that `verify`, `apply` and `recover` know a packed folder as they know the dense one.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from coterie.apply import finished, left_behind, whole, write
-from coterie.checkpoint import Checkpoint, Tensor
+from coterie.checkpoint import Checkpoint, load_json
 from coterie.errors import CoterieError
-from coterie.experts import expert_weights
-from coterie.layer import LAYER, Model
-from coterie.numerics import decode
+from coterie.family import detect
+from coterie.layer import Model, find_blocks
 from coterie.plan import Plan, to_json
 from coterie.report import Progress, Report, Stopwatch, model_card, no_progress, versions
 from coterie.sparse import format as fmt
+from coterie.sparse.coding import Coding, candidates, counted, fill, sizes
 from coterie.sparse.view import Entry, dense_view, entries, is_sparse
 from coterie.writer import Hole, Made, Output, Writer, check_out, partial_of
 
 VALUES = ("as stored", "int8")
-FLOATS = ("BF16", "F16", "F32")
+OURS = ("pack", "unpack")  # commands that decide nothing about a model
 
 
 def pack(
@@ -42,31 +40,32 @@ def pack(
 ) -> Report:
     """Writes DENSE to OUT with its sparse matrices packed: one bit per weight, and the values that are not zero.
 
-    Experts, and other matrices of decoder layers; each only where it takes fewer bytes.
+    Experts, and other matrices of decoder layers; each only where it takes fewer bytes. The report of a folder that
+    another command wrote stays that command's, with `report.packed` (and `report.packed_from`, the dense fingerprint).
     values: "as stored", which `unpack` restores exactly, or "int8", rounded with a scale per 128 columns, which it
     cannot.
     Raises: CoterieError, before anything is written, when no matrix would shrink.
     """
-    clock, model = Stopwatch(), Model.open(dense)
-    _check_dense(model.checkpoint)
+    clock, checkpoint = Stopwatch(), Checkpoint.open(dense)
+    _check_dense(checkpoint)
     if values not in VALUES:
         raise CoterieError(f"--values {values!r:.40}: expected one of {', '.join(VALUES)}")
-    stored, coding = _Coding(model.checkpoint), _Coding(model.checkpoint, "I8" if values == "int8" else None)
-    tensors = model.checkpoint.tensors
-    counts = _counts(stored, [t.name for t in _candidates(model)], on_progress)
-    chosen = {n: c for n, c in counts.items() if stored.num_bytes(tensors[n], sum(c)) < tensors[n].num_bytes}
-    if coding.dtype:  # zeros decide, but rounding makes more of them
-        chosen = _counts(coding, list(chosen), on_progress)
-    if not chosen:
-        raise CoterieError(_nothing(model.checkpoint, counts))
-    config = model.checkpoint.config | {"quantization_config": fmt.settings()}
-    outputs = {shard: list(_packed_outputs(coding, shard, chosen)) for shard in model.checkpoint.shards}
-    job = _Job(
-        "pack", model.checkpoint, str(dense), outputs, config, _pack_numbers(model, coding, chosen), {"values": values}
-    )
+    check_out(Path(out), checkpoint.path, resume=resume, overwrite=overwrite)
+    model = find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
+    coding, chosen = _choose(model, values, on_progress)
+    outputs = {shard: list(_packed_outputs(coding, shard, chosen)) for shard in checkpoint.shards}
+    packed = sizes(coding, chosen) | {"values": values}
+    size = {"parameters": checkpoint.num_parameters, "experts": model.main[0].num_experts}
+    numbers = {
+        "before": size | {"bytes": packed["before"]},
+        "after": size | {"bytes": packed["after"]},
+        "packed": packed,
+    }
+    config = checkpoint.config | {"quantization_config": fmt.settings()}
+    job = _Job("pack", checkpoint, str(dense), outputs, config, numbers, {"values": values})
     return _execute(
         job, Path(out), clock, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
-        fill=lambda writer: _fill(coding, chosen, writer, on_progress),
+        finish=lambda writer: fill(coding, chosen, writer, on_progress),
     )  # fmt: skip
 
 
@@ -96,10 +95,11 @@ def unpack(
     for tensor in view.tensors.values():
         entry = found.get(tensor.name)
         outputs[tensor.file].append(_restored(entry) if entry else whole(tensor))
+    size = {"parameters": view.num_parameters, "experts": ""}
     numbers = {
-        "before": {"parameters": view.num_parameters, "bytes": checkpoint.num_bytes},
-        "after": {"parameters": view.num_parameters, "bytes": view.num_bytes},
-        "unpacked_tensors": len(found),
+        "before": size | {"bytes": checkpoint.num_bytes},
+        "after": size | {"bytes": view.num_bytes},
+        "unpacked": {"before": checkpoint.num_bytes, "after": view.num_bytes, "tensors": len(found)},
     }
     job = _Job("unpack", checkpoint, str(packed), outputs, view.config, numbers)
     return _execute(
@@ -127,32 +127,107 @@ def _execute(
     resume: bool,
     overwrite: bool,
     on_progress: Progress,
-    fill: Callable[[Writer], None] = lambda _: None,
+    finish: Callable[[Writer], None] = lambda _: None,
 ) -> Report:
     """Checks OUT, writes it (unless dry_run), and reports."""
     source = job.source
     check_out(out, source.path, resume=resume, overwrite=overwrite)
-    experts = {side: {**job.numbers[side], "experts": job.numbers.get("experts", "")} for side in ("before", "after")}
-    report = Report(
-        command=job.command,
-        options=job.options,
-        source={"path": job.path, "hash": None if dry_run else source.hash},
-        plan=Plan(layers={}).as_dict(),
-        report={**job.numbers, **experts, **clock.read(), "warnings": left_behind(source), "dry_run": dry_run},
-        versions=versions(),
-    )
+    fingerprint = None if dry_run else source.hash
+    made = _made_by(source)
+    report = _kept(job, made, fingerprint) if made else _own(job, fingerprint)
+    report.report.update(clock.read() if not made else {})
+    report.report["warnings"] = [*report.report.get("warnings", []), *left_behind(source)]
+    report.report["dry_run"] = dry_run
     if dry_run:
         return report
     if resume and out.exists() and not partial_of(out).exists():
-        return finished(out, report)
-    with Writer(out, {"command": job.command, "options": job.options, "source": source.hash}, resume=resume) as writer:
+        return _repeated(out, job, fingerprint) if made else finished(out, report)
+    identity = {"command": job.command, "options": job.options, "source": source.hash}
+    with Writer(out, identity, resume=resume, replace=overwrite) as writer:
         write(writer, source, job.outputs, job.config, on_progress)
-        fill(writer)
-        report.report.update(clock.read())
+        finish(writer)
+        report.report.update(clock.read() if not made else {})
         writer.text("coterie.json", to_json(report.as_dict()))
-        writer.text("README.md", model_card(source, report))
+        writer.text("README.md", _card(job, report))
         writer.finish({s: {o.name: o for o in os} for s, os in job.outputs.items()}, source.indexed)
     return report
+
+
+# --- the record ------------------------------------------------------------------------------------------------
+
+
+def _made_by(source: Checkpoint) -> Report | None:
+    """What another command recorded of the checkpoint; None where none did.
+
+    Raises: CoterieError for a coterie.json that is no record: what it meant would be lost.
+    """
+    path = source.path / "coterie.json"
+    if not path.is_file():
+        return None
+    found = load_json(path)
+    objects = {key: found.get(key) for key in ("options", "source", "plan", "report", "versions")}
+    warnings = found["report"].get("warnings", []) if isinstance(found.get("report"), dict) else []
+    whole = all(isinstance(value, dict) for value in objects.values()) and isinstance(warnings, list)
+    if not whole or not isinstance(found.get("command"), str):
+        raise CoterieError(f"{path}: is not a record of coterie (no command, plan or report); remove it, or restore it")
+    return None if found["command"] in OURS else Report(found["command"], **objects)  # type: ignore[arg-type]
+
+
+def _own(job: _Job, fingerprint: str | None) -> Report:
+    """The report on a checkpoint that no command of ours made."""
+    source = {"path": job.path, "hash": fingerprint}
+    return Report(job.command, job.options, source, Plan(layers={}).as_dict(), dict(job.numbers), versions())
+
+
+def _kept(job: _Job, made: Report, fingerprint: str | None) -> Report:
+    """The report of the command that made the checkpoint, with the bytes that it has now."""
+    earlier = ("packed", "packed_from", "unpacked", "unpacked_from")
+    found = {key: value for key, value in made.report.items() if key not in earlier}
+    after = found["after"] if isinstance(found.get("after"), dict) else {}
+    found["after"] = after | {"bytes": job.numbers["after"]["bytes"]}
+    found |= {key: job.numbers[key] for key in ("packed", "unpacked") if key in job.numbers}
+    found[f"{job.command}ed_from"] = {"path": job.path, "hash": fingerprint}
+    return Report(made.command, made.options, made.source, made.plan, found, made.versions)
+
+
+def _repeated(out: Path, job: _Job, fingerprint: str | None) -> Report:
+    """The report of a complete OUT, if it was made from this very checkpoint with these options."""
+    found = _made_by(Checkpoint.open(out))
+    at = found.report.get(f"{job.command}ed_from") if found else None
+    packed = found.report.get("packed") if found else None
+    same = isinstance(at, dict) and at.get("hash") == fingerprint
+    if job.command == "pack":
+        same = same and isinstance(packed, dict) and packed.get("values") == job.options["values"]
+    if found is None or not same:
+        raise CoterieError(f"{out}: is complete, but was made with another source, plan or option; choose another OUT")
+    return found
+
+
+PACKED_CARD = """
+## Packed
+
+{tensors:,} matrices are stored as one bit per weight and the values that are not zero: {after:,} bytes instead of
+{before:,}. After `import coterie`, `AutoModelForCausalLM.from_pretrained` loads them, and multiplies without expanding
+them; without it, transformers only warns, and fills them with random numbers. {end}
+"""
+EXACT = "`coterie unpack` restores every byte of the dense checkpoint."
+ROUNDED = "Values were rounded to int8, with a scale per 128 columns; the dense checkpoint cannot be restored."
+
+
+def _card(job: _Job, report: Report) -> str:
+    """README.md: that of the command that made the checkpoint, and how it is stored now."""
+    readme = job.source.path / "README.md"
+    text = ""
+    if report.command not in OURS and readme.is_file():
+        text = readme.read_text(encoding="utf-8", errors="replace").split("\n## Packed\n")[0]
+    text = text or model_card(job.source, report)
+    if job.command == "unpack":
+        return text
+    packed = report.report["packed"]
+    return text + PACKED_CARD.format(**packed, end=EXACT if packed["values"] == "as stored" else ROUNDED)
+
+
+# --- what is packed --------------------------------------------------------------------------------------------
 
 
 def _check_dense(checkpoint: Checkpoint) -> None:
@@ -161,89 +236,37 @@ def _check_dense(checkpoint: Checkpoint) -> None:
     if checkpoint.config.get("quantization_config"):
         raise CoterieError(f"{checkpoint.path}: is quantised; expected plain floats: dequantise it first")
     if checkpoint.config.get("model_type") == "coterie":
-        raise CoterieError(f"{checkpoint.path}: layers with different numbers of experts cannot be packed yet")
+        raise CoterieError(
+            f"{checkpoint.path}: is in our own layout (layers that no stock config describes), which cannot be packed"
+        )
     ours = next((n for n in checkpoint.tensors if n.rpartition(".")[2] in fmt.PARTS), None)
     if ours:
         raise CoterieError(f"{checkpoint.path}: tensor {ours!r} is named like a part of a packed one; cannot pack it")
 
 
-@dataclass(frozen=True)
-class _Coding:
-    """How the matrices of a checkpoint are packed: `dtype` of the stored values, None for their own."""
-
-    checkpoint: Checkpoint
-    dtype: str | None = None
-
-    def kind(self, tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-        return self.dtype or tensor.dtype, tensor.shape
-
-    def parts(self, tensor: Tensor, num_values: int) -> list[fmt.Part]:
-        dtype, shape = self.kind(tensor)
-        return fmt.parts(tensor.name, dtype, shape, num_values, fmt.num_groups(dtype, shape[-1]))
-
-    def num_bytes(self, tensor: Tensor, num_values: int) -> int:
-        return sum(part.num_bytes for part in self.parts(tensor, num_values))
-
-    def raws(self, tensor: Tensor) -> Iterator[bytes]:
-        """The dense bytes of each matrix of a tensor (O, I) or (E, O, I)."""
-        count = tensor.shape[0] if len(tensor.shape) == 3 else 1
-        size = tensor.num_bytes // count
-        for e in range(count):
-            yield self.checkpoint.raw(tensor.name, e * size, size)
-
-    def packed(self, tensor: Tensor) -> Iterator[fmt.Packed]:
-        """Each matrix, packed."""
-        shape = tensor.shape[-2], tensor.shape[-1]
-        for raw in self.raws(tensor):
-            if self.dtype is None:
-                yield fmt.encode(raw, tensor.dtype, shape)
-                continue
-            values = decode(raw, tensor.dtype, tensor.name).reshape(shape)
-            if not np.isfinite(values).all():
-                raise CoterieError(f"tensor {tensor.name!r}: holds NaN or infinity, which int8 has none of")
-            codes, scales = fmt.quantise(values)
-            yield fmt.encode(codes, self.dtype, shape, scales)
-
-    def counts(self, tensor: Tensor) -> list[int]:
-        """Kept values of each matrix."""
-        if self.dtype is None:
-            codes = fmt.CODES[tensor.dtype]
-            return [int(np.count_nonzero(np.frombuffer(raw, codes))) for raw in self.raws(tensor)]
-        return [len(packed.values) for packed in self.packed(tensor)]
-
-
-def _candidates(model: Model) -> list[Tensor]:
-    """Expert matrices, and the weights of other matrices in decoder layers but routers: what may have been pruned."""
-    tensors = model.checkpoint.tensors
-    experts = {n for b in model.moe if not b.attention for n in expert_weights(model.checkpoint, b)}
-    found = []
-    for name, tensor in tensors.items():
-        other = model.roles[name] in ("shared", "other") and len(tensor.shape) == 2 and LAYER.fullmatch(name)
-        if name in experts or (other and name.endswith("_proj.weight")):
-            if tensor.dtype in FLOATS and len(tensor.shape) in (2, 3) and math.prod(tensor.shape) > 0:
-                found.append(tensor)
-    return found
-
-
-def _counts(coding: _Coding, names: list[str], on_progress: Progress) -> dict[str, list[int]]:
-    """Kept values of every matrix of the named tensors."""
-    found = {}
-    for done, name in enumerate(names):
-        found[name] = coding.counts(coding.checkpoint.tensors[name])
-        on_progress("counting zeros", done + 1, len(names))
-    return found
+def _choose(model: Model, values: str, on_progress: Progress) -> tuple[Coding, dict[str, list[int]]]:
+    """How matrices are packed, and the tensors that shrink with the kept values of each of their matrices."""
+    stored, tensors = Coding(model.checkpoint), model.checkpoint.tensors
+    counts = counted(stored, [t.name for t in candidates(model)], on_progress)
+    chosen = {n: c for n, c in counts.items() if stored.shrinks(tensors[n], sum(c))}
+    if not chosen:
+        raise CoterieError(_nothing(model.checkpoint, counts))
+    if values == "as stored":
+        return stored, chosen
+    coding = Coding(model.checkpoint, "I8")  # zeros decide, but rounding makes more of them
+    return coding, counted(coding, list(chosen), on_progress)
 
 
 def _nothing(checkpoint: Checkpoint, counts: dict[str, list[int]]) -> str:
-    sizes = {n: checkpoint.tensors[n].num_parameters for n in counts}
-    most = max((1 - sum(c) / sizes[n] for n, c in counts.items()), default=0.0)
+    numbers = {n: checkpoint.tensors[n].num_parameters for n in counts}
+    most = max((1 - sum(c) / numbers[n] for n, c in counts.items()), default=0.0)
     return (
         f"{checkpoint.path}: none of {len(counts)} matrices would shrink (at most {most:.1%} of one are zeros; "
         "bf16 needs 7 %): prune it first, for example with `coterie sparsify`"
     )
 
 
-def _packed_outputs(coding: _Coding, shard: str, chosen: dict[str, list[int]]) -> Iterator[Output]:
+def _packed_outputs(coding: Coding, shard: str, chosen: dict[str, list[int]]) -> Iterator[Output]:
     """What the shard holds: chosen tensors as holes for their parts, everything else as it is."""
     for tensor in coding.checkpoint.tensors.values():
         if tensor.file != shard:
@@ -253,47 +276,6 @@ def _packed_outputs(coding: _Coding, shard: str, chosen: dict[str, list[int]]) -
             continue
         for part in coding.parts(tensor, sum(chosen[tensor.name])):
             yield Output(part.name, part.dtype, part.shape, (Hole(part.num_bytes),))
-
-
-def _fill(coding: _Coding, chosen: dict[str, list[int]], writer: Writer, on_progress: Progress) -> None:
-    """Packs the chosen tensors into their holes, one matrix in memory."""
-    for done, (name, counts) in enumerate(chosen.items()):
-        tensor = coding.checkpoint.tensors[name]
-        layout, at = [tensor.shape[-1], fmt.GROUP if coding.dtype else 0], dict.fromkeys(fmt.PARTS[1:], 0)
-        for packed, count in zip(coding.packed(tensor), counts, strict=True):
-            if len(packed.values) != count:
-                raise CoterieError(
-                    f"{coding.checkpoint.path}: tensor {name!r} changed while it was packed; start again"
-                )
-            layout.append(fmt.checksum(packed))
-            for part in at:
-                array = getattr(packed, part)
-                if array is not None:
-                    writer.put(f"{name}.{part}", at[part], array.tobytes())
-                    at[part] += array.nbytes
-        writer.put(f"{name}.layout", 0, np.array(layout, "<i8").tobytes())
-        on_progress("packing", done + 1, len(chosen))
-    writer.unit({"packed": len(chosen)})
-
-
-def _pack_numbers(model: Model, coding: _Coding, chosen: dict[str, list[int]]) -> dict[str, Any]:
-    """Sizes before and after, in all and of what is packed."""
-    tensors = {n: model.checkpoint.tensors[n] for n in chosen}
-    dense = sum(t.num_bytes for t in tensors.values())
-    stored = sum(coding.num_bytes(t, sum(chosen[n])) for n, t in tensors.items())
-    whole_bytes, parameters = model.checkpoint.num_bytes, model.checkpoint.num_parameters
-    return {
-        "before": {"parameters": parameters, "bytes": whole_bytes},
-        "after": {"parameters": parameters, "bytes": whole_bytes - dense + stored},
-        "experts": model.main[0].num_experts,
-        "packed": {
-            "tensors": len(chosen),
-            "dense_bytes": dense,
-            "bytes": stored,
-            "ratio": stored / dense,
-            "zeros": 1 - sum(map(sum, chosen.values())) / sum(t.num_parameters for t in tensors.values()),
-        },
-    }
 
 
 def _restored(entry: Entry) -> Output:

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import check_plan, patched_config, plan_outputs
+from coterie.apply import check_plan, patched_config, plan_outputs, whole
 from coterie.checkpoint import INDEX, Checkpoint, load_json
 from coterie.condensing.repackage import converted
 from coterie.data import Document, encode, read_documents
@@ -23,6 +23,8 @@ from coterie.family import detect
 from coterie.layer import LAYER, Model, MoE, find_blocks
 from coterie.plan import Plan, read_plan
 from coterie.report import Progress, no_progress
+from coterie.routes import compared_constants, constants_name, routed_blocks
+from coterie.sparse.view import CLOSED, DenseView, dense_view, is_sparse
 from coterie.writer import Hole, Made, Output, Run
 from coterie.zeroing.check import zero_faults
 
@@ -49,6 +51,7 @@ def verify(
     `recover` wrote: the model that was trained; all bytes but the trained tensors' are compared.
     data: what to compute logits on: the first 2 blocks of 64 tokens of a text, or the first 8 lines of a JSONL with
     input_ids, uncut (default: 2 blocks of random token ids, always the same).
+    A packed folder is checked as the dense one that it stands for, once its version, masks, counts and checksums are.
     A check that cannot be made here (no stock class, too little memory) is ok, and its detail begins with "not".
     Raises: CoterieError when OUT is no folder, or when `against` or `data` cannot be used.
     """
@@ -71,7 +74,8 @@ def verify(
         checks.append({"name": name, "ok": ok, "detail": detail})
         return found
 
-    opened = run("files", lambda: check_files(folder))
+    dense = run("packed tensors", lambda: check_packed(folder, on_progress)) if _is_packed(folder) else None
+    opened = run("files", lambda: check_files(dense or Checkpoint.open(folder))) if dense or not checks else None
     if opened:
         _check_contents(opened, source, documents, run, on_progress)
     return {"ok": all(check["ok"] for check in checks), "checks": checks}
@@ -109,12 +113,32 @@ Answer = tuple[bool, str, Any]  # ok, detail, what later checks need
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def check_files(folder: Path) -> tuple[bool, str, Checkpoint | None]:
+def _is_packed(folder: Path) -> bool:
+    """Whether config.json says so; what cannot be read is a fault of the files."""
+    try:
+        return is_sparse(Checkpoint.open(folder))
+    except CoterieError:
+        return False
+
+
+def check_packed(folder: Path, on_progress: Progress = no_progress) -> tuple[bool, str, DenseView]:
+    """The version is ours; of each packed matrix mask, counts, values and checksum agree."""
+    view = dense_view(Checkpoint.open(folder))
+    assert isinstance(view, DenseView)
+    for done, entry in enumerate(view.packed.values()):
+        for e in range(entry.num_matrices):
+            entry.matrix(e)
+        on_progress("checking packed tensors", done + 1, len(view.packed))
+    matrices = sum(entry.num_matrices for entry in view.packed.values())
+    rounded = f", {len(view.rounded):,} rounded to int8" if view.rounded else ""
+    return True, f"{matrices:,} matrices of {len(view.packed):,} tensors agree with their checksums{rounded}", view
+
+
+def check_files(out: Checkpoint) -> tuple[bool, str, Checkpoint | None]:
     """Headers, index, tensor names and expert counts agree with each other, with config.json and with the plan."""
-    out = Checkpoint.open(folder)
     try:
         if out.indexed:
-            _check_index(out)
+            _check_index(out.source if isinstance(out, DenseView) else out)
         plan = _plan(out) if _record(out) is not None else Plan({})
         blocks = () if _all_condensed(out, plan) else find_blocks(out, detect(out.config, list(out.tensors))).moe
         planned = _check_counts(blocks, plan) if _record(out) is not None else "no coterie.json"
@@ -186,32 +210,67 @@ def _first(names: Any, limit: int = 3) -> str:
 def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progress) -> Answer:
     """Every tensor that the plan makes of the original is in OUT, byte for byte, and nothing else is."""
     plan, record = _plan(out), _record(out)
+    if _was_packed_from(record, source.checkpoint):
+        return _check_same(out, source.checkpoint, on_progress)
     recorded = record.get("source") if record else None
     if not isinstance(recorded, dict) or recorded.get("hash") != source.checkpoint.hash:
         return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
     source = converted(source, plan.converted)
     check_plan(source, plan)
-    outputs = [o for shard in plan_outputs(source, plan).values() for o in shard]
+    rounded = _rounded(out)
+    outputs = [o for shard in plan_outputs(source, plan).values() for o in shard if o.name not in rounded]
     faults = _header_faults(out, outputs)
     config = patched_config(source, plan)
     wrong = [key for key in {*config, *out.config} if config.get(key) != out.config.get(key)]
     if wrong:
         faults.append(f"config.json is not the original's with new counts: {_first(wrong)}")
     pruned: set[str] = set()
-    if not faults and plan.sparsity:
+    if not faults and plan.sparsity and not rounded:
         pruned, faults = zero_faults(out, source, plan, corrected=_corrected(record))
     if not faults:
-        same = [o for o in outputs if o.name not in pruned]
-        differing = list(_differing(out, source.checkpoint, same, on_progress))
+        constants, others = compared_constants(out, source, plan)
+        same = [o for o in outputs if o.name not in pruned | constants]
+        differing = others + list(_differing(out, source.checkpoint, same, on_progress))
         faults += [f"other bytes in {_first(differing)}"] if differing else []
     zeroed = f", {len(pruned):,} with zeros, as many as recorded" if pruned else ""
+    added = {constants_name(b) for b, choice in routed_blocks(source, plan) if choice.removed == "constant"}
+    outputs = [o for o in outputs if o.name not in added]
+    zeroed += f", {len(added):,} with constants added" if added else ""
+    zeroed += f"; not compared: {len(rounded):,} that packing rounded to int8" if rounded else ""
     return not faults, "; ".join(faults) or _tally(source.checkpoint, outputs) + zeroed, None
 
 
+def _rounded(out: Checkpoint) -> set[str]:
+    """Tensors whose dense bytes are lost."""
+    return out.rounded if isinstance(out, DenseView) else set()
+
+
+def _was_packed_from(record: dict[str, Any] | None, source: Checkpoint) -> bool:
+    """Whether `coterie pack` (or unpack) made OUT from this very checkpoint, rather than a command before it."""
+    report = record.get("report") if record else None
+    ends = [report.get(key) for key in ("packed_from", "unpacked_from")] if isinstance(report, dict) else []
+    return any(isinstance(end, dict) and end.get("hash") == source.hash for end in ends)
+
+
+def _check_same(out: Checkpoint, source: Checkpoint, on_progress: Progress) -> Answer:
+    """OUT stands for the very bytes of the dense checkpoint that it was packed from."""
+    rounded = _rounded(out)
+    outputs = [whole(tensor) for tensor in source.tensors.values() if tensor.name not in rounded]
+    faults = _header_faults(out, outputs) + ([] if out.config == source.config else ["config.json is another"])
+    if not faults:
+        differing = list(_differing(out, source, outputs, on_progress))
+        faults += [f"other bytes in {_first(differing)}"] if differing else []
+    said = f"{len(outputs):,} kept as is" + (f", {len(rounded):,} rounded to int8: not compared" if rounded else "")
+    return not faults, "; ".join(faults) or said, None
+
+
 def _was_trained(folder: Path) -> bool:
-    """Whether the folder says that `recover` wrote it."""
+    """Whether the folder says that `recover` wrote it; what cannot be read is a fault that the checks find."""
     record = folder / "coterie.json"
-    return record.is_file() and load_json(record).get("command") == "recover"
+    try:
+        return record.is_file() and load_json(record).get("command") == "recover"
+    except CoterieError:
+        return False
 
 
 def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
@@ -223,6 +282,8 @@ def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
 def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = no_progress) -> Answer:
     """Every tensor of the model that `recover` was given is in OUT, and only those recorded as trained differ."""
     record = _record(out) or {}
+    if _was_packed_from(record, source):
+        return _check_same(out, source, on_progress)
     recorded, trained = _object(record, "source"), _object(_object(record, "report"), "trained")
     if recorded.get("hash") != source.hash:
         return False, f"{source.path} is not the model that was trained, {recorded.get('path')!s:.200}", None
@@ -258,7 +319,7 @@ def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:
     found = {t.name: (t.dtype, t.shape) for t in out.tensors.values()}
     faults = {
         "missing": meant.keys() - found.keys(),
-        "not meant to be there": found.keys() - meant.keys(),
+        "not meant to be there": found.keys() - meant.keys() - _rounded(out),
         "of another shape or dtype": {n for n in meant.keys() & found.keys() if meant[n] != found[n]},
     }
     return [f"{fault}: {_first(names)}" for fault, names in faults.items() if names]
@@ -269,10 +330,9 @@ def _differing(out: Checkpoint, source: Checkpoint, outputs: list[Output], on_pr
     total, done = sum(o.num_bytes for o in outputs), 0
     with _Reader() as read:
         for output in outputs:
-            tensor = out.tensors[output.name]
-            position = tensor.start
+            position, at = 0, _stored(out, output.name, read)
             for part in output.parts:
-                if not _same(part, source.path, read, out.path / tensor.file, position):
+                if not _same(part, source.path, read, at, position):
                     yield output.name
                     break
                 position += part.num_bytes
@@ -280,14 +340,25 @@ def _differing(out: Checkpoint, source: Checkpoint, outputs: list[Output], on_pr
             on_progress("comparing bytes", done, total)
 
 
-def _same(part: Run | Made | Hole, folder: Path, read: _Reader, target: Path, position: int) -> bool:
-    """Whether the file `target` holds the part at `position`."""
+Bytes = Callable[[int, int], bytes]  # of a tensor: (first, how many)
+
+
+def _stored(out: Checkpoint, name: str, read: _Reader) -> Bytes:
+    """A tensor's bytes in OUT, decoded where it is packed."""
+    tensor = out.tensors[name]
+    if isinstance(out, DenseView) and name in out.packed:
+        return lambda first, length: out.raw(name, first, length)
+    return lambda first, length: read(out.path / tensor.file, tensor.start + first, length)
+
+
+def _same(part: Run | Made | Hole, folder: Path, read: _Reader, at: Bytes, position: int) -> bool:
+    """Whether the tensor holds the part at `position`."""
     if isinstance(part, Made):
-        return part.make() == read(target, position, part.num_bytes)
+        return part.make() == at(position, part.num_bytes)
     assert isinstance(part, Run), "plans have no holes"
     for skip in range(0, part.num_bytes, CHUNK):
         length = min(CHUNK, part.num_bytes - skip)
-        if read(folder / part.file, part.start + skip, length) != read(target, position + skip, length):
+        if read(folder / part.file, part.start + skip, length) != at(position + skip, length):
             return False
     return True
 
@@ -340,6 +411,8 @@ def check_loads(out: Checkpoint) -> Answer:
         kind = "condensed layers in a family without dense ones"
         if not out.config["coterie"].get("dense"):
             kind = "layers keep different numbers of experts"
+        if out.config["coterie"].get("routes"):
+            kind = "routers keep rows that lead to no expert of their own"
         return True, f"not loaded: {kind}, which only `coterie.load` reads", model
     family = detect(out.config, list(out.tensors))
     if not family.stock:
@@ -347,7 +420,14 @@ def check_loads(out: Checkpoint) -> Answer:
             f"not loaded: transformers has no class for {family.name}; names, shapes and bytes were "
             "checked, but not that the model computes"
         ), None  # fmt: skip
-    model, faults = _load(out, device="meta" if short else "cpu")
+    if isinstance(out, DenseView) and short:
+        return True, f"not loaded: {short}", None
+    try:
+        model, faults = _load(out, device="meta" if short else "cpu")
+    except CoterieError as error:
+        if isinstance(out, DenseView) and CLOSED in str(error):  # what is in the files is fine
+            return True, f"not loaded: {error}", None
+        raise
     if faults:
         return False, "; ".join(f"{kind.replace('_', ' ')}: {_first(keys)}" for kind, keys in faults.items()), None
     fits = f"{type(model).__name__}: no key missing, unexpected or of another shape"
@@ -464,6 +544,7 @@ def check_computes(model: Any, sequences: list[list[int]]) -> Answer:
 def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], logits: list[Any] | None) -> Answer:
     """OUT computes exactly what the original does when its routers cannot choose the dropped experts."""
     from coterie.masked import mask_experts
+    from coterie.routed import route_original
 
     plan = _plan(out)
     if logits is None:
@@ -481,15 +562,15 @@ def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], log
     if faults:
         raise CoterieError(f"{source.checkpoint.path}: the original itself does not load: {_first(faults)}")
     before = _forward(model, sequences)
-    routing = mask_experts(model, source, plan)
+    routing, num_routed = mask_experts(model, source, plan), route_original(model, source, plan, out)
     with routing:
         expected = _forward(model, sequences)
     idle = [name for name, hits in routing.hits.items() if hits == 0]
     if idle:
         return False, f"not a comparison: the router of {_first(idle)} was never seen at work in the original", None
-    moved = _largest_gap(before, expected)
+    moved, num_changed = _largest_gap(before, expected), len(routing.hits) + num_routed
     ok, detail = _judge(_largest_gap(logits, expected), expected)
-    return ok, f"{detail}; leaving experts out of {len(routing.hits)} routers moved them by up to {moved:.3g}", None
+    return ok, f"{detail}; leaving experts out of {num_changed} routers moved them by up to {moved:.3g}", None
 
 
 def _check_explicit(source: Model, plan: Plan, sequences: list[list[int]], logits: list[Any]) -> Answer:

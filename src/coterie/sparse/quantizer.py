@@ -45,7 +45,7 @@ from coterie.sparse.format import (
     shrinks,
 )
 from coterie.sparse.memory import TORCH, Arena, Matrix, Stack, load
-from coterie.sparse.view import Entry, dense_view, entries
+from coterie.sparse.view import CLOSED, Entry, dense_view, entries
 from coterie.streaming.skeleton import decoder_layers
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # the parameters of an experts module that are left out
@@ -109,8 +109,8 @@ class CoterieQuantizer(HfQuantizer):
             modules = experts_modules(layers[int(block.key)])
             if len(modules) != 1:
                 raise CoterieError(
-                    f"{self.checkpoint.path}: {block.name}: transformers does not open the experts of "
-                    f"{type(model).__name__} to other implementations; unpack the checkpoint first"
+                    f"{self.checkpoint.path}: {block.name}: {type(model).__name__} {CLOSED}; "
+                    "restore the dense checkpoint first: `coterie unpack`"
                 )
             module = modules[0]
             for weight in WEIGHTS:

@@ -30,6 +30,8 @@ from coterie.sparse.format import (
     row_type,
 )
 
+CLOSED = "is not open to other implementations of its experts"  # said of models that cannot be loaded packed
+
 
 @dataclass(frozen=True, eq=False)
 class Entry:
@@ -152,6 +154,12 @@ class DenseView(Checkpoint):
 
     source: Checkpoint = field(kw_only=True)
     packed: dict[str, Entry] = field(kw_only=True, repr=False)
+    latest: dict[tuple[str, int], bytes] = field(default_factory=dict, kw_only=True, repr=False)  # decoded, one at most
+
+    @property
+    def rounded(self) -> set[str]:
+        """Tensors that were packed as int8: they have no dense original."""
+        return {name for name, entry in self.packed.items() if entry.num_groups}
 
     def raw(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         entry = self.packed.get(name)
@@ -164,8 +172,16 @@ class DenseView(Checkpoint):
             return b""
         size = self.tensors[name].num_bytes // entry.num_matrices
         first, last = start // size, (start + length - 1) // size
-        whole = b"".join(decode(entry.matrix(e)) for e in range(first, last + 1))
+        whole = b"".join(self._decoded(entry, e) for e in range(first, last + 1))
         return whole[start - first * size :][:length]
+
+    def _decoded(self, entry: Entry, e: int) -> bytes:
+        """A matrix's dense bytes, kept until the next one is asked for: readers come piece by piece."""
+        key = (entry.name, e)
+        if key not in self.latest:
+            self.latest.clear()
+            self.latest[key] = decode(entry.matrix(e))
+        return self.latest[key]
 
 
 def dense_view(checkpoint: Checkpoint) -> Checkpoint:

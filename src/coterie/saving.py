@@ -1,0 +1,188 @@
+"""`--save dense|sparse`, the same for every command that writes a checkpoint.
+
+Sparse takes two steps: the command writes the dense checkpoint to OUT.dense, then that is packed into OUT with the
+command's own record, and deleted. A killed run leaves OUT.dense or the partial folder of either step, and --resume goes
+on from it. Until the end the disk holds both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from coterie.apply import apply as apply_plan
+from coterie.checkpoint import Checkpoint, load_json
+from coterie.errors import CoterieError
+from coterie.family import detect
+from coterie.layer import find_blocks
+from coterie.pack import pack
+from coterie.report import Progress, Report, no_progress
+from coterie.sparse.coding import some_shrink
+from coterie.writer import check_out, partial_of
+
+SAVES = ("dense", "sparse")
+MAKE_NO_ZEROS = ("prune", "merge", "recover")  # what they write holds no more zeros than what they read
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the two steps write."""
+
+    out: Path
+
+    @property
+    def dense(self) -> Path:
+        return self.out.with_name(self.out.name + ".dense")
+
+    @property
+    def begun(self) -> list[Path]:
+        """What an interrupted run left."""
+        return [path for path in (self.dense, partial_of(self.dense), partial_of(self.out)) if path.exists()]
+
+
+def savable(verb: Callable[P, Report]) -> Callable[P, Report]:
+    """The command with `save="sparse"` carried out; it itself writes dense checkpoints, and records the option.
+
+    The command takes model, out, save, dry_run, resume, overwrite and on_progress.
+    """
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Report:
+        bound = inspect.signature(verb).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        if given["save"] not in SAVES:
+            raise CoterieError(f"--save {given['save']!r:.40}: unknown; expected one of {', '.join(SAVES)}")
+        if given["save"] == "dense":
+            return verb(*args, **kwargs)
+
+        def into(out: Path) -> Report:
+            given["out"] = out
+            return verb(*bound.args, **bound.kwargs)
+
+        return _sparse(verb.__name__, into, Folders(Path(given["out"])), given)
+
+    return run
+
+
+@savable
+def apply(
+    model: str | Path,
+    plan: str | Path | dict[str, Any],
+    out: str | Path,
+    *,
+    save: str = "dense",
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    io: str = "auto",
+    engine: str = "local",
+    ray_address: str | None = None,
+    on_progress: Progress = no_progress,
+) -> Report:
+    """Executes a saved (or hand-edited) plan on MODEL and writes OUT.
+
+    plan: a `coterie.json`, its `plan` object, a file or folder holding one, or a dictionary.
+    save: dense, or sparse: zeros take one bit each (see `pack`).
+    io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
+    engine, ray_address: as in `prune`.
+    Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
+    """
+    return apply_plan(
+        model, plan, out, recorded={"save": save}, dry_run=dry_run, resume=resume, overwrite=overwrite,
+        io=io, engine=engine, ray_address=ray_address, on_progress=on_progress,
+    )  # fmt: skip
+
+
+def _sparse(command: str, into: Callable[[Path], Report], folders: Folders, given: dict[str, Any]) -> Report:
+    """Both steps, or those that an interrupted run left to do. `into` runs the command into a folder."""
+    source = Checkpoint.open(given["model"])
+    _check_folders(folders, source, given)
+    if given.get("router") == "alias":
+        raise CoterieError("--save sparse: --router alias is written in our own layout, which cannot be packed")
+    if given["dry_run"]:
+        return _planned(into(folders.out))
+    if given["resume"] and folders.out.exists() and not folders.begun:
+        return into(folders.out)  # complete: the command compares it with what is asked, and says what it holds
+    if command in MAKE_NO_ZEROS and not folders.begun:
+        _check_zeros(command, source, given["on_progress"])
+    into(folders.dense)
+    try:
+        report = pack(
+            folders.dense, folders.out, resume=given["resume"], overwrite=given["overwrite"],
+            on_progress=given["on_progress"],
+        )  # fmt: skip
+    except CoterieError as error:
+        raise CoterieError(
+            f"{error}. The dense checkpoint is complete in {folders.dense}: use it as it is, or go on with --resume"
+        ) from error
+    _remove(folders.dense)
+    return report
+
+
+def _remove(dense: Path) -> None:
+    """Under another name, so that a kill in the middle leaves nothing that looks like a checkpoint.
+
+    Raises: CoterieError where it cannot be removed; OUT is complete then.
+    """
+    try:
+        old = tempfile.mkdtemp(prefix=f"{dense.name}.old-", dir=dense.parent)
+        dense.rename(old)
+        shutil.rmtree(old)
+    except OSError as error:
+        raise CoterieError(
+            f"{dense}: is packed, but cannot be removed ({error.strerror or error}); delete it"
+        ) from error
+
+
+def _check_folders(folders: Folders, source: Checkpoint, given: dict[str, Any]) -> None:
+    """Raises: CoterieError, before any work, where one of the two steps could not write or go on."""
+    out, dense = folders.out, folders.dense
+    resume, overwrite = given["resume"], given["overwrite"]
+    check_out(out, source.path, resume=resume, overwrite=overwrite)
+    if dense.exists() and not _is_ours(dense):
+        raise CoterieError(f"{dense}: in the way, and not left by --save sparse; move it, or choose another OUT")
+    if dense.exists() and not resume and not overwrite:
+        raise CoterieError(f"{dense}: left by an interrupted run; add --resume to go on, or --overwrite to start anew")
+    unfinished = partial_of(dense).exists() or (partial_of(out).exists() and not dense.exists())
+    if resume and unfinished and (out.exists() or partial_of(out).exists()):
+        # The dense checkpoint comes first, so that these were made by something else.
+        other = out if out.exists() else partial_of(out)
+        raise CoterieError(
+            f"{other}: not of the run that left {folders.begun[0]}; move it away, or start anew with --overwrite"
+        )
+
+
+def _is_ours(dense: Path) -> bool:
+    """Whether a folder is the first step's: a dense checkpoint that was asked to become sparse."""
+    record = dense / "coterie.json"
+    options = load_json(record).get("options") if record.is_file() else None
+    return isinstance(options, dict) and options.get("save") == "sparse"
+
+
+def _check_zeros(command: str, source: Checkpoint, on_progress: Progress) -> None:
+    """Raises: CoterieError where the command would make nothing that packing shrinks."""
+    model = find_blocks(source, detect(source.config, list(source.tensors)))
+    if not some_shrink(model, on_progress):
+        raise CoterieError(
+            f"--save sparse: `coterie {command}` makes no zeros, and {source.path} has no matrix with enough of them "
+            "(bf16 needs 7 %); use --save dense, or make zeros with `coterie sparsify` or `coterie stun`"
+        )
+
+
+def _planned(report: Report) -> Report:
+    """A dry run's report: what is said of bytes is said of the dense checkpoint."""
+    size = report.report["after"]["bytes"]
+    report.report["warnings"] = [
+        *report.report.get("warnings", []),
+        f"bytes are those before packing: --save sparse first writes {size:,} bytes to OUT.dense, and needs room for "
+        "the packed checkpoint beside it",
+    ]
+    return report

@@ -1,0 +1,345 @@
+"""`--save sparse`: the same folder as packing what the command wrote dense, whatever interrupts it; and packed folders
+under the other commands."""
+
+import inspect
+import json
+import shutil
+
+import pytest
+
+import coterie
+import tiny
+from coterie.checkpoint import Checkpoint
+from coterie.cli import main
+from coterie.errors import CoterieError
+from coterie.sparse.view import dense_view
+
+VERBS = ("prune", "merge", "stun", "sparsify", "condense", "recover", "drop", "apply")
+NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def half(model, out, **options):
+    """The command most tests use: half of the expert weights zero, without data."""
+    return coterie.sparsify(model, out, method="magnitude", sparsity=0.5, **options)
+
+
+@pytest.fixture(scope="module")
+def home(tiny_checkpoint, tmp_path_factory):
+    """A folder with `dense`, half zeros, `packed`, the same packed, and `saved`, by --save sparse; to be read only."""
+    folder = tmp_path_factory.mktemp("saving")
+    half(tiny_checkpoint("qwen3_moe"), folder / "dense")
+    coterie.pack(folder / "dense", folder / "packed")
+    half(tiny_checkpoint("qwen3_moe"), folder / "saved", save="sparse")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory):
+    """A few token sequences."""
+    path = tmp_path_factory.mktemp("ids") / "ids.jsonl"
+    path.write_text(
+        "".join(json.dumps({"input_ids": [(7 * i + j) % 120 + 3 for j in range(24)]}) + "\n" for i in range(4))
+    )
+    return path
+
+
+def weights(folder):
+    """What must be equal to the byte."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"}
+
+
+def left(folder):
+    """The names in a folder."""
+    return sorted(p.name for p in folder.iterdir())
+
+
+def record(folder):
+    return json.loads((folder / "coterie.json").read_text())
+
+
+def code(capsys, *arguments):
+    """(exit code, standard output, standard error) of the program."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    return (stop.value.code or 0, *capsys.readouterr())
+
+
+# --- the same as packing afterwards -------------------------------------------------------------------------------
+
+
+def test_saving_sparse_gives_the_bytes_of_packing_afterwards(home):
+    """Same weights and config; nothing else stays beside OUT."""
+    assert weights(home / "saved") == weights(home / "packed")
+    assert left(home) == ["dense", "packed", "saved"]
+
+
+def test_the_record_is_the_commands_with_what_packing_did(home, tiny_checkpoint):
+    """Command, source, plan and report stay; options say how it was saved; bytes are those on the disk."""
+    dense, packed, saved = (record(home / name) for name in ("dense", "packed", "saved"))
+    assert saved["options"] == dense["options"] | {"save": "sparse"} and packed["options"] == dense["options"]
+    for found in (packed, saved):
+        assert found["command"] == "sparsify" and found["plan"] == dense["plan"] and found["source"] == dense["source"]
+        assert found["report"]["expert_zeros"] == dense["report"]["expert_zeros"]
+        size = Checkpoint.open(home / "saved").num_bytes
+        assert found["report"]["after"]["bytes"] == found["report"]["packed"]["after"] == size
+        assert found["report"]["packed"]["before"] == dense["report"]["after"]["bytes"] > size
+    assert "--save sparse" in (home / "saved" / "README.md").read_text()
+    assert "## Packed" in (home / "packed" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_takes_save_and_refuses_what_it_does_not_know(verb, tmp_path):
+    """An unknown value is refused before the model is looked at."""
+    assert inspect.signature(getattr(coterie, verb)).parameters["save"].default == "dense"
+    rest = [tmp_path / "plan.json"] if verb == "apply" else []
+    with pytest.raises(CoterieError, match=r"--save 'zip': unknown; expected one of dense, sparse"):
+        getattr(coterie, verb)(tmp_path / "none", *rest, tmp_path / "out", save="zip")
+
+
+@pytest.mark.parametrize("verb", ["prune", "stun", "drop", "condense", "apply"])
+def test_other_commands_save_sparse_from_a_model_with_zeros(home, ids, tmp_path, verb):
+    """What stands in OUT is, unpacked, what the command writes dense."""
+    model, few = home / "dense", {"data": [f"a={ids}"], "samples": 4, "seq_len": 24}
+    plan = coterie.prune(model, tmp_path / "plan", ratio=0.25).as_dict() if verb == "apply" else None
+    act = {
+        "prune": lambda out, **how: coterie.prune(model, out, ratio=0.25, **how),
+        "stun": lambda out, **how: coterie.stun(model, out, sparsity=0.6, second="magnitude", **how),
+        "drop": lambda out, **how: coterie.drop(model, out, count=1, **few, **how),
+        "condense": lambda out, **how: coterie.condense(model, out, layer_ids=[1], **few, **how),
+        "apply": lambda out, **how: coterie.apply(model, plan, out, **how),
+    }[verb]
+    act(tmp_path / "dense")
+    report = act(tmp_path / "out", save="sparse")
+    assert report.command == verb and report.options["save"] == "sparse" and report.report["packed"]["tensors"] > 0
+    view, dense = dense_view(Checkpoint.open(tmp_path / "out")), Checkpoint.open(tmp_path / "dense")
+    assert view.config == dense.config and list(view.tensors) == list(dense.tensors)
+    assert all(view.raw(name) == dense.raw(name) for name in dense.tensors)
+    assert not (tmp_path / "out.dense").exists()
+    assert all(c["ok"] for c in coterie.verify(tmp_path / "out", against=model)["checks"])
+
+
+# --- interruptions ------------------------------------------------------------------------------------------------
+
+
+class Stop(KeyboardInterrupt):
+    """Ctrl-C."""
+
+
+def stopping(number):
+    """A progress callback that stops the run at its call of that number, and how many calls there were."""
+    calls = []
+
+    def on_progress(*_):
+        calls.append(1)
+        if len(calls) == number:
+            raise Stop
+
+    return on_progress, calls
+
+
+def test_a_run_killed_anywhere_resumes_to_the_same_bytes(tiny_checkpoint, home, tmp_path):
+    """In the first step, between the two, and in the second."""
+    model = tiny_checkpoint("qwen3_moe")
+    on_progress, calls = stopping(0)
+    half(model, tmp_path / "whole", save="sparse", on_progress=on_progress)
+    total = len(calls)
+    for number in (1, total // 6, total // 3, total // 2, 2 * total // 3, total - 1, total):
+        out = tmp_path / str(number)
+        with pytest.raises(Stop):
+            half(model, out, save="sparse", on_progress=stopping(number)[0])
+        assert not out.exists()
+        with pytest.raises(CoterieError, match="--resume"):
+            half(model, out, save="sparse")
+        half(model, out, save="sparse", resume=True)
+        assert weights(out) == weights(home / "saved")
+        assert [n for n in left(tmp_path) if n.startswith(f"{number}.")] == []
+
+
+def test_a_run_killed_before_it_tidied_up_is_finished_by_resume(tiny_checkpoint, home, tmp_path):
+    """OUT is complete and OUT.dense still there; resuming a complete OUT changes nothing."""
+    model, out = tiny_checkpoint("qwen3_moe"), tmp_path / "out"
+    half(model, out, save="sparse")
+    before = weights(out)
+    (tmp_path / "kept").mkdir()
+    half(model, tmp_path / "kept" / "dense")
+    shutil.move(tmp_path / "kept" / "dense", tmp_path / "out.dense")
+    content = record(tmp_path / "out.dense")
+    content["options"]["save"] = "sparse"
+    (tmp_path / "out.dense" / "coterie.json").write_text(json.dumps(content))
+    report = half(model, out, save="sparse", resume=True)
+    assert weights(out) == before and not (tmp_path / "out.dense").exists()
+    again = half(model, out, save="sparse", resume=True)
+    assert again.report["packed"] == report.report["packed"] and weights(out) == before
+
+
+def test_resume_with_other_options_is_refused(tiny_checkpoint, tmp_path):
+    """A complete OUT of another saving, or of another share."""
+    model, out = tiny_checkpoint("qwen3_moe"), tmp_path / "out"
+    half(model, out, save="sparse")
+    for options in ({"save": "dense"}, {"save": "sparse", "min_tokens": 3}):
+        with pytest.raises(CoterieError, match="another source, plan or option"):
+            half(model, out, resume=True, **options)
+
+
+def test_what_is_in_the_way_is_refused_and_left_alone(tiny_checkpoint, home, tmp_path):
+    """A folder named OUT.dense that is no first step, even with --overwrite; an OUT beside an unfinished first step."""
+    model, out = tiny_checkpoint("qwen3_moe"), tmp_path / "out"
+    shutil.copytree(home / "dense", tmp_path / "out.dense")
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(CoterieError, match=r"out\.dense: in the way"):
+            half(model, out, save="sparse", **how)
+    assert weights(tmp_path / "out.dense") == weights(home / "dense") and not out.exists()
+    shutil.rmtree(tmp_path / "out.dense")
+    with pytest.raises(Stop):
+        half(model, out, save="sparse", on_progress=stopping(1)[0])
+    shutil.copytree(home / "dense", out)
+    with pytest.raises(CoterieError, match="move it away"):
+        half(model, out, save="sparse", resume=True)
+    assert weights(out) == weights(home / "dense")
+    half(model, out, save="sparse", overwrite=True)
+    assert weights(out) == weights(home / "saved") and left(tmp_path) == ["out"]
+
+
+# --- nothing to gain ----------------------------------------------------------------------------------------------
+
+
+def test_where_nothing_shrinks_the_dense_result_is_kept_and_named(tiny_checkpoint, tmp_path):
+    """Too few zeros were made: refused after the work, with what it made complete beside OUT."""
+    out = tmp_path / "out"
+    with pytest.raises(CoterieError, match=r"would shrink.*complete in .*out\.dense"):
+        coterie.sparsify(tiny_checkpoint("qwen3_moe"), out, method="magnitude", sparsity=0.01, save="sparse")
+    assert not out.exists() and left(tmp_path) == ["out.dense"]
+    assert coterie.verify(tmp_path / "out.dense", against=tiny_checkpoint("qwen3_moe"))["ok"]
+
+
+def test_commands_that_make_no_zeros_are_refused_before_they_work(tiny_checkpoint, tmp_path):
+    """Of a model without any; nothing is written."""
+    with pytest.raises(CoterieError, match="makes no zeros"):
+        coterie.prune(tiny_checkpoint("qwen3_moe"), tmp_path / "out", save="sparse")
+    assert left(tmp_path) == []
+
+
+def test_a_dry_run_says_what_the_disk_must_hold(tiny_checkpoint, tmp_path):
+    """And writes nothing."""
+    report = half(tiny_checkpoint("qwen3_moe"), tmp_path / "out", save="sparse", dry_run=True).report
+    assert any(f"{report['after']['bytes']:,} bytes to OUT.dense" in note for note in report["warnings"])
+    assert left(tmp_path) == []
+
+
+# --- packed folders under the other commands ----------------------------------------------------------------------
+
+
+def test_unpacking_restores_the_record_too(home, tiny_checkpoint, tmp_path):
+    """The plan and report of the command, with the dense bytes: verified against the original as before."""
+    coterie.unpack(home / "saved", tmp_path / "out")
+    found, dense = record(tmp_path / "out"), record(home / "dense")
+    assert found["plan"] == dense["plan"] and found["report"]["after"] == dense["report"]["after"]
+    assert "packed" not in found["report"] and "## Packed" not in (tmp_path / "out" / "README.md").read_text()
+    assert coterie.verify(tmp_path / "out", against=tiny_checkpoint("qwen3_moe"))["ok"]
+
+
+def test_a_folder_without_a_record_is_packed_under_its_own(tiny_checkpoint, home, tmp_path):
+    """A checkpoint that no command of ours made; one whose coterie.json is no record is refused."""
+    shutil.copytree(home / "dense", tmp_path / "in")
+    (tmp_path / "in" / "coterie.json").unlink()
+    coterie.pack(tmp_path / "in", tmp_path / "out")
+    assert record(tmp_path / "out")["command"] == "pack"
+    assert coterie.verify(tmp_path / "out", against=tmp_path / "in")["ok"]
+    (tmp_path / "in" / "coterie.json").write_text('{"command": "stun", "plan": 3}')
+    with pytest.raises(CoterieError, match="not a record of coterie"):
+        coterie.pack(tmp_path / "in", tmp_path / "out2")
+
+
+@pytest.mark.parametrize("against", ["original", "dense", "neither"])
+def test_verify_checks_a_packed_folder_as_the_dense_one(home, tiny_checkpoint, against):
+    """Against the original and against the folder it was packed from; another model is a fault."""
+    other = {"original": tiny_checkpoint("qwen3_moe"), "dense": home / "dense", "neither": tiny_checkpoint("olmoe")}
+    result = coterie.verify(home / "packed", against=other[against])
+    checks = {c["name"]: c for c in result["checks"]}
+    assert result["ok"] == (against != "neither")
+    assert checks["packed tensors"]["ok"] and "96 matrices" in checks["packed tensors"]["detail"]
+    assert checks["accounts for every tensor"]["ok"] == (against != "neither")
+    assert checks["computes"]["detail"].startswith("finite logits")
+
+
+def test_verify_says_what_int8_lost(home, tmp_path):
+    """Rounded tensors are counted, not compared."""
+    coterie.pack(home / "dense", tmp_path / "out", values="int8")
+    result = coterie.verify(tmp_path / "out", against=home / "dense")
+    details = " ".join(c["detail"] for c in result["checks"])
+    assert result["ok"] and "96 rounded to int8" in details
+
+
+def test_inspect_counts_dense_parameters_and_stored_bytes(home):
+    """Of a packed folder and of the dense one."""
+    packed, dense = coterie.inspect(home / "packed"), coterie.inspect(home / "dense")
+    assert packed["parameters"] == dense["parameters"] and packed["experts"] == dense["experts"]
+    assert packed["bytes"] == Checkpoint.open(home / "packed").num_bytes < dense["bytes"]
+    assert packed["packed"]["tensors"] == 96 and dense["packed"] == {"tensors": 0, "bytes": 0}
+
+
+def test_eval_measures_the_same_perplexity(home, ids):
+    """Packed and zero-filled, in float32."""
+    found = coterie.eval([home / "packed", home / "dense"], data={"a": ids}, dtype="float32")["models"]
+    packed, dense = (m["perplexity"]["a"]["value"] for m in found)
+    assert packed == pytest.approx(dense, rel=1e-4)
+
+
+def test_commands_that_change_a_model_refuse_a_packed_one(home, tmp_path):
+    """They would move bytes that are not what they seem; the way out is named."""
+    with pytest.raises(CoterieError, match="`coterie unpack`"):
+        coterie.prune(home / "packed", tmp_path / "out", ratio=0.25)
+    with pytest.raises(CoterieError, match="`coterie unpack`"):
+        coterie.verify(home / "dense", against=home / "packed")
+
+
+def changed(home, out, part):
+    """The packed folder with one thing wrong."""
+    shutil.copytree(home / "packed", out)
+    path = out / "model.safetensors"
+    if part == "version":
+        config = json.loads((out / "config.json").read_text())
+        config["quantization_config"]["format"] = 2
+        (out / "config.json").write_text(json.dumps(config))
+    elif part == "truncated":
+        path.write_bytes(path.read_bytes()[:-64])
+    else:
+        start = Checkpoint.open(out).tensors[f"{NAME}.{part}"].start
+        data = bytearray(path.read_bytes())
+        data[start] ^= 1
+        path.write_bytes(data)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("mask", "keeps"),
+        ("values", "checksum"),
+        ("rows", "values"),
+        ("version", "format 2"),
+        ("truncated", "truncated"),
+    ],
+)
+def test_every_kind_of_damage_has_its_exit_code(home, tmp_path, capsys, part, says):
+    """verify answers with a named fault and 3; what would load or restore it refuses with 2, and writes nothing."""
+    wrong = changed(home, tmp_path / "wrong", part)
+    status, out, _ = code(capsys, "verify", wrong, "--json")
+    fault = next(c for c in json.loads(out)["checks"] if not c["ok"])
+    assert status == 3 and says in fault["detail"]
+    assert part in ("version", "truncated") or NAME in fault["detail"]
+    for arguments in (["unpack", wrong, tmp_path / "out"], ["eval", wrong, "--data", f"a={tmp_path / 'ids'}"]):
+        (tmp_path / "ids").write_text('{"input_ids": [3, 4, 5]}\n')
+        status, _, err = code(capsys, *arguments)
+        assert status == 2 and err.startswith("error:") and says in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_program_saves_sparse(tiny_checkpoint, home, tmp_path, capsys):
+    """--save on the command line, with the record as --json prints it; a wrong one exits with 2."""
+    arguments = ["sparsify", tiny_checkpoint("qwen3_moe"), tmp_path / "out", "--method", "magnitude", "--json"]
+    status, out, _ = code(capsys, *arguments, "--save", "sparse")
+    assert status == 0 and json.loads(out) == record(tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(home / "saved")
+    assert code(capsys, *arguments[:2], tmp_path / "o", "--save", "zip")[0] == 2
+    assert tiny.read(tmp_path / "out")[1]["quantization_config"]["quant_method"] == "coterie"
