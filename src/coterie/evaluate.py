@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coterie import harness, loading
+from coterie import harness, loading, paired
 from coterie.data import Document, encode, parse_data, read_documents
 from coterie.errors import CoterieError
+from coterie.paired import Kept, bootstrap_mean
 
 logger = logging.getLogger("coterie")
 
-RESAMPLES = 1000  # of the bootstrap
 FEW_BLOCKS = 10  # fewer say too little about their own spread
 Z95 = 1.959963984540054  # standard normal, 97.5 %
 MAX_LOGITS = 2**28  # in one forward: 1 GiB as float32
@@ -65,10 +65,22 @@ class Options:
             raise CoterieError(f"task_path is {self.task_path} but no tasks were asked; name them with tasks")
 
 
+@dataclass(frozen=True)
+class Job:
+    """One model on one data set: how to measure, whom to tell, and where to leave what a comparison needs."""
+
+    name: str  # of the data set
+    what: str  # model and data set, for messages
+    options: Options
+    report: Progress
+    kept: Kept
+
+
 def evaluate(
     models: str | Path | Sequence[str | Path],
     *,
     data: dict[str, str | Path] | Sequence[str] = (),
+    against: str | Path | None = None,
     window: int = 2048,
     stride: int | None = None,
     tasks: str | Sequence[str] = (),
@@ -82,13 +94,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures each model on each data set: exact match on files of problems, perplexity on all others.
 
-    `data`: files by name, or `NAME=FILE` strings (`coterie.data` has the formats). `window`, `stride`: in tokens, as in
+    `data`: files by name, or `NAME=FILE` strings (`coterie.data` has the formats). `against`: the original, with which
+    every other model is compared on the same tokens. `window`, `stride`: in tokens, as in
     `perplexity`; the window is clamped to the model's positions and the stride is half of it unless given.
     `tasks`: names for lm-evaluation-harness, searched in the folder `task_path` as well. `load(path)` returns the
     model; by default `coterie.load`. `on_progress(what, done, total)` is called as work advances.
 
     Returns `{"models": [{"path", "perplexity": {NAME: {"value", "low", "high", "tokens"}},
-    "exact_match": {NAME: {"value", "low", "high", "count"}}}]}`, with `"tasks": {TASK: {METRIC: value}}` if asked.
+    "exact_match": {NAME: {"value", "low", "high", "count"}}}]}`, with `"tasks": {TASK: {METRIC: value}}` if asked, and
+    `"paired"`, as `paired.compare` has it, for each model but `against` if that is given.
     Resamples depend on `seed` and the number of blocks alone, so models are compared on the same ones.
 
     Raises: CoterieError for bad options or data, a model that does not load completely, results that are no numbers.
@@ -112,32 +126,57 @@ def evaluate(
     files = data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data)
     if not files and not names:
         raise CoterieError("no data was given; expected NAME=FILE or tasks")
+    if against is not None and not files:
+        raise CoterieError(f"against is {against}, but tasks are not compared in pairs; give data as well")
     # All data is read, and every task found, before the first model: bad input should not cost an hour.
     documents = {name: list(read_documents(file)) for name, file in files.items()}
+    if against is not None:
+        paired.check_tokens(against, paths, documents)
     manager = harness.task_manager(names, task_path) if names else None
     report = on_progress or (lambda what, done, total: None)
     load = load or (lambda path: loading.load(path, dtype=dtype))
-    return {"models": [_evaluate_model(path, documents, options, manager, load, report) for path in paths]}
+    if against is None:
+        return {"models": [judge(path, documents, options, load, report, manager, routers=False)[0] for path in paths]}
+    listed = any(paired.same_model(path, against) for path in paths)
+    alone = options if listed else replace(options, tasks=(), task_path=None)  # tasks of a model nobody listed
+    first, original = judge(against, documents, alone, load, report, manager)
+    entries = []
+    for path in paths:
+        if paired.same_model(path, against):
+            entries.append({**first, "path": str(path)})
+        else:
+            entry, kept = judge(path, documents, options, load, report, manager)
+            entries.append({**entry, "paired": paired.compare(path, kept, against, original, seed=seed)})
+    return {"models": entries}
 
 
-def _evaluate_model(
-    path: str | Path, documents: dict[str, list[Document]], options: Options, manager: Any, load: Load, report: Progress
-) -> dict[str, Any]:
+def judge(
+    path: str | Path,
+    documents: dict[str, list[Document]],
+    options: Options,
+    load: Load,
+    report: Progress,
+    manager: Any = None,
+    *,
+    routers: bool = True,
+) -> tuple[dict[str, Any], Kept]:
+    """One model's entry in the result of `evaluate`, and what a comparison needs, with `routers` of those too."""
     model = load(path).eval()
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False  # a balancing loss that nobody asks for, and gigabytes to compute
     needed = options.tasks or any(d.input_ids is None for entries in documents.values() for d in entries)
     tokenizer = loading.load_tokenizer(path) if needed else None
     result: dict[str, Any] = {"path": str(path), "perplexity": {}, "exact_match": {}}
+    kept = Kept(routers=routers)
     for name, entries in documents.items():
         kind, measure = ("exact_match", exact_match) if entries[0].is_problem else ("perplexity", perplexity)
         what = f"{path}: {name}"
-        result[kind][name] = measure(model, tokenizer, entries, what=what, options=options, report=report)
+        result[kind][name] = measure(model, tokenizer, entries, Job(name, what, options, report, kept))
     if options.tasks:
         result["tasks"] = harness.run_tasks(
             model, tokenizer, options.tasks, manager, batch_size=options.batch_size, seed=options.seed, what=str(path)
         )
-    return result
+    return result, kept
 
 
 # Perplexity
@@ -166,21 +205,22 @@ def windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
 
 
 @torch.inference_mode()
-def perplexity(
-    model: Any, tokenizer: Any, documents: Sequence[Document], *, what: str, options: Options, report: Progress
-) -> dict[str, float | int]:
+def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], job: Job) -> dict[str, float | int]:
     """Perplexity over all documents, each a sequence of its own, with its interval and the number of scored tokens.
 
         exp(-1/N sum_t log p(x_t | the tokens before t in its window))        N: all tokens but each document's first
 
-    Raises: CoterieError naming `what` if a document has fewer than two tokens or a token is unknown to the model,
+    Raises: CoterieError naming the job if a document has fewer than two tokens or a token is unknown to the model,
     or if the result is not finite.
     """
+    what, options = job.what, job.options
     sequences = [_tokens(model, tokenizer, document, least=2) for document in documents]
     window = _clamped_window(model, options.window, what)
     stride = options.stride or max(1, window // 2)
     _check_stride(window, stride)
-    sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: report(what, *a))
+    with job.kept.watch(job.name, model):
+        sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: job.report(what, *a))
+    job.kept.losses[job.name], job.kept.counts[job.name] = sums, counts
     if not np.isfinite(sums).all():
         raise CoterieError(f"{what}: the model's logits hold NaN or infinity; the weights are damaged, or need float32")
     if len(sums) < FEW_BLOCKS:
@@ -196,22 +236,10 @@ def perplexity(
 
 
 def bootstrap_perplexity(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """Perplexity with its 95 % interval (low, high), from a block bootstrap.
-
-    Neighbouring tokens share their context, so blocks are resampled, not tokens: block b is the tokens newly scored by
-    one window, with summed loss s_b (`sums`, nats) and n_b of them (`counts`). Of 1000 draws of as many blocks, with
-    replacement, each gives exp(sum s_b / sum n_b); the interval is the 2.5th to the 97.5th percentile. One block gives
-    an interval without width.
-    """
-    rng = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        drawn = rng.integers(len(sums), size=len(sums))
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    """Perplexity with its 95 % interval (low, high): exp of the mean loss, whose interval `bootstrap_mean` has."""
     with np.errstate(over="ignore"):
-        value = float(np.exp(sums.sum() / counts.sum()))
-        low, high = (float(p) for p in np.exp(np.percentile(means, [2.5, 97.5])))
-    return value, min(low, value), max(high, value)  # equal blocks differ in the last bit by order of addition
+        value, low, high = (float(p) for p in np.exp(bootstrap_mean(sums, counts, seed)))
+    return value, low, high
 
 
 def _score(
@@ -321,30 +349,41 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def exact_match(
-    model: Any, tokenizer: Any, problems: Sequence[Document], *, what: str, options: Options, report: Progress
-) -> dict[str, float | int]:
+def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], job: Job) -> dict[str, float | int]:
     """Share of problems whose answer, greedily generated, equals the expected one as a string (both normalised).
 
     Prompts of equal length in tokens are generated together, so that nothing is padded; a row ends with the
     end-of-text token, a complete `Answer:` line, or after `max_new_tokens` (fewer where the model's positions end).
 
-    Raises: CoterieError naming `what` if logits are NaN, or the problem if its prompt fills the model's positions.
+    Raises: CoterieError naming the job if logits are NaN, or the problem if its prompt fills the model's positions.
     """
+    what, options = job.what, job.options
     prompts = [_tokens(model, tokenizer, problem, least=1) for problem in problems]
     room = _room(model, problems, prompts, options.max_new_tokens, what)
-    alike = defaultdict(list)
+    alike, done = defaultdict(list), 0
     for i, prompt in enumerate(prompts):
         alike[len(prompt)].append(i)
-    correct = done = 0
+    generated: list[list[int]] = [[]] * len(problems)
+    full = np.zeros(len(problems), bool)
     for length, members in alike.items():
         for batch in _batches(members, options.batch_size):
             ids = torch.tensor([prompts[i] for i in batch], device=model.device)
-            texts = _generate(model, tokenizer, ids, min(options.max_new_tokens, room - length), what)
-            for i, text in zip(batch, texts, strict=True):
-                correct += extract_answer(text) == normalise_answer(str(problems[i].answer))
+            most = min(options.max_new_tokens, room - length)
+            for i, row in zip(batch, _generate(model, tokenizer, ids, most, what), strict=True):
+                generated[i], full[i] = row, len(row) >= most
             done += len(batch)
-            report(what, done, len(problems))
+            job.report(what, done, len(problems))
+    texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+    answers = [normalise_answer(str(problem.answer)) for problem in problems]
+    right = np.array([extract_answer(text) == answer for text, answer in zip(texts, answers, strict=True)])
+    cut = full & np.array([COMPLETE.search(text) is None for text in texts])
+    if cut.any():
+        logger.warning(
+            "%s: %d of %d answers were cut off at %d new tokens, unfinished; give --max-new-tokens more",
+            what, cut.sum(), len(problems), options.max_new_tokens,
+        )  # fmt: skip
+    job.kept.right[job.name], job.kept.generated[job.name], job.kept.cut[job.name] = right, generated, cut
+    correct = int(right.sum())
     low, high = wilson_interval(correct, len(problems))
     return {"value": correct / len(problems), "low": low, "high": high, "count": len(problems)}
 
@@ -364,8 +403,8 @@ def _room(model: Any, problems: Sequence[Document], prompts: list[list[int]], ma
     return limit
 
 
-def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int, what: str) -> list[str]:
-    """The greedy continuation of each row of `ids` (rows, T), as text, up to the end-of-text token."""
+def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int, what: str) -> list[list[int]]:
+    """The tokens of each row's greedy continuation of `ids` (rows, T), up to the end-of-text token."""
     from transformers import GenerationConfig
 
     ends = _end_tokens(model, tokenizer)
@@ -392,8 +431,7 @@ def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int
             )
     finally:
         model.generation_config = theirs
-    kept = [_until(row, set(ends)) for row in rows[:, length:].tolist()]
-    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return [_until(row, set(ends)) for row in rows[:, length:].tolist()]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

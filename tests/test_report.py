@@ -1,0 +1,300 @@
+"""`coterie report`: the page's first table, the 4-bit reference, maps of experts, notes, refusals."""
+
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import coterie
+from coterie.cli import main
+from coterie.errors import CoterieError
+from coterie.layer import Model
+from coterie.loading import load
+from coterie.rounding import round_experts, rounded, rounded_bytes
+from coterie.summary import report
+from test_evaluate import PROBLEM, make_model, make_tokenizer, text_of, write
+from test_page import browser, opened  # noqa: F401 - fixtures
+
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A small MoE model, three results with hostile and equal names, and data."""
+    home = tmp_path_factory.mktemp("report")
+    make_model("qwen2_moe").save_pretrained(home / "model")
+    make_tokenizer().save_pretrained(home / "model")
+    coterie.prune(home / "model", home / EVIL, ratio=0.5)
+    (home / "other").mkdir()
+    coterie.prune(home / "model", home / "other" / "model", ratio=0.25)
+    (home / "a.txt").write_text(text_of(300))
+    write(home / "p.jsonl", *({"prompt": PROBLEM[i:], "answer": "46"} for i in range(4)))
+    return home
+
+
+@pytest.fixture(scope="module")
+def made(folders):
+    """The report of all of them, with its page."""
+    data = {"a": folders / "a.txt", "p": folders / "p.jsonl"}
+    paths = [folders / "model", folders / EVIL, folders / "other" / "model"]
+    found = report(paths, folders / "report.html", data=data, window=32, max_new_tokens=8)
+    return found, (folders / "report.html").read_text(encoding="utf-8")
+
+
+def rows_of(page, number):
+    """The cells of the page's table `number`, as text."""
+    body = re.findall(r"<tbody>(.*?)</tbody>", page, flags=re.DOTALL)[number]
+    rows = re.findall(r"<tr>(.*?)</tr>", body, flags=re.DOTALL)
+    return [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows]
+
+
+# The page
+
+
+def test_the_first_table_has_one_row_per_model(made, folders):
+    """Named by its folder, in the order given; where two folders are called alike, by what stands above as well."""
+    found, page = made
+    names = [str(folders / "model"), EVIL, str(folders / "other" / "model")]
+    assert [row[0] for row in rows_of(page, 0)] == names == [m["name"] for m in found["models"]]
+
+
+def test_the_page_holds_what_is_returned(made):
+    """The same numbers as JSON, and in the tables."""
+    found, page = made
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["numbers"] == json.loads(json.dumps({k: v for k, v in found.items() if k != "out"}))
+    first = rows_of(page, 0)[1]
+    assert first[1] == f"{found['models'][1]['bytes']:,}"
+    mean = found["models"][1]["mean"]
+    assert first[5] == f"{mean['value']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
+
+
+def test_models_are_judged_as_eval_judges_them(made, folders):
+    """Perplexity, answers and pairs are those of `coterie eval --against`."""
+    data = {"a": folders / "a.txt", "p": folders / "p.jsonl"}
+    theirs = coterie.eval(folders / EVIL, data=data, window=32, max_new_tokens=8, against=folders / "model")["models"][
+        0
+    ]
+    ours = made[0]["models"][1]
+    assert ours["perplexity"] == theirs["perplexity"] and ours["exact_match"] == theirs["exact_match"]
+    assert {k: v for k, v in ours["paired"].items() if k != "mean"} == theirs["paired"]
+    assert ours["mean"]["value"] == pytest.approx(np.log(theirs["perplexity"]["a"]["value"]))
+
+
+def test_the_map_shows_what_the_plan_kept(made, folders):
+    """Of four experts two are left, those of the plan."""
+    plan = json.loads((folders / EVIL / "coterie.json").read_text())["plan"]["layers"]
+    fate = made[0]["models"][1]["fate"]
+    assert {key: [e for e, level in enumerate(levels) if level] for key, levels in fate.items()} == {
+        key: value["kept"] for key, value in plan.items()
+    }
+    assert "fate" not in made[0]["models"][0]
+
+
+def test_speed_is_measured_in_tokens_per_second(made):
+    """Of every model, medians between the extremes; the original is as fast as itself."""
+    speeds = [m["speed"] for m in made[0]["models"]]
+    assert all(0 < s[k]["low"] <= s[k]["value"] <= s[k]["high"] for s in speeds for k in ("prefill", "decode"))
+    assert speeds[0]["relative_decode"] == 1
+    assert speeds[0]["prompt"] + speeds[0]["new"] < 64  # the model's positions
+
+
+def test_bits_are_per_parameter_of_the_original(made):
+    """Float32 has 32; half of the experts gone leaves fewer, by the original's count."""
+    first, second, _ = made[0]["models"]
+    assert first["bits_per_parameter"] == 32
+    assert second["bits_per_parameter"] == 8 * second["bytes"] / first["parameters"] < 32
+
+
+@pytest.mark.slow
+def test_the_page_works_in_a_browser(made, opened):  # noqa: F811
+    """All plots are drawn, from disk, without an error in the console; the first table sorts by bytes."""
+    tab = opened(made[1])
+    figures = tab.query_selector_all("figure")
+    assert len(figures) >= 6
+    assert all(tab.evaluate("f => f.querySelector('svg[role=img]').children.length", f) > 3 for f in figures)
+    tab.locator("table").first.locator("th button").nth(1).click()
+    cells = tab.locator("table").first.locator("tbody td:nth-child(2)").all_text_contents()
+    sizes = [int(cell.replace(",", "")) for cell in cells]
+    assert len(sizes) == 3 and sizes == sorted(sizes)
+
+
+def test_notes_that_differ_in_their_place_alone_are_one(made, folders):
+    """8 tokens are too few for an answer: said once, for all three models and the reference."""
+    (note,) = [n for n in made[0]["notes"] if "cut off" in n]
+    assert note.startswith(f"{folders / 'model'}: p: ") and note.endswith("(and in 2 more of these evaluations)")
+    assert {m["cut"]["p"] for m in made[0]["models"]} == {1.0}
+
+
+# Rounding
+
+
+def slow_rounded(row):
+    """Group by group, number by number."""
+    found = []
+    for start in range(0, len(row), 64):
+        group = row[start : start + 64]
+        scale = float(np.float16(max(map(abs, group)) / 7))
+        found += [scale * min(7, max(-8, round(v / scale))) if scale else 0.0 for v in group]
+    return found
+
+
+@given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=150))
+def test_rounding_is_that_of_each_group(row):
+    """Against a slow loop; the last group may be short."""
+    found = rounded(torch.tensor([row], dtype=torch.float32))[0].tolist()
+    assert found == pytest.approx(slow_rounded([float(v) for v in row]), abs=1e-6)
+
+
+def test_rounding_by_hand():
+    """max 7: the scale is 1, and 2.4 becomes 2; what is in another group has another scale."""
+    row = torch.zeros(128)
+    row[0], row[1], row[2], row[64], row[65] = 7.0, 2.4, -6.6, 0.7, 0.24
+    found = rounded(row)
+    assert found[:4].tolist() == [7, 2, -7, 0]
+    assert found[64:66].tolist() == pytest.approx([0.7, 0.2], rel=1e-3)
+
+
+def test_only_experts_are_rounded(folders):
+    """Every expert weight takes one of at most 16 values a group; all other weights stay."""
+    before, after = load(folders / "model"), round_experts(load(folders / "model"), 2)
+    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert torch.equal(old, new) != (".mlp.experts." in name), name
+    row = after.model.layers[0].mlp.experts.gate_up_proj[1, 3]
+    assert row.tolist() == pytest.approx(
+        slow_rounded(before.model.layers[0].mlp.experts.gate_up_proj[1, 3].tolist()), abs=1e-6
+    )
+
+
+def test_bytes_of_rounded_experts(folders):
+    """2 layers of 4 experts, gate and up (8, 16), down (16, 8): half a byte a weight, and one scale a row."""
+    source = Model.open(folders / "model")
+    expert = 2 * 8 * (8 + 2) + 16 * (4 + 2)
+    experts = 2 * 4 * 3 * 8 * 16
+    assert rounded_bytes(source) == source.checkpoint.num_bytes - 4 * experts + 8 * expert
+
+
+def test_the_reference_is_judged_and_is_no_row_of_the_first_table(made):
+    """It has loss, bytes and a pair, and stands in a table of its own."""
+    found, page = made
+    (reference,) = found["references"]
+    assert reference["bytes"] < found["models"][0]["bytes"]
+    assert reference["paired"]["difference"]["a"]["value"] != 0
+    assert [row[0] for row in rows_of(page, 1)] == [reference["name"]]
+
+
+# What is said, and what is refused
+
+
+def test_what_was_not_measured_is_said(folders, tmp_path):
+    """Without speed; with a model that no record leads back from; on data that it was calibrated on."""
+    make_model("qwen2_moe").save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    record = {"command": "prune", "options": {"data": {"a": str(folders / "a.txt")}}, "plan": {"layers": {}}}
+    (tmp_path / "other" / "coterie.json").write_text(json.dumps(record))
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "note": "another fingerprint"}))
+    found = report(
+        [folders / "model", tmp_path / "other"],
+        tmp_path / "r.html",
+        data={"b": folders / "a.txt"},
+        window=32,
+        speed=False,
+    )
+    notes = "\n".join(found["notes"])
+    assert "speed was not measured" in notes and "no coterie.json leads back" in notes
+    assert "other: was calibrated on" in notes and "judged on as 'b'" in notes
+    assert "speed" not in found["models"][0] and "fate" not in found["models"][1]
+
+
+def test_records_are_not_trusted(folders, tmp_path):
+    """Numbers that are none, and text where objects belong, make no page that cannot be read."""
+    path = tmp_path / "m"
+    coterie.prune(folders / "model", path, ratio=0.5)
+    record = json.loads((path / "coterie.json").read_text())
+    record["report"] |= {"kurtosis": {"before": float("nan"), "after": 1e999, EVIL: 3.0}, "sparsity": "much"}
+    record |= {"options": [1], "command": EVIL}
+    (path / "coterie.json").write_text(json.dumps(record))
+    found = report(
+        [folders / "model", path], tmp_path / "r.html", data={"a": folders / "a.txt"}, window=32, speed=False
+    )
+    assert found["models"][1]["kurtosis"] == {EVIL: 3.0} and found["models"][1]["sparsity"] is None
+    assert EVIL not in (tmp_path / "r.html").read_text()
+    (path / "coterie.json").write_text("{")
+    with pytest.raises(CoterieError, match="not valid JSON"):
+        report([folders / "model", path], tmp_path / "s.html", data={"a": folders / "a.txt"}, speed=False)
+    assert not list(tmp_path.glob("s.html*"))
+
+
+def test_our_own_layout_is_read(folders, tmp_path):
+    """Layers with different numbers of experts, which stock transformers does not load."""
+    plan = {"layers": {"0": {"kept": [0, 1, 2]}, "1": {"kept": [1, 3]}}, "budget": {"layout": "coterie"}}
+    coterie.apply(folders / "model", plan, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "coterie"
+    found = report(
+        [folders / "model", tmp_path / "ours"],
+        tmp_path / "r.html",
+        data={"a": folders / "a.txt"},
+        window=32,
+        speed=False,
+    )
+    assert found["models"][1]["experts"] == {"0": 3, "1": 2}
+    assert found["models"][1]["fate"] == {"0": [1, 1, 1, 0], "1": [0, 1, 0, 1]}
+    assert set(found["models"][1]["paired"]["router_overlap"]) == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [("model", "is a folder"), ("a.txt", "exists"), ("no/r.html", "make it first"), ("\0", "not a file name")],
+)
+def test_a_place_that_cannot_be_written_is_refused_first(folders, out, says):
+    """Before any model is opened."""
+    with pytest.raises(CoterieError, match=says):
+        report([folders / "nothing"], folders / out if out != "\0" else out)
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "says"),
+    [
+        ([], {}, "no model was given"),
+        (["nowhere"], {}, "no such folder"),
+        (["model"], {"data": ["x"]}, "expected NAME=FILE"),
+        (["model"], {"window": 1}, "window is 1"),
+        (["model"], {"window": 8, "stride": 8}, "stride is 8"),
+        (["model"], {"dtype": "int4"}, "dtype is"),
+    ],
+)
+def test_bad_input_is_refused(folders, tmp_path, models, options, says):
+    """And nothing is written."""
+    with pytest.raises(CoterieError, match=says):
+        report([folders / m for m in models], tmp_path / "r.html", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line(folders, tmp_path, capsys):
+    """--json prints what is returned and nothing else; a page that exists is replaced only when asked."""
+    arguments = ["report", str(folders / "model"), "-o", str(tmp_path / "r.html"), "--data", f"a={folders / 'a.txt'}"]
+    arguments += ["--window", "32", "--no-speed", "--json"]
+    for more, code in (([], 0), ([], 2), (["--overwrite"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, *more])
+        out, err = capsys.readouterr()
+        assert (stop.value.code or 0) == code
+        if code:
+            assert out == "" and err.startswith("error: ") and "--overwrite" in err
+        else:
+            found = json.loads(out)
+            assert [m["name"] for m in found["models"]] == ["model"] and found["out"] == str(tmp_path / "r.html")
+
+
+def test_the_public_name_is_the_function():
+    """`coterie.report` stays the function although a module is called so."""
+    import importlib
+
+    importlib.import_module("coterie.report")
+    assert coterie.report is report
