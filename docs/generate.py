@@ -9,7 +9,7 @@ import typer
 
 from coterie.cli import app
 from coterie.family import registry
-from coterie.methods import prune, sparsify
+from coterie.methods import merge, prune, sparsify
 
 FOLDER = Path(__file__).parent
 
@@ -29,8 +29,11 @@ def cli() -> str:
 
 def method_tables() -> str:
     """Every method with the first sentence of its file."""
-    experts, weights = _methods(prune), _methods(sparsify)
-    return f"# Methods\n\n## Which experts go\n\n{experts}\n## Which weights become zero\n\n{weights}"
+    experts, merged, weights = _methods(prune), _methods(merge), _methods(sparsify)
+    return (
+        f"# Methods\n\n## Which experts go\n\n{experts}\n## Which experts become one\n\n{merged}\n"
+        f"## Which weights become zero\n\n{weights}"
+    )
 
 
 def _methods(package: ModuleType) -> str:

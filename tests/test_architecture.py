@@ -16,15 +16,27 @@ SOURCE = Path(coterie.__file__).parent
 RANKS = [
     {"errors", "reference_model"},
     {"sources"},
-    {"data", "numerics"},
-    {"checkpoint"},
-    {"family", "streaming.tensors"},
+    {"copying", "data", "numerics"},
+    {"checkpoint", "journal"},
+    {"family", "streaming.tensors", "sparse.format", "sparse.view"},
     {"families"},
     {"layer"},
     {"experts"},
-    {"loading", "moe", "condensing.standin", "plan", "report", "stats", "writer"},
+    {
+        "loading",
+        "moe",
+        "condensing.standin",
+        "engine",
+        "plan",
+        "report",
+        "routed",
+        "routes",
+        "spread",
+        "stats",
+        "writer",
+    },
     {"methods", "view"},
-    {"condensing.folding", "condensing.repackage"},
+    {"condensing.folding", "condensing.repackage", "merging"},
     {"condensing.dense"},
     {"condensing.dropping"},
     {"apply", "streaming.skeleton", "streaming.activations", "streaming.replay"},
@@ -39,8 +51,8 @@ VERB = next(rank for rank, names in enumerate(RANKS) if "prune" in names)
 
 
 def rank_of(module):
-    """The rank of the module or of the nearest package around it. Of the reference model, only the package itself, which
-    names its files, is below all: its recipe uses verbs."""
+    """The rank of the module or of the nearest package around it. Of the reference model, only the package itself,
+    which names its files, is below all: its recipe uses verbs."""
     if module.startswith("reference_model."):
         return VERB
     parts = module.split(".")

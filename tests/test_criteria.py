@@ -502,7 +502,7 @@ def test_a_router_in_another_dtype_than_stored_is_refused(tmp_path):
         ({"method": "reap", "stats": "x", "lambda2": 1}, "--lambda2 shapes the method stun"),
         ({"method": "router-norm-change", "base": "x", "stats": "y"}, "--stats shapes the method stun"),
         ({"method": "random", "no_guard": True}, "--no-guard would be ignored by random"),
-        ({"no_guard": True}, "--no-guard would be ignored by stun"),
+        ({"no_guard": True}, "--no-guard would be ignored: without --stats"),
         ({"method": "naee", "no_guard": True}, "--no-guard would be ignored: without --stats"),
         ({"method": "stun", "data": {"a": "b"}}, "--data would be ignored by stun"),
     ],

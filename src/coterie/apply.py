@@ -17,18 +17,32 @@ from coterie.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_
 from coterie.condensing.dense import check_dense, dense_outputs, patch_dense
 from coterie.condensing.dropping import check_dropped, dropped_outputs, patch_dropped
 from coterie.condensing.repackage import converted
+from coterie.copying import check_io
+from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
 from coterie.family import lookup
 from coterie.layer import Model, MoE, expert_axis, expert_names, find_blocks, mtp_names
+from coterie.merging import Members, mean
 from coterie.plan import Choice, Plan, command_of, read_plan, to_json
 from coterie.report import Progress, Report, Stopwatch, count, model_card, no_progress, removed_shares, versions
+from coterie.routes import (
+    check_routes,
+    constants_name,
+    constants_output,
+    is_routed,
+    routed_blocks,
+    say_routes,
+    sealed,
+)
+from coterie.spread import mover
 from coterie.view import resolved, root, view
-from coterie.writer import Hole, Made, Output, Run, Writer, check_out, partial_of
+from coterie.writer import Hole, Made, Output, Run, Writer, check_out, num_copied, partial_of, tidy
 
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
-OURS = ("coterie.json", "README.md", "report.html")
+MAX_COPIED = 2**30  # bytes of a file that travels along; a sparse one can claim any size
+OURS = ("coterie.json", "coterie.log", "README.md", "report.html")
 MERGEABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -37,17 +51,24 @@ def apply(
     plan: str | Path | dict[str, Any],
     out: str | Path,
     *,
+    recorded: dict[str, Any] | None = None,
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
+    engine: str = "local",
+    ray_address: str | None = None,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Executes a saved (or hand-edited) plan on MODEL and writes OUT.
 
     plan: a `coterie.json`, its `plan` object, a file or folder holding one, or a dictionary.
+    io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
+    engine, ray_address: local, or ray: bytes are copied by the machines of a Ray cluster (see `prune`).
+    recorded: further options for the record; `coterie.saving.apply`, the public one, has some.
     Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
     """
-    clock, read = Stopwatch(), read_plan(plan)
+    clock, read, where = Stopwatch(), read_plan(plan), Engine(engine, ray_address)
     if command_of(plan) == "recover":
         raise CoterieError("plan: of `coterie recover`, whose training no plan holds; give the condensed model's own")
     if read.sparsity:
@@ -57,8 +78,8 @@ def apply(
         )
     return execute(
         converted(Model.open(model), read.converted), read, Path(out), command="apply", path=model,
-        options={"plan": str(plan) if not isinstance(plan, dict) else "(given as an object)"},
-        clock=clock, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+        options={"plan": str(plan) if not isinstance(plan, dict) else "(given as an object)", **(recorded or {})},
+        clock=clock, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where, on_progress=on_progress,
     )  # fmt: skip
 
 
@@ -75,6 +96,8 @@ def execute(
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
+    engine: Engine | None = None,
     on_progress: Progress = no_progress,
     prepare: Prepare | None = None,
     findings: dict[str, Any] | None = None,
@@ -83,10 +106,17 @@ def execute(
 
     findings: what the decision measured, for the report.
     prepare: given the model as planned, checks everything and returns what changes its weights once they are written.
+    engine: where units of work run; not part of what a resume must repeat, since the bytes are the same.
     """
-    checkpoint = model.checkpoint
+    checkpoint, engine = model.checkpoint, engine or Engine()
+    check_io(io)
     check_out(out, checkpoint.path, resume=resume, overwrite=overwrite)
     check_plan(model, plan)
+    if routed := [block.key for block, _ in routed_blocks(model, plan)]:
+        from coterie.loading import check_routable
+
+        check_routable(checkpoint, routed)
+        plan = sealed(model, plan)
     outputs = plan_outputs(model, plan)
     numbers, notes = _numbers(model, plan, outputs), [*warnings, *left_behind(checkpoint)]
     view = planned(model, plan, outputs) if prepare else model
@@ -114,10 +144,17 @@ def execute(
         return finished(out, report)
     if fill:
         outputs = with_holes(outputs, view)
-    with Writer(out, identity, resume=resume) as writer:
-        write(writer, checkpoint, outputs, patched_config(model, plan), on_progress)
-        if fill:
-            filled = fill(writer)
+    with engine.connected(), Writer(out, identity, resume=resume, io=io, replace=overwrite) as writer:
+        with engine.opened(writer.partial):
+            if engine.spread:
+                writer.move = mover(engine, writer.copier, root(checkpoint))
+            write(writer, checkpoint, outputs, patched_config(model, plan), on_progress)
+            filled = fill(writer) if fill else None
+        report.report["io"] = writer.io
+        notes += [*writer.copier.notes, *engine.notes]
+        if engine.spread:
+            report.report["engine"] = engine.summary
+        if filled:
             report.plan.update(replace(plan, sparsity=filled.sparsity).as_dict())
             report.report.update(filled.report | _numbers(model, plan, outputs, filled.zeros))
             notes += filled.notes
@@ -162,14 +199,35 @@ def prunable(model: Model) -> list[str]:
 
 
 def finished(out: Path, asked: Report) -> Report:
-    """The report of a complete OUT, if it is what was asked for."""
+    """The report of a complete OUT, if it is what was asked for; then what a killed run left in it goes."""
     found = load_json(out / "coterie.json")
     wanted = {key: value for key, value in asked.as_dict().items() if key in ("command", "options", "plan")}
     same = wanted == {key: _without_zeros(found.get(key)) if key == "plan" else found.get(key) for key in wanted}
     record = {key: found[key] for key in ("source", "report", "versions") if isinstance(found.get(key), dict)}
     if not same or len(record) < 3 or record["source"].get("hash") != asked.source["hash"]:
         raise CoterieError(f"{out}: is complete, but was made with another source, plan or option; choose another OUT")
+    if not _readable(record["report"], asked.report):
+        raise CoterieError(f"{out / 'coterie.json'}: its report is damaged; start anew with --overwrite")
+    tidy(out)
     return Report(asked.command, asked.options, plan=found["plan"], **record)
+
+
+def _readable(found: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a recorded report holds, in kind, what is shown of one."""
+    shown = ("before", "after", "sparsity", "seconds", "peak_rss_bytes", "cold_experts", "warnings")
+    kurtosis = found.get("kurtosis", {})
+    if type(found.get("expert_zeros", 0)) is not int or not isinstance(kurtosis, dict):
+        return False
+    numbers = all(isinstance(value, int | float | None) for value in kurtosis.values())
+    return numbers and all(_alike(found.get(key), asked[key]) for key in shown)
+
+
+def _alike(found: Any, asked: Any) -> bool:
+    if isinstance(asked, dict):
+        return isinstance(found, dict) and all(_alike(found.get(key), value) for key, value in asked.items())
+    if isinstance(asked, int | float):
+        return isinstance(found, int | float)
+    return type(found) is type(asked)
 
 
 def _without_zeros(plan: Any) -> Any:
@@ -187,9 +245,8 @@ def write(
     config: dict[str, Any],
     on_progress: Progress,
 ) -> None:
-    total = sum(o.num_bytes for shard in outputs.values() for o in shard)
-    writer.check_space(total)
-    done = 0
+    writer.begin(root(checkpoint), outputs)
+    total, done = sum(map(num_copied, outputs.values())), 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -213,6 +270,12 @@ def _travels(path: Path) -> bool:
 
 def left_behind(checkpoint: Checkpoint) -> list[str]:
     """Files that do not travel and that somebody might miss."""
+    for path in filter(_travels, checkpoint.other_files()):
+        if path.stat().st_size > MAX_COPIED:
+            size = f"{path.stat().st_size:,} bytes"
+            raise CoterieError(
+                f"{path}: {size} beside the weights, which would be copied; expected at most {MAX_COPIED:,}"
+            )
     names = [p.name for p in checkpoint.other_files() if not _travels(p) and p.name not in OURS]
     missed = [n for n in names if n.endswith((".py", ".safetensors", *PICKLES)) or leads_outside(checkpoint.path / n)]
     missed += [f"{p.name}/" for p in sorted(checkpoint.path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
@@ -231,15 +294,17 @@ def check_plan(model: Model, plan: Plan) -> None:
                 raise CoterieError(f"plan: layer {key!r} has no {kind} in {checkpoint.path}")
     check_dense(model, plan)
     check_dropped(model, plan)
+    check_routes(model, plan)
     groups, top_k = model.family.groups(config), model.family.num_experts_per_token(config)
     counts = {}
     for block in model.moe:
         choice = plan.choice(block)
         if (block.mtp and plan.drop_mtp) or (block.key in plan.condensed and not block.attention):
             continue
-        counts[block.name] = len(choice.kept) if choice else block.num_experts
+        routed = is_routed(choice, block)  # then the router chooses as before
+        counts[block.name] = len(choice.kept) if choice and not routed else block.num_experts
         if choice:
-            _check_choice(checkpoint, block, choice, groups.num_groups)
+            _check_choice(checkpoint, block, choice, 1 if routed else groups.num_groups)
     for name, num_kept in counts.items():
         check_count(num_kept, top_k, groups, f"plan: {name}")
     if len(set(counts.values())) > 1 and plan.budget.get("layout") != "coterie":
@@ -266,7 +331,7 @@ def _check_choice(checkpoint: Checkpoint, block: MoE, choice: Choice, num_groups
             if checkpoint.tensors[name].dtype not in MERGEABLE:
                 raise CoterieError(
                     f"tensor {name!r}: {checkpoint.tensors[name].dtype} weights cannot be averaged; "
-                    "dequantise the checkpoint first, or use --kappa 0"
+                    "dequantise the checkpoint first, or average none (prune: --kappa 0)"
                 )
 
 
@@ -300,6 +365,10 @@ def plan_outputs(model: Model, plan: Plan) -> dict[str, list[Output]]:
         changed |= dict.fromkeys(mtp_names(model))
     by_name: dict[str, tuple[Output, ...]] = {n: (output,) if output else () for n, output in changed.items()}
     by_name |= dense_outputs(model, plan) | dropped_outputs(model, plan)
+    for block, choice in routed_blocks(model, plan):
+        if choice.removed == "constant":
+            router = whole(checkpoint.tensors[block.router])
+            by_name[block.router] = (router, constants_output(checkpoint, block, choice, plan))
     shards: dict[str, list[Output]] = {shard: [] for shard in checkpoint.shards}
     for name, tensor in checkpoint.tensors.items():
         shards[tensor.file] += by_name.get(name, (whole(tensor),))
@@ -316,22 +385,23 @@ def block_outputs(checkpoint: Checkpoint, block: MoE, choice: Choice) -> dict[st
     tensors = checkpoint.tensors
     result: dict[str, Output | None] = {}
     index = {e: i for i, e in enumerate(choice.kept)}
+    members = Members(checkpoint, block, choice)
     for e, names in enumerate(block.experts):
         for key, name in names.items():
             if e not in index:
                 result[name] = None
                 continue
             renamed = f"{block.prefix}{block.layout.experts}{index[e]}.{key}"
-            cluster = _merged_cluster(choice, index[e])
-            if cluster:
-                sources = [block.experts[m][key] for m in cluster]
-                part = _mean(tensors[name], partial(map, checkpoint.read, sources))
+            if _merged_cluster(choice, index[e]):
+                part = _mean(tensors[name], partial(members.numbered, index[e], key), _shares(choice, index[e]))
                 result[name] = Output(renamed, tensors[name].dtype, tensors[name].shape, (part,))
             else:
                 result[name] = whole(tensors[name], renamed)
-    for name in (*block.fused, block.router, *block.rows):
-        result[name] = sliced(checkpoint, tensors[name], choice, block.num_experts, fused=name in block.fused)
-    for name in block.tables:
+    routing = () if is_routed(choice, block) else (block.router, *block.rows)
+    for name in (*block.fused, *routing):
+        fused = members if name in block.fused else None
+        result[name] = sliced(checkpoint, tensors[name], choice, block.num_experts, fused)
+    for name in block.tables if routing else ():
         result[name] = _table(checkpoint, block, tensors[name], choice)
     return result
 
@@ -341,21 +411,28 @@ def _merged_cluster(choice: Choice, i: int) -> tuple[int, ...]:
     return choice.clusters[i] if choice.merged and len(choice.clusters[i]) > 1 else ()
 
 
-def _mean(tensor: Tensor, values: Callable[[], Iterable[Any]], num_bytes: int | None = None) -> Made:
+def _shares(choice: Choice, i: int) -> tuple[float, ...]:
+    return choice.shares[i] if choice.shares else ()
+
+
+def _mean(
+    tensor: Tensor, values: Callable[[], Iterable[Any]], shares: tuple[float, ...], num_bytes: int | None = None
+) -> Made:
     """A mean accumulated in float64 and rounded once, computed when it is written."""
 
     def make() -> bytes:
-        from coterie.methods.prune.stun import mean_of
         from coterie.numerics import encode
 
-        return encode(mean_of(values()), tensor.dtype, tensor.name)
+        return encode(mean(values(), shares), tensor.dtype, tensor.name)
 
     return Made(tensor.num_bytes if num_bytes is None else num_bytes, make)
 
 
-def sliced(checkpoint: Checkpoint, tensor: Tensor, choice: Choice, num_experts: int, *, fused: bool) -> Output:
+def sliced(
+    checkpoint: Checkpoint, tensor: Tensor, choice: Choice, num_experts: int, fused: Members | None = None
+) -> Output:
     """A tensor that holds all experts along one axis, cut to the kept ones: whole byte ranges, since every axis
-    before it has length 1 (fused tensors: the first axis, E blocks of rows)."""
+    before it has length 1 (fused tensors, given the block's members: the first axis, E blocks of rows)."""
     axis = 0 if fused else expert_axis(tensor.shape, num_experts)
     assert axis is not None
     rows = tensor.shape[axis] // num_experts
@@ -374,7 +451,8 @@ def sliced(checkpoint: Checkpoint, tensor: Tensor, choice: Choice, num_experts: 
     for i, e in enumerate(choice.kept):
         cluster = _merged_cluster(choice, i)
         if cluster:
-            parts.append(_mean(tensor, partial(map, values, cluster), size))
+            each = partial(fused.fused, i, tensor.name) if fused else partial(map, values, cluster)
+            parts.append(_mean(tensor, each, _shares(choice, i), size))
         else:
             parts.append(Run(tensor.file, tensor.start + e * size, tensor.start + (e + 1) * size))
     shape = (*tensor.shape[:axis], len(choice.kept) * rows, *tensor.shape[axis + 1 :])
@@ -406,7 +484,11 @@ def _table(checkpoint: Checkpoint, block: MoE, tensor: Tensor, choice: Choice) -
 def patched_config(model: Model, plan: Plan) -> dict[str, Any]:
     """config.json with the new expert count under the keys the source used, and everything else as it was."""
     config = copy.deepcopy(model.checkpoint.config)
-    kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in model.moe if not b.attention}
+    kept = {
+        b.key: len(c.kept) if (c := plan.choice(b)) and not is_routed(c, b) else b.num_experts
+        for b in model.moe
+        if not b.attention
+    }
     if plan.drop_mtp:
         mtp = {b.key for b in model.moe if b.mtp}
         kept = {key: n for key, n in kept.items() if key not in mtp}
@@ -421,6 +503,7 @@ def patched_config(model: Model, plan: Plan) -> dict[str, Any]:
         model_type = next(v for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if isinstance(v, str))
         config["coterie"] = {"format": 1, "model_type": model_type, "num_experts": kept}
         config["model_type"] = "coterie"
+    say_routes(config, model, plan)
     patch_dense(config, model, plan)
     patch_dropped(config, model, plan)
     return config
@@ -435,6 +518,7 @@ def _numbers(
     for block in model.moe:  # renumbered experts keep their role
         below = f"{block.prefix}{block.layout.experts}"
         roles |= {f"{below}{i}.{key}": "expert" for i, e in enumerate(block.experts) for key in e}
+        roles[constants_name(block)] = "constant"
     counts = [count(list(checkpoint.tensors.values()), model.roles), count(after, roles)]
     for block in model.main:  # what stays, always on, is neither removed nor zero
         if block.key in plan.condensed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,10 @@ from typing import Annotated, Any
 import typer
 
 import coterie
-from coterie.errors import CoterieError
+from coterie.copying import IO
+from coterie.engine import NAMES as ENGINES
+from coterie.errors import CoterieError, printable
+from coterie.methods import merge as joining
 from coterie.methods import prune as pruning
 from coterie.methods import sparsify as zeroing
 from coterie.methods.condense import LAYER_SEARCH, SELECT
@@ -40,6 +44,14 @@ DryRun = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if coterie wrote it.")]
+Io = Annotated[str, typer.Option(help=f"How bytes are copied, instead of the first way that works: {', '.join(IO)}.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", help=f"Where work is done: {', '.join(ENGINES)} (ray: on many machines).")
+]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Of a Ray cluster [default: one is started on this machine].")
+]
+Save = Annotated[str, typer.Option(help="dense, or sparse: zeros take one bit each, as `coterie pack` stores them.")]
 Data = Annotated[list[str] | None, typer.Option("--data", metavar="NAME=FILE", help="A data set; repeatable.")]
 Calibration = Annotated[
     list[str] | None,
@@ -94,10 +106,16 @@ def inspect(model: Model, json_: Json = False) -> None:
             ("parameters", f"{found['parameters']:,}"),
             ("bytes", f"{found['bytes']:,} in {found['shards']} file(s)"),
             ("bytes of one expert", f"{found['expert_bytes']:,}"),
+            *_show_stored(found["packed"]),
             *((f"  {role}", f"{n['bytes']:,} bytes, {n['tensors']:,} tensors") for role, n in found["roles"].items()),
             *(("can", ability) for ability in found["can"]),
         ],
     )
+
+
+def _show_stored(packed: dict[str, int]) -> list[tuple[str, str]]:
+    """What is packed."""
+    return [("packed", f"{packed['tensors']:,} tensors in {packed['bytes']:,} bytes")] if packed["tensors"] else []
 
 
 @app.command()
@@ -128,9 +146,20 @@ def prune(
     samples: Samples = 128,
     seq_len: SeqLen = 2048,
     dtype: Dtype = "auto",
+    removed: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of removed experts' router rows: remove; or, in our layout, null or constant: they "
+            "stay, and give zero or a mean output [default: remove; mone: constant]."
+        ),
+    ] = None,
+    save: Save = "dense",
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    io: Io = "auto",
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -144,8 +173,8 @@ def prune(
             distance=distance, kappa=kappa, min_experts=min_experts, non_uniform=non_uniform,
             threshold=threshold, seed=seed, drop_mtp=drop_mtp, lambda1=lambda1, lambda2=lambda2, stats=stats,
             weights=weights, no_guard=no_guard, base=base, data=data or [], samples=samples, seq_len=seq_len,
-            dtype=dtype, dry_run=dry_run, resume=resume, overwrite=overwrite,
-            on_progress=on_progress,
+            dtype=dtype, removed=removed, save=save, dry_run=dry_run, resume=resume, overwrite=overwrite,
+            io=io, engine=engine, ray_address=ray_address, on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
 
@@ -165,6 +194,7 @@ def stun(
     lambda1: Lambda1 = 1.0,
     lambda2: Lambda2 = 0.0,
     stats: Statistics = None,
+    no_guard: NoGuard = False,
     one_pass: OnePass = False,
     also: Also = "",
     data: Calibration = None,
@@ -177,9 +207,13 @@ def stun(
     ] = None,
     outliers: Outliers = 3.0,
     dtype: Dtype = "auto",
+    save: Save = "dense",
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    io: Io = "auto",
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -190,9 +224,11 @@ def stun(
     with _progress(quiet or json_) as on_progress:
         report = coterie.stun(
             model, out, sparsity=sparsity, expert_ratio=_ratio(expert_ratio), second=second, preset=preset,
-            lambda1=lambda1, lambda2=lambda2, stats=stats, one_pass=one_pass, also=also, data=data or [],
+            lambda1=lambda1, lambda2=lambda2, stats=stats, no_guard=no_guard, one_pass=one_pass, also=also,
+            data=data or [],
             samples=samples, seq_len=seq_len, seed=seed, min_tokens=min_tokens, outliers=outliers, dtype=dtype,
-            dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+            save=save, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=engine,
+            ray_address=ray_address, on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
 
@@ -222,9 +258,13 @@ def sparsify(
     min_tokens: MinTokens = 64,
     outliers: Outliers = 3.0,
     dtype: Dtype = "auto",
+    save: Save = "dense",
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    io: Io = "auto",
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -236,7 +276,48 @@ def sparsify(
         report = coterie.sparsify(
             model, out, method=method, sparsity=sparsity, pattern=pattern, one_pass=one_pass, also=also,
             data=data or [], samples=samples, seq_len=seq_len, seed=seed, min_tokens=min_tokens, outliers=outliers,
-            dtype=dtype, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+            dtype=dtype, save=save, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=engine,
+            ray_address=ray_address, on_progress=on_progress,
+        )  # fmt: skip
+    _show_report(report, out, json_)
+
+
+@app.command()
+def merge(
+    model: Model,
+    out: Out,
+    method: Annotated[str, typer.Option(help=f"Which experts are alike: {', '.join(joining.names())}.")] = "hc-smoe",
+    ratio: Annotated[float | None, typer.Option(help="Share of experts to lose per layer [default: 0.25].")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts to have per layer, instead of --ratio.")] = None,
+    router: Annotated[
+        str, typer.Option(help="mean: rows are merged too; alias: rows stay, several lead to one (our layout).")
+    ] = "mean",
+    align: Annotated[bool, typer.Option("--align", help="Line neurons up before they are averaged.")] = False,
+    stats: Annotated[
+        Path | None, typer.Option(metavar="STATS", help="What `coterie collect --merging` measured, instead of --data.")
+    ] = None,
+    weights: Weights = None,
+    data: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    save: Save = "dense",
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge experts that do alike into their weighted mean: HC-SMoE or M-SMoE.
+
+    Example: coterie merge MODEL OUT --experts 24 --data prose=prose.txt
+    """
+    with _progress(quiet or json_) as on_progress:
+        report = coterie.merge(
+            model, out, method=method, ratio=ratio, experts=experts, router=router, align=align, stats=stats,
+            weights=weights, data=data or [], samples=samples, seq_len=seq_len, seed=seed, dtype=dtype,
+            save=save, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
 
@@ -263,9 +344,11 @@ def condense(
     seq_len: SeqLen = 2048,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    save: Save = "dense",
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    io: Io = "auto",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -276,8 +359,9 @@ def condense(
     with _progress(quiet or json_) as on_progress:
         report = coterie.condense(
             model, out, layers=layers, layer_ids=layer_ids, keep=keep, select=select, layer_search=layer_search,
-            data=data or [], samples=samples, seq_len=seq_len, seed=seed, dtype=dtype, dry_run=dry_run, resume=resume,
-            overwrite=overwrite, on_progress=on_progress,
+            data=data or [], samples=samples, seq_len=seq_len, seed=seed, dtype=dtype, save=save,
+            dry_run=dry_run, resume=resume,
+            overwrite=overwrite, io=io, on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
 
@@ -301,9 +385,11 @@ def recover(
     seed: Seed = 0,
     dtype: Annotated[str, typer.Option(help="To compute in: auto (as stored), float32 or bfloat16.")] = "auto",
     save_every: Annotated[int, typer.Option(help="Steps between two states that --resume goes on from.")] = 100,
+    save: Save = "dense",
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    io: Io = "auto",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -315,7 +401,8 @@ def recover(
         report = coterie.recover(
             model, out, teacher=teacher, data=data or [], stage=stage, layer_ids=layer_ids, steps=steps, lr=lr,
             batch_size=batch_size, accumulate=accumulate, seq_len=seq_len, samples=samples, seed=seed, dtype=dtype,
-            save_every=save_every, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+            save_every=save_every, save=save, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io,
+            on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
 
@@ -331,9 +418,11 @@ def drop(
     seq_len: SeqLen = 2048,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    save: Save = "dense",
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    io: Io = "auto",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -344,7 +433,7 @@ def drop(
     with _progress(quiet or json_) as on_progress:
         report = coterie.drop(
             model, out, unit=unit, count=count, data=data or [], samples=samples, seq_len=seq_len, seed=seed,
-            dtype=dtype, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+            dtype=dtype, save=save, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
 
@@ -358,6 +447,9 @@ def collect(
     seq_len: SeqLen = 2048,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    merging: Annotated[
+        bool, typer.Option("--merging", help="Also what merge needs: every expert on every token, so much slower.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace STATS.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -369,10 +461,10 @@ def collect(
     with _progress(quiet or json_) as on_progress:
         result = coterie.collect(
             model, stats, data=data or [], samples=samples, seq_len=seq_len, seed=seed, dtype=dtype,
-            overwrite=overwrite, on_progress=on_progress,
+            merging=merging, overwrite=overwrite, on_progress=on_progress,
         )  # fmt: skip
     for note in result["notes"]:
-        typer.echo(f"note: {note}", err=True)
+        _say(f"note: {note}", err=True)
     if json_:
         _print_json(result)
         return
@@ -405,14 +497,14 @@ def compare(
             on_progress=on_progress,
         )  # fmt: skip
     for note in found["notes"]:
-        typer.echo(f"note: {note}", err=True)
+        _say(f"note: {note}", err=True)
     if json_:
         _print_json(found)
         return
     names = list(found["criteria"])
-    typer.echo("share of kept experts in common (and of the same criterion on two halves of the data)")
+    _say("share of kept experts in common (and of the same criterion on two halves of the data)")
     _table(" " * 20 + "  ".join(f"{n:>18}" for n in names), [(n, _overlaps(found, n, names)) for n in names])
-    typer.echo(f"by chance: {found['random']['expected']:.2f}; {found['seconds']:.1f} s")
+    _say(f"by chance: {found['random']['expected']:.2f}; {found['seconds']:.1f} s")
 
 
 def _overlaps(found: dict[str, Any], name: str, names: list[str]) -> str:
@@ -422,13 +514,50 @@ def _overlaps(found: dict[str, Any], name: str, names: list[str]) -> str:
 
 
 @app.command()
+def analyze(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.html", help="Write a page that needs nothing else.")
+    ] = None,
+    data: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.html.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How the experts of a model really behave: likeness, norms, routing, and advice. Changes nothing.
+
+    Example: coterie analyze MODEL --data prose=prose.txt -o analysis.html
+    """
+    with _progress(quiet or json_) as on_progress:
+        found = coterie.analyze(
+            model, data=data or [], samples=samples, seq_len=seq_len, seed=seed, dtype=dtype, out=output,
+            overwrite=overwrite, on_progress=on_progress,
+        )  # fmt: skip
+    for note in found["notes"]:
+        _say(f"note: {note}", err=True)
+    if json_:
+        _print_json(found)
+        return
+    typer.echo(f"{output or model}: done in {found['seconds']:.1f} s")
+    _paragraphs([(advice["about"], advice["text"]) for advice in found["advice"]])
+
+
+@app.command()
 def apply(
     model: Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A coterie.json, or its plan alone.")],
     out: Out,
+    save: Save = "dense",
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    io: Io = "auto",
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -438,8 +567,9 @@ def apply(
     """
     with _progress(quiet or json_) as on_progress:
         report = coterie.apply(
-            model, plan, out, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress
-        )
+            model, plan, out, save=save, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=engine,
+            ray_address=ray_address, on_progress=on_progress,
+        )  # fmt: skip
     _show_report(report, out, json_)
 
 
@@ -491,15 +621,134 @@ def unpack(
 def _show_packed(report: Any, out: Path, as_json: bool) -> None:
     found = report.report
     for warning in found.get("warnings", []):
-        typer.echo(f"note: {warning}", err=True)
+        _say(f"note: {warning}", err=True)
     if as_json:
         _print_json(report.as_dict())
         return
-    before, after = found["before"]["bytes"], found["after"]["bytes"]
+    done = found["packed"] if "packed" in found else found["unpacked"]
+    before, after = done["before"], done["after"]
     title = "planned, nothing written" if found.get("dry_run") else f"{out}: done"
-    rows = [("bytes", f"{before:,} -> {after:,} ({after / before:.3f})")]
-    rows += [(f"packed {name}", f"{value:,}") for name, value in found.get("packed", {}).items()]
-    _table(f"{title} in {found['seconds']:.1f} s", [*rows, ("peak memory", f"{found['peak_rss_bytes'] / 1e6:.0f} MB")])
+    rows = [("bytes", f"{before:,} -> {after:,} ({after / before:.3f})"), ("matrices", f"{done['tensors']:,}")]
+    if "zeros" in done:
+        rows.append(("of which zeros", f"{100 * done['zeros']:.2f} %"))
+    _table(title, rows)
+
+
+@app.command()
+def status(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="What a command was told to write, or its OUT.partial.")],
+    json_: Json = False,
+) -> None:
+    """Show how far a run is, or was when it ended: what was asked, what is done, the rate, the time left.
+
+    Example: coterie status OUT
+    """
+    found = coterie.status(out)
+    if json_:
+        _print_json(found)
+        return
+    rows = [("command", f"coterie {found['command']}")]
+    rows += [(f"  {name}", f"{value}") for name, value in found["options"].items() if value not in (None, "", {})]
+    if "bytes" in found:
+        rows += [("process", f"{found['pid']}, {'alive' if found['alive'] else 'gone'}")]
+        rows += [("began", f"{found['began']}"), ("last heard of", f"{found['updated']}")]
+        rows += [(kind, f"{found[kind]['done']:,} of {_known(found[kind]['all'])}") for kind in ("files", "bytes")]
+        rows += [("layers", f"{found['layers']['done']:,} of {_known(found['layers']['all'])}")]
+        rows += [("MB per second", _known(found["bytes_per_second"], 1e6))]
+        rows += [("seconds left", _known(found["seconds_left"]))]
+    _table(f"{found['path']}: {found['state']}", rows)
+
+
+def _known(value: float | None, unit: float = 1) -> str:
+    return "unknown" if value is None else f"{value / unit:,.0f}"
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to go on from; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time; else drawn.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    dtype: Dtype = "auto",
+    json_: Json = False,
+) -> None:
+    """Continue a text with any checkpoint, packed ones too; words appear as they come.
+
+    Example: coterie generate OUT --prompt "Once upon a time"
+    """
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    result = coterie.generate(
+        model, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, dtype=dtype,
+        on_text=(lambda _: None) if json_ else _say_at_once,
+    )  # fmt: skip
+    for note in result["notes"]:
+        typer.echo(f"note: {note}", err=True)
+    if json_:
+        _print_json(result)
+    else:
+        typer.echo()
+
+
+def _say_at_once(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A folder of safetensors, packed or not, or a hub id.")],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Another one, measured in turn with it.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with [default: torch's number].")] = None,
+    batch: Annotated[str, typer.Option(metavar="A,B,...", help="Sequences that run together.")] = "1,4,16",
+    dtype: Dtype = "auto",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure tokens per second, bytes read per token, and the share of what the memory can deliver. Writes nothing.
+
+    Example: coterie bench PACKED --against DENSE
+    """
+    with _progress(quiet or json_) as on_progress:
+        found = coterie.bench(
+            model, against=against, threads=threads, batch=batch, dtype=dtype, on_progress=on_progress
+        )
+    for note in found["notes"]:
+        typer.echo(f"note: {note}", err=True)
+    if json_:
+        _print_json(found)
+        return
+    about = found["machine"]
+    read = f"{found['bandwidth'] / 1e9:.1f} GB/s" if found["bandwidth"] else "not measured"
+    rows = [("kernels", ", ".join(about["kernels"])), ("threads", f"{about['threads']} of {about['cores']} cores")]
+    _table(about["processor"], [*rows, ("read bandwidth", read), ("clock", found["clock"])])
+    for entry in found["models"]:
+        share = entry["bandwidth_share"]
+        rows = [("bytes", f"{entry['bytes']:,}"), ("bytes read per token", f"{entry['bytes_per_token']:,}")]
+        rows += [("share of bandwidth", "unknown" if share is None else f"{100 * share:.0f} %")]
+        for kind in ("prefill", "decode"):
+            rows += [(f"{kind}, batch {b}", _speed(q)) for b, q in entry[kind].items()]
+        _table(entry["path"], rows)
+    if found["kernels"]:
+        _show_kernels(found["kernels"])
+
+
+def _speed(found: dict[str, float]) -> str:
+    return f"{found['50']:,.1f} tokens/s  [{found['10']:,.1f}, {found['90']:,.1f}]"
+
+
+def _show_kernels(found: dict[str, Any]) -> None:
+    """One line per kernel, and how often faster it is than each rival."""
+    rows, columns = found["shape"]
+    rivals = list(found["rows"][0]["times_faster_than"]) if found["rows"] else []
+    typer.echo(f"{found['tensor']}: {rows} x {columns}, {100 * found['zeros']:.1f} % zeros")
+    for row in found["rows"]:
+        share = row["bandwidth_share"]
+        of = "" if share is None else f", {100 * share:.0f} % of bandwidth"
+        typer.echo(f"  {row['name']}: {row['bytes']:,} bytes, {1e6 * row['seconds']:.1f} us{of}")
+        if row["name"].startswith("sparse"):
+            ratios = (f"{row['times_faster_than'][rival]:.2f} of {rival}" for rival in rivals)
+            typer.echo(f"    speed: {', '.join(ratios)}")
 
 
 @app.command()
@@ -520,7 +769,7 @@ def verify(
         _print_json(result)
     else:
         for check in result["checks"]:
-            typer.echo(f"{'ok   ' if check['ok'] else 'FAULT'}  {check['name']}: {check['detail']}")
+            _say(f"{'ok   ' if check['ok'] else 'FAULT'}  {check['name']}: {check['detail']}")
     raise typer.Exit(0 if result["ok"] else 3)
 
 
@@ -528,6 +777,9 @@ def verify(
 def eval_(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids.")],
     data: Data = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original, to compare with on the same tokens.")
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens of context per window.")] = 2048,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows [default: half the window].")] = None,
     tasks: Annotated[str | None, typer.Option(help="Comma-separated lm-evaluation-harness tasks.")] = None,
@@ -546,7 +798,7 @@ def eval_(
     names = tuple(t for t in (tasks or "").split(",") if t)
     with _progress(quiet or json_) as on_progress:
         result = coterie.eval(
-            models, data=data or [], window=window, stride=stride, tasks=names, task_path=task_path,
+            models, data=data or [], against=against, window=window, stride=stride, tasks=names, task_path=task_path,
             batch_size=batch_size, max_new_tokens=max_new_tokens, dtype=dtype, seed=seed, on_progress=on_progress,
         )  # fmt: skip
     if json_:
@@ -556,7 +808,65 @@ def eval_(
         rows = [(f"perplexity {n}", _interval(v)) for n, v in entry["perplexity"].items()]
         rows += [(f"exact match {n}", _interval(v, percent=True)) for n, v in entry["exact_match"].items()]
         rows += [(f"task {n}", json.dumps(v)) for n, v in entry.get("tasks", {}).items()]
-        _table(entry["path"], rows)
+        _table(entry["path"], rows + _paired(entry.get("paired")))
+
+
+def _paired(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What a comparison with the original adds."""
+    if found is None:
+        return []
+    rows = [
+        (f"log-likelihood {n}", f"{v['value']:+.4f}  [{v['low']:+.4f}, {v['high']:+.4f}] nats per token, difference")
+        for n, v in found["difference"].items()
+    ]
+    rows += [(f"flipped {n}", f"{100 * share:.2f} % of the answers") for n, share in found["flipped"].items()]
+    for name, shares in found["repetition"].items():
+        own, theirs = ("none" if shares[k] is None else f"{100 * shares[k]:.2f} %" for k in ("model", "against"))
+        rows.append((f"repetition {name}", f"{own} (original {theirs}) of generated 4-grams"))
+    if overlap := found["router_overlap"]:
+        rows.append(("router overlap", f"{sum(overlap.values()) / len(overlap):.3f}, mean of {len(overlap)} layers"))
+    return [*rows, ("compared with", found["against"])]
+
+
+@app.command()
+def report(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="The original first, then what was made of it.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page to write; must not exist.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="NAME=FILE", help="As for eval; repeatable [default: texts that ship]."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of context per window.")] = 2048,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows [default: half the window].")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer.")] = 128,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not measure tokens per second.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quality against bytes against speed: one page with plots and tables, which opens without a network.
+
+    Example: coterie report MODEL OUT1 OUT2 -o report.html --data prose=prose.txt
+    """
+    with _progress(quiet or json_) as on_progress:
+        found = coterie.report(
+            models, out, data=data or [], window=window, stride=stride, batch_size=batch_size,
+            max_new_tokens=max_new_tokens, dtype=dtype, seed=seed, speed=not no_speed, overwrite=overwrite,
+            on_progress=on_progress,
+        )  # fmt: skip
+    for note in found["notes"]:
+        typer.echo(f"note: {note}", err=True)
+    if json_:
+        _print_json(found)
+        return
+    entries = [*found["models"], *found["references"]]
+    shown = [f"{m['bytes']:,} bytes" + (f", loss {_interval(m['mean'])}" if m["mean"] else "") for m in entries]
+    _table(f"{out}: written in {found['seconds']:.1f} s", list(zip((m["name"] for m in entries), shown, strict=True)))
 
 
 def _interval(found: dict[str, float], *, percent: bool = False) -> str:
@@ -567,7 +877,7 @@ def _interval(found: dict[str, float], *, percent: bool = False) -> str:
 def _show_report(report: Any, out: Path, as_json: bool) -> None:
     content = report.as_dict()
     for warning in report.report.get("warnings", []):
-        typer.echo(f"note: {warning}", err=True)
+        _say(f"note: {warning}", err=True)
     if as_json:
         _print_json(content)
         return
@@ -578,6 +888,7 @@ def _show_report(report: Any, out: Path, as_json: bool) -> None:
         [
             ("parameters", f"{before['parameters']:,} -> {after['parameters']:,}"),
             ("bytes", f"{before['bytes']:,} -> {after['bytes']:,}"),
+            *_show_saved(report.report),
             ("experts per layer", f"{before['experts']} -> {after['experts']}"),
             ("experts' weights removed or zero", f"{100 * report.report['sparsity']['experts']:.2f} %"),
             ("all weights removed or zero", f"{100 * report.report['sparsity']['all']:.2f} %"),
@@ -585,6 +896,14 @@ def _show_report(report: Any, out: Path, as_json: bool) -> None:
             ("peak memory", f"{report.report['peak_rss_bytes'] / 1e6:.0f} MB"),
         ],
     )
+
+
+def _show_saved(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What packing did to the bytes."""
+    packed = found.get("packed")
+    if not packed:
+        return []
+    return [("packed", f"{packed['tensors']:,} matrices: {packed['before']:,} -> {packed['after']:,} bytes in all")]
 
 
 def _show_zeros(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -601,14 +920,33 @@ def _show_zeros(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:
-    typer.echo(title)
+    _say(title)
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        typer.echo(f"  {name:<{width}}  {value}")
+        _say(f"  {name:<{width}}  {value}")
+
+
+def _say(line: str, *, err: bool = False) -> None:
+    """Prints a line. Names come from files: what a terminal would obey is spelled out."""
+    typer.echo(printable(line), err=err)
+
+
+def _paragraphs(rows: list[tuple[str, str]]) -> None:
+    """Names beside texts that are wrapped to the terminal's width."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 1, 2))
+    for name, text in rows:
+        grid.add_row(Text(name), Text(text))
+    Console().print(grid)
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # Outside strings JSON has no such characters, and inside them it may spell out any.
+    sys.stdout.write("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text) + "\n")
 
 
 @contextmanager
@@ -620,16 +958,27 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    amount = TextColumn("{task.percentage:>3.0f} %  {task.fields[amount]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), amount)
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
+        began: dict[str, float] = {}
 
         def advance(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage], began[stage] = bars.add_task(stage, total=total, amount=""), time.monotonic()
+            amount = _amount(stage, done, total, time.monotonic() - began[stage])
+            bars.update(tasks[stage], completed=done, total=total, amount=amount)
 
         yield advance
+
+
+def _amount(stage: str, done: int, total: int, seconds: float) -> str:
+    """How much of how much, and how fast where it is bytes."""
+    if stage != "writing":
+        return f"{done:,} of {total:,}"
+    rate = f", {done / seconds / 1e6:,.0f} MB/s" if seconds > 1 else ""
+    return f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB{rate}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -637,16 +986,17 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="note: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="coterie", standalone_mode=False)
+        if code == 130:  # what some versions of typer make of Ctrl-C, and others an Abort
+            _interrupted()
         sys.exit(code if isinstance(code, int) else 0)
     except CoterieError as error:
         _refuse(error)
     except KeyboardInterrupt:
-        typer.echo("interrupted; add --resume to go on", err=True)
-        sys.exit(130)
+        _interrupted()
     except Exception as error:
         # typer's errors come from click or from its own copy of it, by version: known by what they can do.
         if type(error).__name__ == "Abort":
-            sys.exit(130)
+            _interrupted()
         if not hasattr(error, "format_message"):
             raise  # a defect of ours: the traceback is what we want to see, and Python exits with 1
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -655,7 +1005,12 @@ def main(arguments: list[str] | None = None) -> None:
         _refuse(error.format_message())
 
 
+def _interrupted() -> None:
+    _say("interrupted; a command that writes OUT goes on with --resume", err=True)
+    sys.exit(130)
+
+
 def _refuse(error: object) -> None:
     line = " ".join(str(error).split())
-    typer.echo(f"error: {line}", err=True)
+    _say(f"error: {line}", err=True)
     sys.exit(2)

@@ -7,7 +7,7 @@ its domain and half (of the domain's samples, every second one), and is added to
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.loading import quiet_transformers
 from coterie.report import Progress, Stopwatch, no_progress, versions
-from coterie.stats import HALVES, Stats, joined
+from coterie.stats import HALVES, MERGING, Stats, joined
 from coterie.streaming.samples import Data, compute_dtype, read_samples
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def collect(
     seq_len: int = 2048,
     seed: int = 0,
     dtype: str = "auto",
+    merging: bool = False,
     overwrite: bool = False,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -47,19 +48,22 @@ def collect(
     data: NAME=FILE (a text, JSON lines, Parquet, a folder, or hub:OWNER/NAME); without it, texts that ship.
     samples: sequences in all, spread evenly over the names; seq_len: tokens of each; seed: which of them.
     dtype: auto (as the experts are stored), float32, bfloat16 or float16.
+    merging: also what `merge` needs, for which every expert runs on every token: about E / K times the work.
     Raises: CoterieError, before anything is written.
     """
     clock, out = Stopwatch(), Path(stats)
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, data, samples=samples, seq_len=seq_len, seed=seed)
-    result = measure(source, by_domain, chosen, on_progress, spill=out.parent)
+    extra = MERGING if merging else ()
+    result = measure(source, by_domain, chosen, on_progress, extra=extra, spill=out.parent)
     result.save(out)
     return {
         "stats": str(out),
         "model": {"path": str(model), "hash": result.model},
-        "options": {"samples": samples, "seq_len": seq_len, "seed": seed, "dtype": str(chosen).removeprefix("torch.")},
+        "options": {"samples": samples, "seq_len": seq_len, "seed": seed, "dtype": str(chosen).removeprefix("torch.")}
+        | ({"merging": True} if merging else {}),
         "domains": {name: {"samples": len(given), "tokens": sum(map(len, given))} for name, given in by_domain.items()},
         "layers": result.layers,
         "notes": [*notes, *result.notes],
@@ -68,7 +72,7 @@ def collect(
     }
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: Path, overwrite: bool) -> None:
     """Raises: CoterieError unless the file can be written: better now than after the work."""
     try:
         out.lstat()
@@ -90,10 +94,12 @@ def measure(
     by_domain: dict[str, list[tuple[int, ...]]],
     dtype: torch.dtype,
     on_progress: Progress = no_progress,
+    extra: Collection[str] = (),
     **activations: Any,
 ) -> Stats:
     """All sums of `stats.SUMS` for every MoE layer, by domain and half.
 
+    extra: names in `stats.MERGING` to measure as well.
     activations: where they go when they are large, as `Stream.embed` has it (spill, budget).
     Raises: CoterieError for a model that cannot be streamed, and for activations that are NaN or infinite.
     """
@@ -104,7 +110,7 @@ def measure(
     group_of = [HALVES * d + i % HALVES for d, given in enumerate(by_domain.values()) for i in range(len(given))]
     groups, num_groups = _group_of_tokens(batches, group_of), HALVES * len(by_domain)
     stats = Stats(model.checkpoint.hash, {name: len(given) for name, given in by_domain.items()})
-    routers = Routers(stream, groups, num_groups)
+    routers = Routers(stream, groups, num_groups, products="logit_products" in extra)
 
     def keep(block: MoE, sums: Sums) -> None:
         _check_finite(sums, block.name)
@@ -113,7 +119,8 @@ def measure(
                 stats.add(domain, block.key, name, halves)
 
     blocks = {block.key: block for block in model.main}
-    for index in stream.run(batches, measuring_walk(model, dtype, groups, num_groups, keep)):
+    walk = measuring_walk(model, dtype, groups, num_groups, keep, everywhere="all_outputs" in extra)
+    for index in stream.run(batches, walk):
         if block := blocks.get(str(index)):
             logits = routers.take(block)
             keep(block, logits)
@@ -139,9 +146,10 @@ class Routers:
     see). Biases that only select are added later, and take no part.
     """
 
-    def __init__(self, stream: Stream, groups: torch.Tensor, num_groups: int) -> None:
+    def __init__(self, stream: Stream, groups: torch.Tensor, num_groups: int, *, products: bool = False) -> None:
         self._groups, self._num_groups = groups, num_groups
         self._sums: dict[str, torch.Tensor] = {}  # layer key -> sums of z and of z^2 (2, G, E)
+        self._products: dict[str, torch.Tensor] | None = {} if products else None  # and of z z^T (G, E, E)
         self._num_seen: dict[str, int] = {}
         for block in stream.source.main:
             index = int(block.key)
@@ -165,21 +173,38 @@ class Routers:
             found = self._sums.setdefault(block.key, empty)
             for sums, values in zip(found, (z, z.square()), strict=True):
                 sums.index_add_(0, rows, values[: len(rows)])
+            if self._products is not None:
+                empty = torch.zeros(self._num_groups, block.num_experts, block.num_experts, dtype=torch.float64)
+                products = self._products.setdefault(block.key, empty)
+                for group in rows.unique().tolist():
+                    some = z[: len(rows)][rows == group]
+                    products[group] += some.T @ some
 
         return hook
 
     def take(self, block: MoE) -> Sums:
         """A layer's sums (G, E), once it is through; none where not every token's logits were seen."""
         sums, num_seen = self._sums.pop(block.key, None), self._num_seen.pop(block.key, 0)
+        products = None if self._products is None else self._products.pop(block.key, None)
         if sums is None or num_seen != len(self._groups):
             return {}
-        return {"logits": sums[0].numpy(), "logits_squared": sums[1].numpy()}
+        found = {"logits": sums[0].numpy(), "logits_squared": sums[1].numpy()}
+        return found if products is None else found | {"logit_products": products.numpy()}
 
 
 def measuring_walk(
-    model: Model, dtype: torch.dtype, groups: torch.Tensor, num_groups: int, keep: Callable[[MoE, Sums], None]
+    model: Model,
+    dtype: torch.dtype,
+    groups: torch.Tensor,
+    num_groups: int,
+    keep: Callable[[MoE, Sums], None],
+    *,
+    everywhere: bool = False,
 ) -> Walk:
-    """The experts as they are, each measured on the way; `keep` gets a block's sums once it is through."""
+    """The experts as they are, each measured on the way; `keep` gets a block's sums once it is through.
+
+    everywhere: also on the tokens that did not choose them ("all_outputs").
+    """
     import numpy as np
     import torch
 
@@ -195,10 +220,39 @@ def measuring_walk(
                     shape = (num_groups, routed.block.num_experts, *values.shape[1:])
                     sum_of_expert = sums.setdefault(name, np.zeros(shape))[:, e]
                     joined(name)(sum_of_expert, values.numpy(), out=sum_of_expert)
+        if everywhere:
+            sums["all_outputs"] = _all_outputs(routed, model, dtype, groups, num_groups)
         keep(routed.block, sums)
         return total
 
     return walk
+
+
+def _all_outputs(routed: Routed, model: Model, dtype: torch.dtype, groups: torch.Tensor, num_groups: int) -> np.ndarray:
+    """Every expert's outputs on every token, summed by group, (G, E, D).
+
+    The last map is linear, so that it sees sums alone, which saves a third of the products; an expert with a norm
+    behind it runs whole. Each is read once more: beside its work on all tokens that is little.
+    """
+    import numpy as np
+    import torch
+
+    from coterie import moe
+    from coterie.streaming.activations import weighted_sums
+
+    block, whole, found = routed.block, bool(routed.module.has_post_expert_norm), []
+    rows, counts = torch.arange(len(groups)), torch.bincount(groups, minlength=num_groups).double()
+    for expert in moe.read_experts(model.checkpoint, block, range(block.num_experts), dtype):
+        sums: Any = 0.0
+        for piece in routed.pieces(expert, rows, torch.ones(len(rows)), outputs=whole):
+            own = torch.nn.functional.one_hot(groups[piece.rows], num_groups).T.float()
+            sums = sums + weighted_sums(own, piece.y if whole else piece.hidden)
+        if not whole:
+            sums = sums @ expert.down.double().T
+            if expert.down_bias is not None:
+                sums += torch.outer(counts, expert.down_bias.double())
+        found.append(sums.numpy())
+    return np.stack(found, axis=1)
 
 
 def _sums(piece: Piece, groups: torch.Tensor, num_groups: int) -> dict[str, torch.Tensor]:

@@ -127,7 +127,7 @@ class Contest:
     def _stun(self, stats: Stats) -> Kept:
         """Of router rows, and of usage where two are alike: as a dry run of `prune` has it, without weights."""
         options, kept = replace(self.options, method="stun"), self.task.kept
-        task = clusters.Task(self.task.layers, options, kept, kept, self.task.num_groups, dry_run=True)
+        task = clusters.Task(self.task.layers, options, kept, kept, self.task.num_groups, True, self.guarded)
         return criteria.kept_of(self.task, clusters.decide(task, stats, no_progress)[0])
 
     def _stability(self, name: str, choose: Callable[[Stats], Kept]) -> dict[str, Any] | None:

@@ -15,12 +15,14 @@ from coterie.apply import execute
 from coterie.condensing.dense import check_writable, is_stock, num_layers
 from coterie.condensing.folding import check_foldable, shared_names
 from coterie.condensing.repackage import CONVERSIONS, conversion, converted
+from coterie.copying import check_io
 from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.methods.condense import LAYER_SEARCH, SELECT
 from coterie.plan import Condensed, Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
+from coterie.saving import savable
 from coterie.streaming.samples import Data, read_samples
 from coterie.writer import check_out
 
@@ -46,6 +48,7 @@ class Options:
     dtype: str = "auto"
 
 
+@savable
 def condense(
     model: str | Path,
     out: str | Path,
@@ -60,9 +63,11 @@ def condense(
     seq_len: int = 2048,
     seed: int = 0,
     dtype: str = "auto",
+    save: str = "dense",
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
     on_progress: Progress = no_progress,
 ) -> Report:
     """Replaces MoE layers by dense MLPs: the shared expert and `keep` routed ones, always on, with constant gates.
@@ -75,13 +80,16 @@ def condense(
     layer_search: greedy (the default), one-shot or beam; judged by the divergence of logits on held-out samples, or,
     for official, of the last hidden states.
     samples: sequences in all (default 128; official 100).
+    save: dense, or sparse: zeros take one bit each (see `pack`).
     dry_run: sizes only: layers, experts and gates come from data, so they stay open.
+    io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
     Raises: CoterieError, before anything is written.
     """
     clock, original = Stopwatch(), Model.open(model)
     files = calibration_files(data)
     options = Options(layers, _ids(layer_ids), keep, select, layer_search, files, samples, seq_len, seed, dtype)
     check_options(options)
+    check_io(io)
     check_out(Path(out), original.checkpoint.path, resume=resume, overwrite=overwrite)
     target = target_type(original, options)
     source = converted(original, target)
@@ -95,11 +103,11 @@ def condense(
         notes += findings.pop("notes")
     if target:
         findings["converted"] = {"from": original.checkpoint.config["model_type"], "to": target}
-    asked = vars(options) | {"data": {name: str(file) for name, file in files.items()}}
+    asked = vars(options) | {"data": {name: str(file) for name, file in files.items()}, "save": save}
     return execute(
         source, plan, Path(out), command="condense", path=model, options=asked,
         clock=clock, warnings=tuple(notes), dry_run=dry_run, resume=resume, overwrite=overwrite,
-        on_progress=on_progress, findings=findings,
+        io=io, on_progress=on_progress, findings=findings,
     )  # fmt: skip
 
 

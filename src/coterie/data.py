@@ -26,6 +26,8 @@ from coterie.errors import CoterieError
 from coterie.reference_model import CALIBRATION
 
 KINDS = '{"text": ...}, {"input_ids": [...]}, {"messages": [...]} or {"prompt": ..., "answer": ...}'
+MAX_DATA = 2**30  # bytes of a file; it is read whole
+MAX_NESTED = 2**21  # lists and objects in a line: two bytes of JSON can take 64 of memory
 SHIPPED = f"no --data: calibrating on the texts that ship with coterie ({', '.join(CALIBRATION)})"
 
 
@@ -276,9 +278,14 @@ def _drawn_blocks(tokens: list[int], length: int, count: int, seed: int) -> list
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        size = path.stat().st_size
+        with path.open("rb") as file:  # some files of the system say that they have no size
+            raw = b"" if size > MAX_DATA else file.read(MAX_DATA + 1)
     except OSError as e:
         raise CoterieError(f"{path}: cannot be read ({e})") from e
+    if max(size, len(raw)) > MAX_DATA:
+        raise CoterieError(f"{path}: {max(size, len(raw)):,} bytes; expected at most {MAX_DATA:,}: give a part of it")
+    return raw.removeprefix(codecs.BOM_UTF8)
 
 
 def _decode(raw: bytes, where: str) -> str:
@@ -289,11 +296,23 @@ def _decode(raw: bytes, where: str) -> str:
 
 
 def _parse(line: str, where: str) -> Document:
+    nested = line.count("[") + line.count("{")
+    if nested > MAX_NESTED:
+        raise CoterieError(f"{where}: {nested:,} lists and objects in a line; expected at most {MAX_NESTED:,}")
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, object_pairs_hook=_no_duplicates)
+    except CoterieError as e:
+        raise CoterieError(f"{where}: {e}") from e
     except (ValueError, RecursionError) as e:  # ValueError: also a number of too many digits
         raise CoterieError(f"{where}: not JSON ({e}); expected a line such as {KINDS}") from e
     return _document(entry, where)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise CoterieError("an object names a key twice; expected each once")
+    return found
 
 
 def _document(entry: Any, where: str) -> Document:

@@ -18,11 +18,13 @@ from coterie.condensing.dense import check_writable, num_layers
 from coterie.condensing.dropping import check_dropped
 from coterie.condensing.folding import check_foldable
 from coterie.condensing.repackage import converted
+from coterie.copying import check_io
 from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.plan import Condensed, Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
+from coterie.saving import savable
 from coterie.streaming.samples import Data, compute_dtype, read_samples
 from coterie.writer import check_out
 
@@ -52,6 +54,7 @@ class Options:
     dtype: str = "auto"
 
 
+@savable
 def drop(
     model: str | Path,
     out: str | Path,
@@ -63,21 +66,26 @@ def drop(
     seq_len: int = 2048,
     seed: int = 0,
     dtype: str = "auto",
+    save: str = "dense",
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
     on_progress: Progress = no_progress,
 ) -> Report:
     """Removes `count` MoE blocks (unit "layer") or decoder layers (unit "block"): those that change least.
 
     Ranked by the mean cosine, over tokens, of the hidden states before and after: of h and h + MoE(norm(h)), or of a
     decoder layer's input and output. A dropped MoE block becomes a dense MLP of zeros, as narrow as configs allow.
+    io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
+    save: dense, or sparse: zeros take one bit each (see `pack`).
     Raises: CoterieError, before anything is written.
     """
     clock, original = Stopwatch(), Model.open(model)
     files = calibration_files(data)
     options = Options(unit, count, files, samples, seq_len, seed, dtype)
     check_options(options)
+    check_io(io)
     check_out(Path(out), original.checkpoint.path, resume=resume, overwrite=overwrite)
     target = target_type(original, Condensing(layers=count)) if unit == "layer" else None
     source = converted(original, target)
@@ -91,11 +99,11 @@ def drop(
         order, found, notes = rank(source, options, candidates, on_progress)
         plan, findings = make_plan(source, options, order, target), findings | found
     check_kinds(source, plan)
-    asked = vars(options) | {"data": {name: str(file) for name, file in files.items()}}
+    asked = vars(options) | {"data": {name: str(file) for name, file in files.items()}, "save": save}
     return execute(
         source, plan, Path(out), command="drop", path=model, options=asked,
         clock=clock, warnings=tuple(notes), dry_run=dry_run, resume=resume, overwrite=overwrite,
-        on_progress=on_progress, findings=findings,
+        io=io, on_progress=on_progress, findings=findings,
     )  # fmt: skip
 
 

@@ -1,5 +1,21 @@
-"""The one exception users meet."""
+"""The one exception users meet, and how text of unknown origin is shown."""
+
+LONGEST = 2000  # characters of a message; names and values come from files, and may be of any length
 
 
 class CoterieError(ValueError):
-    """Bad input: the message names the file or tensor, what was found, what was expected, and what to do."""
+    """Bad input: the message names the file or tensor, what was found, what was expected, and what to do.
+
+    Characters that a terminal would obey are spelled out, and what is longer than a page is cut in its middle.
+    """
+
+    def __init__(self, message: object) -> None:
+        text = str(message)
+        half = LONGEST // 2
+        text = text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"
+        super().__init__("\n".join(map(printable, text.split("\n"))))
+
+
+def printable(text: str) -> str:
+    """The text with every character that is no visible one spelled out: escape as `\\x1b`, half a pair as `\\ud800`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -18,6 +18,8 @@ from typing import Any
 
 from coterie.errors import CoterieError
 
+MAX_EXPERTS = 8192  # of a layer; some methods hold a number for every pair
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -116,9 +118,25 @@ class Family:
     def layer_counts(self, config: dict[str, Any]) -> dict[str, int]:
         """Layers with a count of their own, by key: only our own layout has them."""
         found: Any = next((v for _, _, v in lookup(config, ("coterie.num_experts",))), {})
-        if not isinstance(found, dict) or not all(type(n) is int and 0 < n < 2**20 for n in found.values()):
+        if not isinstance(found, dict) or not all(type(n) is int and 0 < n <= MAX_EXPERTS for n in found.values()):
             raise CoterieError(f"config.json: coterie.num_experts must map layers to counts, found {found!r:.80}")
         return found
+
+    def layer_routes(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Layers whose router has rows that lead to no expert, or to a common one: by key, the stored expert of every
+        row, -1 for none. Only our own layout has them. Raises: CoterieError for anything else."""
+        found: Any = next((v for _, _, v in lookup(config, ("coterie.routes",))), {})
+        counts = self.layer_counts(config)
+        if not isinstance(found, dict):
+            raise CoterieError(f"config.json: coterie.routes must map layers to lists, found {found!r:.80}")
+        for key, row in found.items():
+            fits = isinstance(row, list) and 0 < len(row) <= MAX_EXPERTS and all(type(i) is int for i in row)
+            if not fits or key not in counts or set(row) - {-1} != set(range(counts[key])):
+                raise CoterieError(
+                    "config.json: coterie.routes must give, by layer, a stored expert (each at least once) or -1 for "
+                    f"every router row; found {row!r:.80} for layer {key!r:.20}"
+                )
+        return {key: tuple(row) for key, row in found.items()}
 
     def num_experts_per_token(self, config: dict[str, Any]) -> int:
         """Top-k. Raises: CoterieError when no key says."""
@@ -129,7 +147,7 @@ class Family:
         if not found:
             raise CoterieError(f"config.json ({self.name}): none of the keys {', '.join(keys)}; expected one of them")
         value = next(iter(found.values()))
-        if type(value) is not int or not 0 < value < 2**20 or len({str(v) for v in found.values()}) > 1:
+        if type(value) is not int or not 0 < value <= MAX_EXPERTS or len({str(v) for v in found.values()}) > 1:
             raise CoterieError(f"config.json ({self.name}): expected one positive integer, found {found!r:.200}")
         return value
 
@@ -188,7 +206,7 @@ def detect(config: dict[str, Any], names: Iterator[str] | list[str] | tuple[str,
         raise CoterieError(
             f"config.json: {shown} is dense (no tensor of an expert); expected a mixture-of-experts model"
         )
-    near = difflib.get_close_matches(types[0], registry(), n=3, cutoff=0.3) if types else []
+    near = difflib.get_close_matches(types[0][:60], registry(), n=3, cutoff=0.3) if types else []
     hint = f"; the nearest known ones are {', '.join(near)}" if near else ""
     raise CoterieError(
         f"config.json: {shown} is not a family we know{hint}. Adding one is a file in coterie/families "

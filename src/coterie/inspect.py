@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coterie.layer import ROLES, Model
+from coterie.checkpoint import Checkpoint
+from coterie.family import detect
+from coterie.layer import ROLES, find_blocks
+from coterie.sparse.view import DenseView, dense_view
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
@@ -13,20 +16,22 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
     Returns `{"path", "family", "model_type", "stock", "layers", "moe_layers", "mtp_layers", "experts" (per layer),
     "experts_per_token", "groups", "parameters", "bytes", "roles": {role: {"parameters", "bytes", "tensors"}},
-    "dtypes", "shards", "expert_bytes", "can": [...]}`.
+    "dtypes", "shards", "expert_bytes", "packed", "can": [...]}`. Parameters are those of the dense checkpoint; bytes
+    are those on the disk; `packed` counts the tensors that are packed, and their bytes.
     Raises: CoterieError for a dense, unknown or damaged checkpoint.
     """
-    source = Model.open(model)
-    checkpoint, family = source.checkpoint, source.family
+    checkpoint = dense_view(Checkpoint.open(model))
+    source = find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
+    family, packed = source.family, checkpoint.packed if isinstance(checkpoint, DenseView) else {}
     groups = family.groups(checkpoint.config)
     roles = {role: {"tensors": 0, "parameters": 0, "bytes": 0} for role in ROLES}
     dtypes: dict[str, int] = {}
     for name, tensor in checkpoint.tensors.items():
-        found = roles[source.roles[name]]
+        found, stored = roles[source.roles[name]], packed[name].num_bytes if name in packed else tensor.num_bytes
         found["tensors"] += 1
         found["parameters"] += tensor.num_parameters
-        found["bytes"] += tensor.num_bytes
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.num_bytes
+        found["bytes"] += stored
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + stored
     main = source.main
     num_experts = sum(b.num_experts for b in source.moe)
     return {
@@ -40,17 +45,20 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "experts_per_token": family.num_experts_per_token(checkpoint.config),
         "groups": groups.num_groups,
         "parameters": checkpoint.num_parameters,
-        "bytes": checkpoint.num_bytes,
+        "bytes": sum(dtypes.values()),
         "expert_bytes": roles["expert"]["bytes"] // num_experts,
         "roles": {role: found for role, found in roles.items() if found["tensors"]},
         "dtypes": dtypes,
         "shards": len(checkpoint.shards),
-        "can": _abilities(family.stock),
+        "packed": {"tensors": len(packed), "bytes": sum(entry.num_bytes for entry in packed.values())},
+        "can": _abilities(family.stock, packed=bool(packed)),
     }
 
 
-def _abilities(stock: bool) -> list[str]:
+def _abilities(stock: bool, *, packed: bool) -> list[str]:
     """What the commands can do to this checkpoint."""
+    if packed:
+        return ["unpack: back to the dense checkpoint, byte for byte", "verify, eval, generate, bench: as it is"]
     written = "prune, apply: expert dropping by file editing"
     loaded = "verify, eval: loads in stock transformers"
     return [written, loaded if stock else "verify: files and bytes only (transformers has no class for this family)"]

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.family import Family, Layout, detect, lookup
+from coterie.sparse.view import is_sparse
 
 if TYPE_CHECKING:
     pass
 
-LAYER = re.compile(r"(?P<prefix>(?:.+?\.)?(?:layers|blocks)\.(?P<index>\d{1,6})\.)(?P<rest>.+)", re.DOTALL)
+LAYER = re.compile(r"(?P<prefix>(?:.+?\.)?(?:layers|blocks)\.(?P<index>[0-9]{1,6})\.)(?P<rest>.+)", re.DOTALL)
 MTP = re.compile(r"(^|[._])(mtp|nextn)")
+CONSTANTS = "constants"  # of our own layout, under the experts' name
 EXPERT_LIKE = re.compile(r"(^|[._])(experts?|router)([._]|$)")
-ROLES = ("expert", "shared", "router", "row", "table", "other")
+MAX_ROUTER = 2**29  # bytes; routers are read whole, and the largest have 11 MB
+ROLES = ("expert", "constant", "shared", "router", "row", "table", "other")
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the one block it is
@@ -41,6 +44,13 @@ class MoE:
     fused: tuple[str, ...]
     shared: tuple[str, ...]
     whole: tuple[str, ...] = ()
+    routes: tuple[int, ...] = ()  # the stored expert that each router row leads to, -1 for none; (): one row for each
+    constants: str | None = None  # (R, D): what the R rows that lead to none give instead
+
+    @property
+    def num_rows(self) -> int:
+        """How many experts the router knows."""
+        return len(self.routes) or self.num_experts
 
     @property
     def name(self) -> str:
@@ -70,6 +80,8 @@ class Model:
 
 def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
     """Claims every tensor by one rule. Raises: CoterieError for an unclaimed one, or a block that is not whole."""
+    if is_sparse(checkpoint):
+        raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
     found: list[MoE] = []
     roles: dict[str, str] = {}
     for prefix, names in _by_layer(checkpoint).items():
@@ -81,6 +93,13 @@ def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
                 _check_block(checkpoint, blocks[-1])
         roles |= _claim(family, blocks, names)
         found += blocks
+    seen: dict[tuple[str, bool], MoE] = {}
+    for block in found:
+        twin = seen.setdefault((block.key, block.attention), block)
+        if twin is not block:
+            raise CoterieError(
+                f"{checkpoint.path}: {twin.prefix!r} and {block.prefix!r} are both {block.name}; expected each once"
+            )
     if all(block.mtp for block in found):
         raise CoterieError(
             f"{checkpoint.path}: no layer has a router named like {family.layouts[0].router!r}; "
@@ -146,7 +165,7 @@ def _block(
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
     mtp = is_mtp(prefix + "x", checkpoint.config)
     key = f"mtp.{index}" if MTP.search(prefix) else str(index)
-    counts = family.layer_counts(checkpoint.config)
+    counts, routes = family.layer_counts(checkpoint.config), family.layer_routes(checkpoint.config)
     num_experts = counts[key] if key in counts else family.num_experts(checkpoint.config)
     numbered = re.compile(re.escape(layout.experts) + r"(\d{1,6})\.(.+)", re.DOTALL)
     experts: list[dict[str, str]] = [{} for _ in range(num_experts)]
@@ -178,6 +197,8 @@ def _block(
         fused=tuple(fused),
         shared=tuple(shared),
         whole=tuple(whole),
+        routes=() if attention else routes.get(key, ()),
+        constants=names.get(f"{layout.experts}{CONSTANTS}") if key in routes and not attention else None,
     )
 
 
@@ -189,6 +210,7 @@ def expert_names(block: MoE) -> list[str]:
 def _claims(block: MoE) -> dict[str, str]:
     claims = [(block.router, "router"), *((n, "row") for n in block.rows), *((n, "table") for n in block.tables)]
     claims += [(n, "expert") for n in expert_names(block)]
+    claims += [(block.constants, "constant")] if block.constants else []
     claims += [(n, "shared") for n in block.shared] + [(n, "other") for n in block.whole]
     assert len({n for n, _ in claims}) == len(claims), f"{block.name}: a tensor claimed twice"
     return dict(claims)
@@ -212,10 +234,16 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
         shape = tensors[name].shape
         if not shape or shape[0] == 0 or shape[0] % num_experts:
             raise CoterieError(f"{where}: {name!r} has shape {list(shape)}, which {num_experts} experts cannot share")
+    for name in (block.router, *block.rows, *block.tables):
+        if not 0 < tensors[name].num_bytes <= MAX_ROUTER:
+            raise CoterieError(f"{where}: {name!r} has {tensors[name].num_bytes:,} bytes; expected 1 to {MAX_ROUTER:,}")
     for name in (block.router, *block.rows):
         shape = tensors[name].shape
-        if expert_axis(shape, num_experts) is None:
-            raise CoterieError(f"{where}: {name!r} has shape {list(shape)}; the config counts {num_experts} experts")
+        if expert_axis(shape, block.num_rows) is None:
+            raise CoterieError(f"{where}: {name!r} has shape {list(shape)}; the config counts {block.num_rows} experts")
+    if block.constants and tensors[block.constants].shape[:1] != (block.routes.count(-1),):
+        found, gone = list(tensors[block.constants].shape), block.routes.count(-1)
+        raise CoterieError(f"{where}: {block.constants!r} has shape {found}; {gone} router rows lead to no expert")
 
 
 def mtp_names(model: Model) -> list[str]:

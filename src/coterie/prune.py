@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from coterie.apply import check_count, execute, fits_groups
+from coterie.copying import check_io
 from coterie.data import parse_data
+from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts import Layer, read_layer
 from coterie.family import Groups
 from coterie.layer import Model, MoE, mtp_names
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
-from coterie.plan import Plan
+from coterie.plan import Choice, Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
+from coterie.saving import savable
 from coterie.selecting import clusters, criteria
 from coterie.selecting.criteria import Decision
-from coterie.stats import parse_weights
+from coterie.stats import Stats, parse_weights
 from coterie.streaming.samples import Data
 
 CHOICES = {
@@ -30,6 +34,11 @@ CHOICES = {
     "distance": ("frobenius", "raw"),
     "non_uniform": ("round", "refuse", "coterie"),
 }
+REMOVED = ("remove", "null", "constant")
+OURS = (
+    "routers keep the rows of removed experts, which no stock config can say: written in a layout that `coterie.load` "
+    "reads (--removed remove writes a stock checkpoint)"
+)
 READ_BY = {  # option: the NEEDS of the methods that read it
     "stats": ("stats", "outputs"),
     "weights": ("stats", "outputs"),
@@ -40,6 +49,8 @@ READ_BY = {  # option: the NEEDS of the methods that read it
     "seq_len": ("outputs",),
     "dtype": ("outputs",),
 }
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,12 @@ class Options:
     samples: int = 128
     seq_len: int = 2048
     dtype: str = "auto"
+    removed: str | None = None
+
+    @property
+    def fate(self) -> str:
+        """What becomes of removed experts' router rows: asked for, or the method's own way."""
+        return self.removed or ("constant" if self.method == "mone" else "remove")
 
     @property
     def needs(self) -> str:
@@ -79,9 +96,11 @@ class Options:
         weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
         data = {name: str(file) for name, file in self.data.items()}
         others = [n for n in ("base", "data", "samples", "seq_len", "dtype") if self.needs not in READ_BY[n]]
-        return {n: v for n, v in (vars(self) | {"weights": weights or None, "data": data}).items() if n not in others}
+        found = vars(self) | {"weights": weights or None, "data": data, "removed": self.fate}
+        return {n: v for n, v in found.items() if n not in others}
 
 
+@savable
 def prune(
     model: str | Path,
     out: str | Path,
@@ -108,9 +127,14 @@ def prune(
     samples: int = 128,
     seq_len: int = 2048,
     dtype: str = "auto",
+    removed: str | None = None,
+    save: str = "dense",
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
+    engine: str = "local",
+    ray_address: str | None = None,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Removes `floor(ratio * E)` routed experts per layer (default 0.25), or all but `experts`, by a method.
@@ -120,10 +144,17 @@ def prune(
     stats: a file that `collect` wrote of this model. Criteria of statistics need it; of two experts that stun finds
     alike, the one more used stays; naee knows super experts from it.
     weights: how often each domain counts, as "code=2,chat=0.5" or a dictionary (default 1).
-    no_guard: super experts, whose outputs hold extreme values, may go like others.
+    no_guard: super experts, whose outputs hold extreme values, may go like others. They are known from stats alone:
+    without, none is guarded (the report's `guard` says so).
+    removed: remove (experts go with their router rows, as if they had never been; the default), or, in our own layout,
+    where routers stay as they are: null (a token that chose a removed expert gets nothing from it) or constant (it gets
+    the expert's mean output over the calibration tokens routed to it, weighted as the expert would be; the default of
+    mone). Then neither top-k nor routing groups bind how many experts stay, and layers that calibration does not see
+    stay whole.
     base: the checkpoint before fine-tuning, for router-norm-change.
     data, samples, seq_len, seed, dtype: what naee runs every expert on, as in `collect`; seed is also of random.
     drop_mtp: leave multi-token-prediction layers out instead of cutting them like the others.
+    save: dense, or sparse: zeros take one bit each (see `pack`).
     dry_run: decide and report; nothing is written. stun then reads headers and routers (and stats) alone.
 
     The rest shapes stun:
@@ -134,22 +165,29 @@ def prune(
     min_experts: no layer keeps fewer under a global budget (default: top-k).
     non_uniform: what becomes of unequal counts: round, refuse, or write them in our own layout (coterie).
     lambda1, lambda2: the weights of the router rows' distance and of co-activation (needs stats) in its distance.
+    io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
+    engine: local, or ray: the machines of a Ray cluster copy the bytes. What goes is decided here.
+    ray_address: HOST:PORT of a cluster, or auto; without it one is started on this machine. All nodes have to see MODEL
+    and OUT under the driver's paths. Not recorded: the bytes are the same.
     Raises: CoterieError, before anything is written.
     """
-    clock = Stopwatch()
+    clock, where = Stopwatch(), Engine(engine, ray_address)
     files = data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data, folders=True)
     options = Options(
         method, ratio, experts, budget, linkage, distance, kappa, min_experts, non_uniform, threshold, seed, drop_mtp,
         lambda1, lambda2, None if stats is None else str(stats), parse_weights(weights), no_guard,
-        None if base is None else str(base), files, samples, seq_len, dtype,
+        None if base is None else str(base), files, samples, seq_len, dtype, removed,
     )  # fmt: skip
     check_options(options)
+    check_io(io)
     source = Model.open(model)
+    if options.fate != "remove":
+        logger.warning(OURS)
     plan, warnings, findings = decided(source, options, dry_run=dry_run, on_progress=on_progress)
     return execute(
         source, plan, Path(out), command="prune", path=model,
-        options=options.record(), clock=clock, warnings=warnings, findings=findings,
-        dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+        options=options.record() | {"save": save}, clock=clock, warnings=warnings, findings=findings,
+        dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where, on_progress=on_progress,
     )  # fmt: skip
 
 
@@ -192,8 +230,10 @@ def check_options(options: Options) -> None:
 def _check_needs(options: Options) -> None:
     """What a criterion decides from must be given, and nothing else."""
     default, method = Options(), options.method
+    _check_removed(options)
     for name, needs in READ_BY.items():
-        if name not in ("stats", "weights") and getattr(options, name) != getattr(default, name):
+        elsewhere = name in ("stats", "weights") or (name == "no_guard" and method == "stun")
+        if not elsewhere and getattr(options, name) != getattr(default, name):
             if options.needs not in needs:
                 readers = ", ".join(methods.names(*needs))
                 raise CoterieError(f"--{name.replace('_', '-')} would be ignored by {method}; it is of {readers}")
@@ -207,6 +247,22 @@ def _check_needs(options: Options) -> None:
         )
     if options.no_guard and not options.stats:
         raise CoterieError("--no-guard would be ignored: without --stats no super experts are known")
+
+
+def _check_removed(options: Options) -> None:
+    """Whether the method's choice is one for routers that stay as they are."""
+    if options.fate not in REMOVED:
+        raise CoterieError(f"--removed {options.fate!r}: unknown; expected one of {', '.join(REMOVED)}")
+    if options.fate != "remove" and (options.method == "stun" or options.needs == "outputs"):
+        raise CoterieError(
+            f"--removed {options.fate}: {options.method} chooses experts that take over for those that go, which a "
+            "router that still chooses these does not let them; use --removed remove, or another method"
+        )
+    if options.fate == "constant" and options.needs != "stats":
+        raise CoterieError(
+            "--removed constant needs mean outputs, which are in the statistics: use a method that reads them, "
+            f"{', '.join(methods.names('stats'))}"
+        )
 
 
 def _check_distance(options: Options) -> None:
@@ -250,7 +306,8 @@ def count_kept(model: Model, options: Options, blocks: list[MoE]) -> int:
     family, config = model.family, model.checkpoint.config
     uniform = num_kept(options, family.num_experts(config))
     asked = f"--experts {uniform}" if options.experts else f"--ratio {0.25 if options.ratio is None else options.ratio}"
-    check_count(uniform, family.num_experts_per_token(config), family.groups(config), asked)
+    if options.fate == "remove":
+        check_count(uniform, family.num_experts_per_token(config), family.groups(config), asked)
     small = min(blocks, key=lambda b: b.num_experts)
     if small.num_experts < uniform:
         raise CoterieError(f"{asked}: keeps {uniform} experts, but {small.name} has {small.num_experts}; keep fewer")
@@ -272,29 +329,61 @@ def decided(
     groups, top_k, total = family.groups(config), family.num_experts_per_token(config), family.num_experts(config)
     if options.drop_mtp and not mtp_names(model):
         raise CoterieError("--drop-mtp: the model has no multi-token-prediction layers to leave out")
-    chosen = [b for b in model.moe if not (b.mtp and options.drop_mtp)]
+    remove = options.fate == "remove"
+    chosen = [b for b in model.moe if not (b.mtp and options.drop_mtp)] if remove else model.main
     uniform = count_kept(model, options, chosen)
-    layers = {b: read_layer(model.checkpoint, b, groups.num_groups) for b in chosen}
+    num_groups = groups.num_groups if remove else 1
+    layers = {b: read_layer(model.checkpoint, b, num_groups) for b in chosen}
     budget: dict[str, Any] = {"kind": options.budget, "experts": uniform}
-    warnings = _awkward(uniform, total)
     if options.method == "stun":
         floor = _floor(options, uniform, top_k, groups)
-        task = clusters.Task(layers, options, uniform, floor, groups.num_groups, dry_run)
-        choices, found, notes = clusters.decide(task, clusters.read_stats(model, options.stats), on_progress)
-        decision = Decision(choices, found, notes=notes)
+        task = clusters.Task(layers, options, uniform, floor, num_groups, dry_run)
+        decision = _by_clusters(model, task, on_progress)
     else:
-        decision = _by_criterion(model, layers, options, uniform, groups.num_groups, on_progress)
-    warnings = (*warnings, *decision.notes)
+        decision = _by_criterion(model, layers, options, uniform, num_groups, on_progress)
+    warnings = (*(_awkward(uniform, total) if remove else ()), *decision.notes)
+    choices = decision.choices if remove else _routed(decision.choices, options.fate)
     plan = Plan(
-        layers={b.key: c for b, c in decision.choices.items() if not b.attention},
-        attention={b.key: c for b, c in decision.choices.items() if b.attention},
+        layers={b.key: c for b, c in choices.items() if not b.attention},
+        attention={b.key: c for b, c in choices.items() if b.attention},
         budget=budget | decision.budget,
         drop_mtp=options.drop_mtp,
+        constants={"stats": options.stats, "weights": options.weights} if options.fate == "constant" else {},
     )
     if any(b.mtp for b in model.moe):
-        fate = "left out" if options.drop_mtp else f"cut to {uniform} experts by the same rule"
-        warnings = (*warnings, f"multi-token-prediction layers are {fate}")
-    return plan, warnings, {"guarded": [], **decision.findings}
+        cut = f"cut to {uniform} experts by the same rule" if remove else "kept whole"
+        warnings = (*warnings, f"multi-token-prediction layers are {'left out' if options.drop_mtp else cut}")
+    said: dict[str, Any] = {"guard": _guard(options), "guarded": [], "stability": decision.budget.get("stability")}
+    return plan, warnings, said | decision.findings
+
+
+def _routed(choices: dict[MoE, Choice], fate: str) -> dict[MoE, Choice]:
+    """The choices for routers that stay as they are."""
+    return {b: replace(c, removed=fate) if len(c.kept) < b.num_experts else c for b, c in choices.items()}
+
+
+def _guard(options: Options) -> str:
+    """Whether super experts are guarded, and why not."""
+    if options.no_guard:
+        return "off: --no-guard"
+    if options.needs not in READ_BY["no_guard"] and options.method != "stun":
+        return f"off: {options.method} reads no statistics, from which super experts are known"
+    return "on" if options.stats else "off: without --stats no super experts are known"
+
+
+def _by_clusters(model: Model, task: clusters.Task, on_progress: Progress) -> Decision:
+    """STUN's choices; where there are statistics, around the super experts."""
+    options = task.options
+    stats = clusters.read_stats(model, options.stats)
+    guarded: criteria.Guarded = {}
+    if stats and not options.no_guard:
+        guarded = criteria.guard(criteria.Task(task.layers, task.uniform, task.num_groups), stats)
+    choices, found, notes = clusters.decide(replace(task, guarded=guarded), stats, on_progress)
+    listed = criteria.listed(guarded, stats) if stats else []
+    if listed:
+        names = ", ".join(f"layer {key} expert {e}" for key, e, _ in listed)
+        notes += (f"super experts are clusters of their own, whatever they are near: {names} (--no-guard)",)
+    return Decision(choices, found, {"guarded": listed}, notes)
 
 
 def _floor(options: Options, uniform: int, top_k: int, groups: Groups) -> int:
@@ -325,9 +414,21 @@ def _by_criterion(
 
         return reconstruct.decide(model, task, options, stats, on_progress)
     if stats and options.stats:
-        return criteria.decide_by_stats(task, options.method, stats, options.stats, no_guard=options.no_guard)
+        decision = criteria.decide_by_stats(task, options.method, stats, options.stats, no_guard=options.no_guard)
+        said = _never_chosen(decision.choices, task, stats) if options.fate == "constant" else ()
+        return replace(decision, notes=(*decision.notes, *said))
     if options.base:
         scores = criteria.by_base(task, options.method, Model.open(options.base), options.base)
     else:
         scores = criteria.by_weights(task, options.method, options.seed, on_progress)
     return Decision(criteria.keep(task, scores))
+
+
+def _never_chosen(choices: dict[MoE, Choice], task: criteria.Task, stats: Stats) -> tuple[str, ...]:
+    """What to say of removed experts without a mean output."""
+    number = 0
+    for block, choice in choices.items():
+        gone = sorted(set(range(block.num_experts)) - set(choice.kept))
+        number += int((criteria.total(stats, block, "tokens", task.weights)[gone] == 0).sum())
+    said = f"{number} removed experts were chosen by no calibration token: their constants are zero"
+    return (said,) if number else ()

@@ -20,15 +20,18 @@ from pathlib import Path
 from coterie.apply import finished, left_behind, write
 from coterie.checkpoint import Checkpoint
 from coterie.condense import _ids
+from coterie.copying import check_io
 from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.plan import to_json
 from coterie.report import Progress, Report, Stopwatch, no_progress, versions
+from coterie.saving import savable
 from coterie.streaming.samples import DTYPES, Data
 from coterie.training.trainee import STAGES, Job, Options, make_job, memory_bytes, num_trained
 from coterie.writer import Writer, check_out, partial_of
 
 
+@savable
 def recover(
     model: str | Path,
     out: str | Path,
@@ -46,9 +49,11 @@ def recover(
     seed: int = 0,
     dtype: str = "auto",
     save_every: int = 100,
+    save: str = "dense",
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
     on_progress: Progress = no_progress,
 ) -> Report:
     """Trains the condensed layers of MODEL a little, and nothing else.
@@ -64,7 +69,9 @@ def recover(
     dtype: to compute in: auto (bfloat16 where weights are stored so and the processor has it, else float32), float32
     or bfloat16. Masters are float32.
     save_every: steps between saved states in OUT.partial, from which `resume` goes on.
+    save: dense, or sparse: zeros take one bit each (see `pack`).
     Both models stand in memory whole, with 16 bytes for every weight that is trained; see `memory_bytes` of the report.
+    io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
     Raises: CoterieError, before anything is written; later only where the loss becomes infinite, or the disk is full.
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(model)
@@ -73,9 +80,11 @@ def recover(
         steps, lr, batch_size, accumulate, seq_len, samples, seed, dtype,
     )  # fmt: skip
     check_options(options, save_every)
+    check_io(io)
     check_out(Path(out), checkpoint.path, resume=resume, overwrite=overwrite)
     job = make_job(checkpoint, options)
     report = started(job, str(model), clock, dry_run=dry_run)
+    report.options["save"] = save
     if dry_run:
         return report
     if resume and Path(out).exists() and not partial_of(Path(out)).exists():
@@ -85,11 +94,14 @@ def recover(
     course = Course(job, save_every, on_progress)
     report.report["warnings"] += course.notes
     identity = {"command": "recover", "options": report.options, "plan": report.plan, "source": checkpoint.hash}
-    with Writer(Path(out), identity | {"teacher": job.teacher and job.teacher.hash}, resume=resume) as writer:
+    identity |= {"teacher": job.teacher.hash if job.teacher else ""}
+    with Writer(Path(out), identity, resume=resume, io=io, replace=overwrite) as writer:
         write(writer, checkpoint, job.outputs, checkpoint.config, on_progress)
         report.plan.update(job.plan.as_dict())
         report.report.update(course.teach(writer))
         report.report.update(clock.read())
+        report.report["io"] = writer.io
+        report.report["warnings"] += writer.copier.notes
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", card(checkpoint, report))
         (writer.partial / STATE).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 from coterie.checkpoint import Checkpoint, Tensor
 from coterie.layer import LAYER
 
+NO_MATRICES = ("table", "constant")  # roles of tensors with two axes that multiply nothing
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 
 
@@ -67,7 +68,8 @@ class Stopwatch:
 
 def count(tensors: list[Tensor], roles: dict[str, str]) -> dict[str, int]:
     """Parameters: all stored, those of routed experts, and those of matrices inside decoder layers."""
-    linears = [t for t in tensors if len(t.shape) > 1 and LAYER.fullmatch(t.name) and roles.get(t.name) != "table"]
+    inside = [t for t in tensors if len(t.shape) > 1 and LAYER.fullmatch(t.name)]
+    linears = [t for t in inside if roles.get(t.name) not in NO_MATRICES]
     return {
         "all": sum(t.num_parameters for t in tensors),
         "experts": sum(t.num_parameters for t in tensors if roles.get(t.name) == "expert"),

@@ -6,16 +6,19 @@ from fractions import Fraction
 from pathlib import Path
 
 from coterie.apply import execute
+from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.plan import Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
+from coterie.saving import savable
 from coterie.zeroing import budget, linears
 from coterie.zeroing.job import Options, check_options, prepared
 
 PER_ROW = ("magnitude", "wanda", "moe-pruner")  # as published: floor(S * I) zeros in every row
 
 
+@savable
 def sparsify(
     model: str | Path,
     out: str | Path,
@@ -32,9 +35,13 @@ def sparsify(
     min_tokens: int = 64,
     outliers: float = 3.0,
     dtype: str = "auto",
+    save: str = "dense",
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
+    engine: str = "local",
+    ray_address: str | None = None,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Zeroes the share `sparsity` (default 0.5) of the routed experts' weights by a rule.
@@ -48,11 +55,16 @@ def sparsify(
     samples: sequences in all, spread evenly over the names; seq_len: tokens of each; seed: which of them.
     min_tokens: experts that fewer calibration tokens reach are pruned by magnitude and listed as cold.
     outliers: OWL's M. dtype: to compute in: auto (as the experts are stored), float32, bfloat16 or float16.
+    save: dense, or sparse: zeros take one bit each (see `pack`).
+    io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
+    engine: local, or ray: experts are pruned and bytes copied by the machines of a Ray cluster.
+    ray_address: HOST:PORT of a cluster, or auto; without it one is started on this machine. All nodes have to see MODEL
+    and OUT under the driver's paths. Not recorded: the bytes are the same.
     Raises: CoterieError, before anything is written.
     """
     from coterie.data import calibration_files
 
-    clock = Stopwatch()
+    clock, where = Stopwatch(), Engine(engine, ray_address)
     files = calibration_files(data)
     groups = parse_pattern(pattern)
     if groups and sparsity is not None:
@@ -72,11 +84,13 @@ def sparsify(
         "pattern": pattern,
         "also": also,
         "data": {name: str(file) for name, file in files.items()},
+        "save": save,
     }
     return execute(
         source, plan, Path(out), command="sparsify", path=model, options=recorded, clock=clock,
-        dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
-        prepare=prepared(asked, source, plan, Path(out).parent, on_progress),
+        dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where,
+        on_progress=on_progress,
+        prepare=prepared(asked, source, plan, Path(out).parent, on_progress, where),
     )  # fmt: skip
 
 

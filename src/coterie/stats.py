@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.checkpoint import read_bytes, read_header
+from coterie.checkpoint import check_cost, read_bytes, read_header
 from coterie.errors import CoterieError
 
 FORMAT = "coterie-stats-1"
@@ -37,6 +37,11 @@ SUMS = {  # name: its axes, and what is summed
     "logits": ("E", "z over all num_tokens: what the router computes before softmax or sigmoid; no selection biases"),
     "logits_squared": ("E", "z^2"),
 }
+MERGING = {  # measured only for `merge`: the first takes E / K times the work of all others
+    "all_outputs": ("ED", "y over all num_tokens, whether the token chose the expert or not"),
+    "logit_products": ("EE", "z_i z_j over all num_tokens"),
+}
+KNOWN = SUMS | MERGING
 MAXIMA = ("output_max",)  # of these, two values make the larger of them; a domain counts unless its weight is 0
 HALVES = 2
 LARGEST = 1e150  # beyond it squares and totals would overflow
@@ -56,7 +61,7 @@ class Stats:
 
     def add(self, domain: str, layer: str, name: str, value: np.ndarray) -> None:
         """Adds both halves' values (2, *axes) to a sum, in float64."""
-        assert name in SUMS, name
+        assert name in KNOWN, name
         key, value = (domain, layer, name), np.asarray(value, dtype=np.float64)
         self.sums[key] = joined(name)(self.sums[key], value) if key in self.sums else value
 
@@ -124,8 +129,13 @@ class Stats:
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | Path, only: Collection[str] = tuple(SUMS)) -> Stats:
-        """Reads such a file, or of its sums only those named. Raises: CoterieError for anything else."""
+    def load(
+        cls, path: str | Path, only: Collection[str] = tuple(KNOWN), layers: Collection[str] | None = None
+    ) -> Stats:
+        """Reads such a file, or of its sums only those named, or only some layers'.
+
+        Raises: CoterieError for anything else.
+        """
         from coterie.numerics import decode
 
         path = Path(path)
@@ -138,12 +148,12 @@ class Stats:
         result = cls._of_metadata(path, metadata)
         for name, tensor in tensors.items():
             key = tuple(name.rsplit("/", 2))  # a domain's name may hold slashes
-            axes = SUMS.get(key[-1], ("", ""))[0]
-            if len(key) != 3 or key[2] not in SUMS or tensor.dtype != "F64" or not _is_shape(tensor.shape, axes):
+            axes = KNOWN.get(key[-1], ("", ""))[0]
+            if len(key) != 3 or key[2] not in KNOWN or tensor.dtype != "F64" or not _is_shape(tensor.shape, axes):
                 raise CoterieError(
                     f"{path}: {name!r} is not a statistic; expected DOMAIN/LAYER/NAME in F64, two halves"
                 )
-            if key[2] in only:
+            if key[2] in only and (layers is None or key[1] in layers):
                 raw = read_bytes(path, tensor.start, tensor.num_bytes, name)
                 result.sums[key] = decode(raw, tensor.dtype, name).reshape(tensor.shape)  # type: ignore[index]
                 if not np.isfinite(result.sums[key]).all():  # type: ignore[index]
@@ -158,8 +168,14 @@ class Stats:
                 f"{path}: not a statistics file (format {metadata.get('format')!r}, expected {FORMAT!r})"
             )
         try:
+            for name in ("samples", "notes"):
+                check_cost(metadata.get(name, "").encode(), f"{path}: its {name}")
             samples, notes = json.loads(metadata["samples"]), json.loads(metadata.get("notes", "[]"))
+            if not isinstance(notes, list):
+                raise TypeError("notes are no list")
             return cls(metadata["model"], {str(k): int(v) for k, v in samples.items()}, notes=[str(n) for n in notes])
+        except CoterieError:
+            raise
         except (KeyError, ValueError, AttributeError, TypeError, RecursionError, OverflowError) as error:
             raise CoterieError(f"{path}: its metadata is damaged ({error}); collect the statistics again") from error
 

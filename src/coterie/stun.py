@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from coterie.apply import execute, fits_groups, plan_outputs, planned
+from coterie.copying import check_io
+from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.plan import Plan
 from coterie.prune import Options as Dropping
 from coterie.prune import check_options as check_dropping
-from coterie.prune import make_plan
+from coterie.prune import decided
 from coterie.report import Progress, Report, Stopwatch, count, no_progress
+from coterie.saving import savable
 from coterie.sparsify import parse_also
 from coterie.zeroing import linears
 from coterie.zeroing.budget import num_weights
@@ -28,9 +31,11 @@ from coterie.zeroing.job import Calibration, Options, check_options, prepared, p
 
 PRESETS = ("recommended", "paper")
 SPLITS = (Fraction(0), Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(1))  # of S, tried by `auto`
+SPLITS_HERE = "--engine ray: the splits of --expert-ratio auto were tried on the driver's machine alone"
 HELD_OUT = 4  # one sample in so many judges the splits
 
 
+@savable
 def stun(
     model: str | Path,
     out: str | Path,
@@ -42,6 +47,7 @@ def stun(
     lambda1: float = 1.0,
     lambda2: float = 0.0,
     stats: str | Path | None = None,
+    no_guard: bool = False,
     one_pass: bool = False,
     also: str = "",
     data: dict[str, Path] | list[str] | None = None,
@@ -51,9 +57,13 @@ def stun(
     min_tokens: int | None = None,
     outliers: float = 3.0,
     dtype: str = "auto",
+    save: str = "dense",
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    io: str = "auto",
+    engine: str = "local",
+    ray_address: str | None = None,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Removes or zeroes exactly the share `sparsity` of the routed experts' weights: first experts, then weights.
@@ -63,13 +73,19 @@ def stun(
     second: owl, wanda, sparsegpt, moe-pruner or magnitude zeroes weights inside the experts that stay.
     preset: recommended, or paper: every linear map of a layer is pruned (routers too), floor(S * I) weights in each
     row, with OWL's unweighted ratios and the published program's clustering; the total is then met approximately.
-    lambda1, lambda2, stats: as in `prune`; the others as in `sparsify`.
+    lambda1, lambda2, stats, no_guard: as in `prune` (super experts are guarded where stats are given; the report's
+    `guard` says so); the others as in `sparsify`.
     min_tokens: 64 by default; paper: 1.
+    save: dense, or sparse: zeros take one bit each (see `pack`).
+    io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
+    engine: local, or ray: experts are pruned and bytes copied by the machines of a Ray cluster.
+    ray_address: HOST:PORT of a cluster, or auto; without it one is started on this machine. All nodes have to see MODEL
+    and OUT under the driver's paths. Not recorded: the bytes are the same.
     Raises: CoterieError, before anything is written.
     """
     from coterie.data import calibration_files
 
-    clock = Stopwatch()
+    clock, where = Stopwatch(), Engine(engine, ray_address)
     files = calibration_files(data)
     _check(sparsity, expert_ratio, preset, also)
     paper = preset == "paper"
@@ -78,28 +94,31 @@ def stun(
         samples, seq_len, seed, (1 if paper else 64) if min_tokens is None else min_tokens, outliers, dtype,
     )  # fmt: skip
     check_options(zeroing)
+    check_io(io)
     source = Model.open(model)
     recipe = Recipe(
-        source, Fraction(str(sparsity)), preset, lambda1, lambda2, str(stats) if stats else None, zeroing, dry_run
-    )
+        source, Fraction(str(sparsity)), preset, lambda1, lambda2, str(stats) if stats else None, no_guard, zeroing,
+        dry_run,
+    )  # fmt: skip
     kept = recipe.kept(expert_ratio)
     splits = []
     if expert_ratio == "auto":
         splits = search(recipe, kept, Path(out).parent, on_progress)
         kept = [min(splits, key=lambda s: s["loss"])["experts"]]
-    plan, options, warnings = recipe.plan(kept[0], on_progress)
+    plan, options, warnings, findings = recipe.plan(kept[0], on_progress)
     if splits:
         plan = replace(plan, budget=plan.budget | {"splits": splits})
+        warnings += (SPLITS_HERE,) if where.spread else ()
     asked = {
         "sparsity": sparsity, "expert_ratio": expert_ratio, "second": second, "preset": preset, "lambda1": lambda1,
-        "lambda2": lambda2, "stats": recipe.stats, "one_pass": one_pass, "also": also,
+        "lambda2": lambda2, "stats": recipe.stats, "no_guard": no_guard, "one_pass": one_pass, "also": also,
         "data": {name: str(file) for name, file in files.items()}, "samples": samples, "seq_len": seq_len,
-        "seed": seed, "min_tokens": options.min_tokens, "outliers": outliers, "dtype": dtype,
+        "seed": seed, "min_tokens": options.min_tokens, "outliers": outliers, "dtype": dtype, "save": save,
     }  # fmt: skip
     return execute(
         source, plan, Path(out), command="stun", path=model, options=asked, clock=clock, warnings=warnings,
-        dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
-        prepare=prepared(options, source, plan, Path(out).parent, on_progress),
+        dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where, on_progress=on_progress,
+        prepare=prepared(options, source, plan, Path(out).parent, on_progress, where), findings=findings,
     )  # fmt: skip
 
 
@@ -128,6 +147,7 @@ class Recipe:
     lambda1: float
     lambda2: float
     stats: str | None
+    no_guard: bool
     zeroing: Options
     dry_run: bool
 
@@ -152,8 +172,10 @@ class Recipe:
             if n == num_experts or (n >= top_k and fits_groups(n, top_k, groups))
         )
 
-    def plan(self, kept: int, on_progress: Progress = no_progress) -> tuple[Plan, Options, tuple[str, ...]]:
-        """The plan, how its experts are to be zeroed, and what should be said aloud.
+    def plan(
+        self, kept: int, on_progress: Progress = no_progress
+    ) -> tuple[Plan, Options, tuple[str, ...], dict[str, Any]]:
+        """The plan, how its experts are to be zeroed, what should be said aloud, and what goes into the report.
 
         Raises: CoterieError where the experts removed are more than the total already.
         """
@@ -163,9 +185,10 @@ class Recipe:
         asked = Dropping(
             experts=kept, linkage=linkage, distance="raw" if mixed else "frobenius",
             lambda1=self.lambda1, lambda2=self.lambda2, stats=self.stats,
+            no_guard=self.no_guard,
         )  # fmt: skip
         check_dropping(asked)
-        plan, warnings = make_plan(self.source, asked, dry_run=self.dry_run, on_progress=on_progress)
+        plan, warnings, findings = decided(self.source, asked, dry_run=self.dry_run, on_progress=on_progress)
         view = planned(self.source, plan, plan_outputs(self.source, plan))
         before, after = (count(list(m.checkpoint.tensors.values()), m.roles)["experts"] for m in (self.source, view))
         removed, prunable = before - after, sum(num_weights(view.checkpoint, b) for b in view.main)
@@ -178,7 +201,7 @@ class Recipe:
         share = Fraction(zeros, prunable)
         budget = plan.budget | {"kind": "stun", "removed": removed / before, "zeros": float(share)}
         total = None if self.preset == "paper" else zeros
-        return replace(plan, budget=budget), replace(self.zeroing, sparsity=share, total=total), warnings
+        return replace(plan, budget=budget), replace(self.zeroing, sparsity=share, total=total), warnings, findings
 
 
 def search(recipe: Recipe, kept: list[int], spill: Path, on_progress: Progress) -> list[dict[str, Any]]:
@@ -188,7 +211,7 @@ def search(recipe: Recipe, kept: list[int], spill: Path, on_progress: Progress) 
     """
     found = []
     for number, experts_kept in enumerate(kept):
-        plan, options, _ = recipe.plan(experts_kept)
+        plan, options, *_ = recipe.plan(experts_kept)
         view = planned(recipe.source, plan, plan_outputs(recipe.source, plan))
         calibration = Calibration(view, options, spill)
         loss = held_out_loss(calibration, _part(on_progress, f"split {number + 1} of {len(kept)}: "))

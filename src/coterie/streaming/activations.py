@@ -151,10 +151,13 @@ class Routed:
 
     def add(self, total: torch.Tensor, piece: Piece) -> None:
         """total[rows] += weights * y."""
-        values = (piece.y * piece.weights[:, None]).to(total.dtype)
+        self.add_rows(total, piece.rows, (piece.y * piece.weights[:, None]).to(total.dtype))
+
+    def add_rows(self, total: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """total[rows] += values (T, D)."""
         size = MOST_ROWS if self.maps else max(1, len(values))
-        for some, rows in zip(values.split(size), piece.rows.split(size), strict=True):
-            total.index_add_(0, rows, some)
+        for some, theirs in zip(values.split(size), rows.split(size), strict=True):
+            total.index_add_(0, theirs, some)
             self._release()
 
     def _release(self) -> None:

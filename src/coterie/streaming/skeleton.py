@@ -16,7 +16,7 @@ import torch
 from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.loading import quiet_transformers, stock_config
+from coterie.loading import check_sizes, quiet_transformers, stock_config
 from coterie.streaming.tensors import Maps, read
 
 NO_DATA = "use a method that needs no data"
@@ -33,6 +33,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    check_sizes(checkpoint)
     architectures = checkpoint.config.get("architectures") or [""]
     multimodal = str(architectures[0]).endswith("ForConditionalGeneration")
     auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM

@@ -4,8 +4,12 @@ S_e = |X_e| * mean over x in X_e of ||f_e(x) - c_e||^2 = sum of ||f_e||^2 - |X_e
 
 which is what the constant c_e gets wrong over all of its tokens.
 
+A token that chooses an expert that went gets c_e, times the weight that the router gives it (`--removed constant`, the
+default here). No stock layout holds constants: `--removed remove` writes this choice as a stock checkpoint.
+
 Source: MoNE, arXiv 2507.00390: usage times the variance of outputs, over all channels together.
-Deviates: experts that go are removed from the router too, not replaced by c_e: no stock layout holds constants.
+Deviates: the program multiplies the mean routing weight by the root of that variance, which the paper calls access
+frequency times variance; tokens times variance is what the constant gets wrong. It can also rank all layers together.
 """
 
 import numpy as np

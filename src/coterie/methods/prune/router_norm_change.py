@@ -3,7 +3,8 @@
 S_e = ||w_e||_2 - ||w0_e||_2, w0 the rows before fine-tuning; signed, so the smallest, perhaps negative, go.
 
 Source: Chowdhury et al., arXiv 2405.16646, and its program: neither absolute nor the norm of the difference.
-Deviates: the program keeps the columns of removed experts in the router, and their tokens get zero from them.
+Deviates: the program keeps the columns of removed experts in the router, and their tokens get zero from them: here that
+is `--removed null`, in our own layout; by default they go, and their tokens choose others.
 """
 
 import numpy as np
