@@ -45,7 +45,7 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,eval,ray]'
 	touch $@
 
 clean:

@@ -49,8 +49,8 @@ TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?|true|false|null|NaN|[\[\
 ODD = [
     b"0", b"-1", b"1", b"8", b"2147483648", b"4611686018427387904", b"9223372036854775808", b"18446744073709551616",
     b"1e999", b"-0.0", b"NaN", b"Infinity", b"true", b"null", b'""', b'"\\u0000"', b'"\\ud800"', b'"\\u0661"', b"[]",
-    b"{}", b"[[]]", b'{"a":{}}', b'"../x.safetensors"', b'"F4"', b'"I64"', b'"BF16"', b"9" * 400, b"9" * 5000, b"[" * 200,
-    json.dumps(ESCAPE).encode(),
+    b"{}", b"[[]]", b'{"a":{}}', b'"../x.safetensors"', b'"F4"', b'"I64"', b'"BF16"', b"9" * 400, b"9" * 5000,
+    b"[" * 200, json.dumps(ESCAPE).encode(),
 ]  # fmt: skip
 Target = Callable[[bytes], Any]
 

@@ -39,8 +39,8 @@ def render(found: Found) -> str:
     original = found["models"][0]["name"]
     title = f"{original} and what was made of it" if len(found["models"]) > 1 else original
     intro = (
-        "Quality against bytes against speed, made by coterie report. Brackets hold 95 % intervals unless the text says "
-        f"otherwise; differences are against {original}, on the same tokens."
+        "Quality against bytes against speed, made by coterie report. Brackets hold 95 % intervals unless the text "
+        f"says otherwise; differences are against {original}, on the same tokens."
     )
     makers = (_glance, _quality, _losses, _differences, _answers, _experts, _kurtosis, _speed, _provenance)
     sections = [Section(name, tuple(parts)) for name, parts in (make(found) for make in makers) if parts]

@@ -118,7 +118,6 @@ add_all(
             loading(max_position_embeddings=10**15, hidden_size="256"),
         ),
         "attention-heads-zero": ("No attention heads, to divide by.", loading(num_attention_heads=0)),
-        "dtype-escapes": ("A dtype that is no dtype.", loading(dtype="__builtins__")),
         "activation-unknown": ("An activation that does not exist.", loading(hidden_act="os.system")),
     },
 )
@@ -132,6 +131,15 @@ add_all(
     },
     "collect",
 )
+add_all(
+    "loaded",
+    {
+        "dtype-escapes": ("A dtype that is no dtype.", loading(dtype="__builtins__")),
+    },
+    "verify",
+    "eval",
+    "collect",
+)  # the weights say what they are
 CODE = "import os\nos.mkdir('PWNED')\nclass Config: pass\nclass Model: pass\n"
 
 
