@@ -375,10 +375,17 @@ def _by_clusters(model: Model, task: clusters.Task, on_progress: Progress) -> De
     """STUN's choices; where there are statistics, around the super experts."""
     options = task.options
     stats = clusters.read_stats(model, options.stats)
-    guarded: criteria.Guarded = {}
+    guarded, unknown = criteria.Guarded(), ""
     if stats and not options.no_guard:
-        guarded = criteria.guard(criteria.Task(task.layers, task.uniform, task.num_groups), stats)
+        try:
+            guarded = criteria.guard(criteria.Task(task.layers, task.uniform, task.num_groups), stats)
+        except CoterieError as error:  # clusters need less of the statistics, and say themselves what they miss
+            unknown = str(error.__cause__)
     choices, found, notes = clusters.decide(replace(task, guarded=guarded), stats, on_progress)
+    if unknown:
+        return Decision(
+            choices, found, {"guard": f"off: {unknown}"}, (*notes, f"no super expert is guarded: {unknown}")
+        )
     listed = criteria.listed(guarded, stats) if stats else []
     if listed:
         names = ", ".join(f"layer {key} expert {e}" for key, e, _ in listed)
