@@ -11,7 +11,6 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from results import PAGE, judge, run, write_between
 RATIOS = (0.125, 0.25, 0.5)
 SEEDS = {"data": (0, 1, 2), "random": (0, 1, 2, 3, 4), "none": (0,)}
 BY_STATS = ("frequency", "ean", "reap", "man", "msan", "mone")
-CRITERIA = (*BY_STATS, "naee-greedy", "weight-norm", "router-norm", "stun", "random")
+SLOW, FEW_SAMPLES = "naee-greedy", 10  # it computes a layer once for every candidate of every step
+CRITERIA = (*BY_STATS, SLOW, "weight-norm", "router-norm", "stun", "random")
 SEQ_LEN = 512
-FEW_SAMPLES = 10  # for naee-greedy, which computes a layer once for every candidate of every step
 CHARACTERS, PROBLEMS = 20_000, 150  # what a row is judged on: about 20 seconds
 
 
@@ -33,14 +32,13 @@ def seeds(criterion: str) -> tuple[int, ...]:
     """The draws of a criterion: of calibration data, of experts, or none."""
     if criterion == "random":
         return SEEDS["random"]
-    return SEEDS["data" if criterion in (*BY_STATS, "naee-greedy") else "none"]
+    return SEEDS["data" if criterion in (*BY_STATS, SLOW) else "none"]
 
 
-def wanted() -> Iterator[tuple[str, float, int]]:
-    """(criterion, ratio, seed) of every row: first draws first."""
-    for seed in SEEDS["random"]:
-        for ratio in RATIOS:
-            yield from ((criterion, ratio, seed) for criterion in CRITERIA if seed in seeds(criterion))
+def wanted() -> list[tuple[str, float, int]]:
+    """(criterion, ratio, seed) of every row: first draws first, and the slow criterion at the end."""
+    keys = [(c, r, s) for s in SEEDS["random"] for r in RATIOS for c in CRITERIA if s in seeds(c)]
+    return sorted(keys, key=lambda key: key[0] == SLOW)
 
 
 def collected(folder: Path, seed: int) -> Path:
@@ -57,7 +55,7 @@ def options(criterion: str, seed: int, folder: Path) -> list[object]:
     """What `coterie prune` is asked beside the method and the ratio."""
     if criterion in BY_STATS:
         return ["--stats", collected(folder, seed), "--removed", "remove"]
-    if criterion == "naee-greedy":
+    if criterion == SLOW:
         few = ["--samples", FEW_SAMPLES, "--seq-len", SEQ_LEN, "--seed", seed]
         return ["--stats", collected(folder, seed), *few]
     return ["--seed", seed] if criterion == "random" else []
@@ -84,7 +82,7 @@ def measure(file: Path, folder: Path, most: int | None) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(r["criterion"], r["ratio"], r["seed"]) for r in rows}
     missing = [key for key in wanted() if key not in done][:most]
-    for seed in {seed for criterion, _, seed in missing if criterion in (*BY_STATS, "naee-greedy")}:
+    for seed in {seed for criterion, _, seed in missing if criterion in (*BY_STATS, SLOW)}:
         collected(folder, seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for made in pool.map(lambda key: row(*key, folder), missing):

@@ -385,7 +385,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         evaluate([tmp_path], data=data)
     make_model().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(CoterieError, match="cannot load it"):
+    with pytest.raises(CoterieError, match="truncated or not safetensors"):
         evaluate([tmp_path / "model"], data=data)
 
 
