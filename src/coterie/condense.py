@@ -87,7 +87,7 @@ def condense(
     """
     clock, original = Stopwatch(), Model.open(model)
     files = calibration_files(data)
-    options = Options(layers, _ids(layer_ids), keep, select, layer_search, files, samples, seq_len, seed, dtype)
+    options = Options(layers, parse_ids(layer_ids), keep, select, layer_search, files, samples, seq_len, seed, dtype)
     check_options(options)
     check_io(io)
     check_out(Path(out), original.checkpoint.path, resume=resume, overwrite=overwrite)
@@ -114,7 +114,7 @@ def condense(
 # --- what was asked for ----------------------------------------------------------------------------------------
 
 
-def _ids(given: list[int] | str | None) -> list[int] | None:
+def parse_ids(given: list[int] | str | None) -> list[int] | None:
     """Layer numbers from a list, or from text as in "3,5,11"."""
     if given is None:
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.apply import execute
-from coterie.data import parse_data
+from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.experts import read_layer
 from coterie.layer import Model
@@ -93,7 +93,7 @@ def merge(
     Raises: CoterieError, before anything is written.
     """
     clock = Stopwatch()
-    files = data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data, folders=True)
+    files = calibration_files(data)
     options = Options(
         method, ratio, experts, router, align, None if stats is None else str(stats), parse_weights(weights),
         files, samples, seq_len, seed, dtype,

@@ -12,7 +12,7 @@ from typing import Any
 
 from coterie.apply import check_count, execute, fits_groups
 from coterie.copying import check_io
-from coterie.data import parse_data
+from coterie.data import calibration_files
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts import Layer, read_layer
@@ -172,7 +172,7 @@ def prune(
     Raises: CoterieError, before anything is written.
     """
     clock, where = Stopwatch(), Engine(engine, ray_address)
-    files = data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data, folders=True)
+    files = calibration_files(data)
     options = Options(
         method, ratio, experts, budget, linkage, distance, kappa, min_experts, non_uniform, threshold, seed, drop_mtp,
         lambda1, lambda2, None if stats is None else str(stats), parse_weights(weights), no_guard,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from coterie.apply import finished, left_behind, write
 from coterie.checkpoint import Checkpoint
-from coterie.condense import _ids
+from coterie.condense import parse_ids
 from coterie.copying import check_io
 from coterie.data import calibration_files
 from coterie.errors import CoterieError
@@ -76,7 +76,7 @@ def recover(
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(model)
     options = Options(
-        None if teacher is None else str(teacher), calibration_files(data), stage, _ids(layer_ids),
+        None if teacher is None else str(teacher), calibration_files(data), stage, parse_ids(layer_ids),
         steps, lr, batch_size, accumulate, seq_len, samples, seed, dtype,
     )  # fmt: skip
     check_options(options, save_every)
