@@ -25,6 +25,20 @@ from coterie.layer import LAYER, MoE, find_blocks, is_mtp
 WIDTHS = ("hidden_size", "d_model", "vocab_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
 
+HEADROOM = 1.25  # loading holds some tensors twice
+
+
+def memory_short(num_bytes: int) -> str:
+    """What is missing to hold so many bytes of weights; empty if nothing is, or if the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return ""
+    available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    if available is None or num_bytes * HEADROOM <= available:
+        return ""
+    return f"needs {num_bytes * HEADROOM / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB available"
+
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:

@@ -64,10 +64,8 @@ def rounded_bytes(source: Model) -> int:
         if any(t.dtype not in STORED for t in stored):
             raise CoterieError(f"{block.name}: its experts are stored as {stored[0].dtype}, expected plain floats")
         shapes = expert_shapes(source.checkpoint, block).values()
-        row_bytes = [
-            rows * (-(-columns * BITS // 8) + SCALE_BYTES * math.ceil(columns / GROUP)) for rows, columns in shapes
-        ]
-        total += block.num_experts * sum(row_bytes) - sum(t.num_bytes for t in stored)
+        expert_bytes = sum(rows * _row_bytes(columns) for rows, columns in shapes)
+        total += block.num_experts * expert_bytes - sum(t.num_bytes for t in stored)
     return total
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +18,6 @@ from coterie.report import Progress
 
 ROUNDS = 5
 PROMPT, NEW = 256, 32  # tokens; fewer where the model's positions end
-HEADROOM = 1.25  # loading holds some tensors twice
-
-
-def memory_short(num_bytes: int) -> str:
-    """What is missing to hold so many bytes of weights; empty if nothing is, or if the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return ""
-    available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    if available is None or num_bytes * HEADROOM <= available:
-        return ""
-    return f"needs {num_bytes * HEADROOM / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB available"
 
 
 def measure(models: Sequence[Any], *, seed: int, on_progress: Progress) -> list[dict[str, Any]]:

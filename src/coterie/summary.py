@@ -178,7 +178,7 @@ class Work:
         """Loads all models at once and measures them in turns; where memory is short, says so instead."""
         from coterie import loading, speed
 
-        short = speed.memory_short(sum(entry["bytes"] for entry in entries))
+        short = loading.memory_short(sum(entry["bytes"] for entry in entries))
         if short:
             self.notes.append(f"speed was not measured: all models in memory at once {short}")
             return

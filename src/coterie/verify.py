@@ -31,7 +31,6 @@ from coterie.zeroing.check import zero_faults
 CHUNK = 4 << 20  # bytes compared at a time
 NUM_BLOCKS, BLOCK = 2, 64  # sequences and tokens of the random batch, and of a text
 MAX_SEQUENCES = 8  # of a file that gives token ids
-HEADROOM = 1.25  # loading holds some tensors twice
 ROUNDING = 1e-5  # of the largest logit; a wrong expert shows as 1e-2 and more
 ALIGNMENT = 64  # bytes, of what torch allocates
 
@@ -440,15 +439,9 @@ def _is_ours(out: Checkpoint) -> bool:
 
 def _memory_short(checkpoint: Checkpoint) -> str:
     """What is missing to load the model in float32; empty if nothing is, or if the system does not say."""
-    needed = 4 * checkpoint.num_parameters * HEADROOM
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return ""
-    available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    if available is None or needed <= available:
-        return ""
-    return f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB available"
+    from coterie.loading import memory_short
+
+    return memory_short(4 * checkpoint.num_parameters)
 
 
 def _load(checkpoint: Checkpoint, device: str = "cpu") -> tuple[Any, dict[str, list[str]]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from coterie.experts import Experts
 from coterie.looking.numbers import listed, number, pairs, ratio
+from coterie.methods.merge import align
 
 MOST_BYTES = 2**28  # of the experts that are aligned, all held at once
 MOST_WORK = 1e12  # multiplications per layer
@@ -27,19 +28,6 @@ SHARES = (0.125, 0.25, 0.5)  # of an expert's numbers that low-rank factors may 
 ALIKE = 0.9  # cosine above which a pair's permutation is listed
 
 Points = np.ndarray  # (F, C): an expert's neurons, C being 3 D, or 2 D without a gate
-
-
-def points(matrices: tuple[np.ndarray | None, np.ndarray, np.ndarray]) -> Points:
-    """Neurons (F, C) of (gate, up, down)."""
-    gate, up, down = matrices
-    return np.concatenate([up, down.T] if gate is None else [gate, up, down.T], axis=1)
-
-
-def match(reference: Points, other: Points) -> np.ndarray:
-    """The order p (F,) in which other[p] is nearest to the reference: of largest sum_i <reference_i, other_p(i)>."""
-    from scipy.optimize import linear_sum_assignment
-
-    return linear_sum_assignment(reference @ other.T, maximize=True)[1]
 
 
 def kendall(order: np.ndarray) -> float:
@@ -66,7 +54,7 @@ def look(experts: Experts, shape: tuple[int, int], seed: int = 0) -> tuple[dict[
     if count < 2:
         return None
     ids = sorted({round(i) for i in np.linspace(0, len(experts) - 1, count)})
-    held = unit_scale([points(experts[e]) for e in ids])
+    held = unit_scale([align.neurons(experts[e]) for e in ids])
     generator = np.random.default_rng(seed)
     random = [generator.standard_normal(shape, dtype=np.float32) for _ in ids]
     return _alignment(ids, held, random), _energy(ids, held, random)
@@ -110,7 +98,7 @@ def align_all(held: list[Points]) -> tuple[np.ndarray, np.ndarray, dict[tuple[in
     cosines, taus, orders = np.diag([1.0 if n else 0.0 for n in norms]), np.eye(count), {}
     for i in range(count):
         for j in range(i + 1, count):
-            order = match(held[i], held[j])
+            order = align.order(held[i], held[j])
             product = float(np.einsum("ij,ij->", held[i], held[j][order], dtype=np.float64))
             cosines[i, j] = cosines[j, i] = min(1.0, max(-1.0, ratio(product, norms[i] * norms[j])))
             taus[i, j] = taus[j, i] = kendall(order)
@@ -132,7 +120,7 @@ def barycentre(held: list[Points]) -> tuple[Points, list[np.ndarray], list[float
     energy = sum(float(np.square(p, dtype=np.float64).sum()) for p in held)
     centre, orders, energies = held[0], [np.arange(len(held[0]))] * len(held), list[float]()
     for _ in range(ROUNDS):
-        found = [match(centre, p) for p in held]
+        found = [align.order(centre, p) for p in held]
         mean = sum(p[o].astype(np.float64) for p, o in zip(held, found, strict=True)) / len(held)
         now = captured(mean, energy, len(held))
         if energies and now <= energies[-1]:
