@@ -172,7 +172,7 @@ def prune(
     Raises: CoterieError, before anything is written.
     """
     clock, where = Stopwatch(), Engine(engine, ray_address)
-    files = calibration_files(data)
+    files = data if isinstance(data, dict) else calibration_files(data)  # a dictionary's are checked when read
     options = Options(
         method, ratio, experts, budget, linkage, distance, kappa, min_experts, non_uniform, threshold, seed, drop_mtp,
         lambda1, lambda2, None if stats is None else str(stats), parse_weights(weights), no_guard,

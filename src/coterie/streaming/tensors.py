@@ -12,6 +12,7 @@ import os
 import tempfile
 import warnings
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,6 +102,7 @@ class Maps:
         return self._tensor(pages, stored.start, stored.shape, dtype)
 
     def _tensor(self, pages: mmap.mmap, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        _small_pages(pages)
         self._open.add(pages)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of maps that are only read
@@ -110,6 +112,13 @@ class Maps:
         """Gives the pages of all maps back: they leave resident memory, not the page cache."""
         for pages in self._open:
             pages.madvise(mmap.MADV_DONTNEED)
+
+
+def _small_pages(pages: mmap.mmap) -> None:
+    """Touching a row then makes its pages resident, not the two megabytes around it that the page cache may hold as one."""
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
 
 
 def _allocate(file: IO[bytes], size: int) -> None:
