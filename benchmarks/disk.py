@@ -1,12 +1,13 @@
 """Dropping experts against copying files: time, processor time and memory, side by side on one checkpoint.
 
-    python benchmarks/disk.py [--folder /tmp] [--runs 2] [--write docs/results.md]
+    python benchmarks/disk.py [--folder /tmp] [--runs 5] [--write docs/results.md]
 
 Makes a checkpoint of 4 GB of random numbers in Qwen3's form, drops a quarter of the experts of each layer in every way
 that `--io` knows, and next to it copies the kept bytes with `cp`, and loads and saves the checkpoint with transformers.
 The page cache gives the checkpoint up before each run, and every run ends with its bytes on the disk. What Python takes
-to start is measured and taken off the commands of ours. Rows are interleaved, and their best run counts: on a busy
-machine only the ratios say something. With `--xfs FOLDER`, a folder on a filesystem that shares blocks, there is a row
+to start is measured and taken off the commands of ours. Rows are interleaved, and the median of their runs counts: the
+speed of a disk comes and goes, and on a busy machine only the ratios say something. What came first, on memory that the
+machine had not used yet, is not counted. With `--xfs FOLDER`, a folder on a filesystem that shares blocks, there is a row
 of that too; then headers of 2 TB are read and planned on. Everything made is removed again.
 """
 
@@ -17,11 +18,12 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from memory import forget
@@ -84,9 +86,10 @@ def measured(folder: Path, model: Path, runs: int) -> tuple[dict[str, list[Taken
     kept, found = folder / "kept", dict[str, list[Taken]]()
     taken(dropping(model, kept, "auto"))
     start = min((taken([*COTERIE, "--help"]) for _ in range(3)), key=lambda t: t.seconds)
-    rows = list(rows_of(folder, model, kept).items()) * runs
+    rows = list(rows_of(folder, model, kept).items()) * (runs + 1)
     for name, (source, command) in rows:
         found.setdefault(name, []).append(cold(name, source, command, folder / "out"))
+    found = {name: one[1:] for name, one in found.items()}
     size = sum(path.stat().st_size for path in kept.iterdir())
     shutil.rmtree(kept)
     # Last and once: it writes the whole checkpoint, and takes long.
@@ -131,17 +134,23 @@ def headers(folder: Path) -> dict[str, Taken]:
     }
 
 
+def median(runs: list[Taken]) -> Taken:
+    """Of each figure by itself."""
+    return Taken(*(statistics.median(values) for values in zip(*(astuple(run) for run in runs), strict=True)))
+
+
 def page(found: dict[str, list[Taken]], start: Taken, size: int, more: dict[str, Taken], read: dict[str, Taken]) -> str:
-    best = {name: min(runs, key=lambda t: t.seconds) for name, runs in found.items()}
-    yardstick = next(iter(best.values()))
+    usual = {name: median(runs) for name, runs in found.items()}
+    yardstick = next(iter(usual.values()))
     lines = []
-    for name, one in (best | more).items():
+    for name, one in (usual | more).items():
         ours = start if name.startswith("ours") else Taken(0, 0, 0)
         seconds, processor = one.seconds - ours.seconds, one.processor - ours.processor
         lines.append(
             (name, f"{seconds:.1f} s", f"{seconds / yardstick.seconds:.2f}", f"{processor:.2f} s",
              f"{processor / yardstick.processor:.2f}", "" if one is yardstick else f"{one.memory / 1e6:.0f} MB")
         )  # fmt: skip
+    cp = [t.seconds for t in next(iter(found.values()))]
     loads = [t.load for runs in found.values() for t in runs]
     head = ["", "time", "of `cp`", "processor", "of `cp`", "peak memory"]
     second = [(name, f"{one.seconds:.1f} s", f"{one.processor:.1f} s", f"{one.load:.1f}") for name, one in read.items()]
@@ -150,8 +159,8 @@ def page(found: dict[str, list[Taken]], start: Taken, size: int, more: dict[str,
         [
             markdown(head, lines),
             "",
-            f"{size / 1e9:.2f} GB are kept; {len(next(iter(found.values())))} run(s) of each, the best counts "
-            f"(transformers: one). Start of the interpreter, taken off ours: {start.seconds:.2f} s, "
+            f"{size / 1e9:.2f} GB are kept; medians of {len(next(iter(found.values())))} runs (transformers: one; XFS: the "
+            f"best of three); `cp` took {min(cp):.1f} to {max(cp):.1f} s. Start of the interpreter, taken off ours: {start.seconds:.2f} s, "
             f"{start.processor:.2f} s of processor time. Load of the machine meanwhile: {min(loads):.1f} to "
             f"{max(loads):.1f} on {os.cpu_count()} processors.",
             "",
@@ -166,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to make the checkpoint, on a disk with 12 GB of room")
     parser.add_argument("--xfs", type=Path, help="a folder on a filesystem that shares blocks, with 5 GB of room")
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("--write", type=Path, help="a page to put the table into, between its marks")

@@ -37,6 +37,7 @@ from coterie.streaming.skeleton import (
     modules_outside,
     own_tensors,
     targets,
+    trim,
 )
 from coterie.streaming.tensors import Maps
 
@@ -300,7 +301,7 @@ class Stream:
         if index not in self._blocks:
             for batch in batches:
                 keep(batch, self._forward(index, batch))
-                maps.release()
+                _give_back(maps)
             return
         recording = Recording(self.layers[index], sum(batch.num_tokens for batch in batches), maps)
         routed = self._record(index, batches, recording, maps)
@@ -315,7 +316,7 @@ class Stream:
             if not running.dead:
                 raise self._unspillable(index, "calls its experts twice")
             keep(batch, output)
-            maps.release()
+            _give_back(maps)
 
     def _record(self, index: int, batches: list[Batch], recording: Recording, maps: Maps) -> Routed:
         """Runs every batch up to its experts and takes down what it asks of them."""
@@ -334,7 +335,7 @@ class Stream:
             if not calls:
                 x = maps.zeros((sum(b.num_tokens for b in batches), given.shape[1]), given.dtype)
             x[rows].copy_(given)
-            maps.release()
+            _give_back(maps)
             calls.append((call[0], given.new_empty(0, given.shape[1]), call[2].clone(), call[3].clone()))
         rest = _gather(self._blocks[index], calls)
         return Routed(rest.block, rest.module, x, rest.chosen, rest.weights, maps)
@@ -395,6 +396,12 @@ def _places(
         return None
     maps = Maps(spill)
     return maps, maps.zeros((num_tokens, *hidden.shape[2:]), hidden.dtype)
+
+
+def _give_back(maps: Maps) -> None:
+    """What a batch leaves behind in memory, mapped or not."""
+    maps.release()
+    trim()
 
 
 class _Forward(greenlet):

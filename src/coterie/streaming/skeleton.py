@@ -21,7 +21,7 @@ from coterie.streaming.tensors import Maps, read
 
 NO_DATA = "use a method that needs no data"
 FLOATS = ("F64", "F32", "F16", "BF16")
-TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc: gives free memory back to the system
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
 MAPPED = 2**26  # bytes: a table of embeddings larger than this is mapped, since few of its rows are touched
 
 
@@ -127,8 +127,13 @@ def free(modules: Iterable[torch.nn.Module]) -> None:
             empty = torch.empty_like(parameter, device="meta")
             module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
     gc.collect()  # the library's loading leaves cycles behind that hold what was loaded
+    trim()
+
+
+def trim() -> None:
+    """Gives free memory back to the system, which the allocator keeps where it lies between memory in use."""
     if TRIM:
-        TRIM(0)  # and the allocator keeps what lies between
+        TRIM(0)
 
 
 def _tensor(checkpoint: Checkpoint, name: str, maps: Maps | None) -> torch.Tensor:
