@@ -38,7 +38,7 @@ RANKS = [
     {"methods", "view"},
     {"condensing.folding", "condensing.repackage", "merging"},
     {"condensing.dense"},
-    {"condensing.dropping"},
+    {"condensing.dropping", "in_place"},
     {"apply", "streaming.skeleton", "streaming.activations", "streaming.replay"},
     {"sparse", "masked"},
     {"streaming"},

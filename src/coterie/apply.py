@@ -22,6 +22,7 @@ from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
 from coterie.family import lookup
+from coterie.in_place import Recipe, check_in_place, consume, went_on
 from coterie.layer import Model, MoE, expert_axis, expert_names, find_blocks, mtp_names
 from coterie.merging import Members, mean
 from coterie.plan import Choice, Plan, command_of, read_plan, to_json
@@ -58,6 +59,7 @@ def apply(
     io: str = "auto",
     engine: str = "local",
     ray_address: str | None = None,
+    in_place: bool = False,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Executes a saved (or hand-edited) plan on MODEL and writes OUT.
@@ -65,10 +67,16 @@ def apply(
     plan: a `coterie.json`, its `plan` object, a file or folder holding one, or a dictionary.
     io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
     engine, ray_address: local, or ray: bytes are copied by the machines of a Ray cluster (see `prune`).
+    in_place: MODEL's files become OUT's (see `prune`).
     recorded: further options for the record; `coterie.saving.apply`, the public one, has some.
     Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
     """
     clock, read, where = Stopwatch(), read_plan(plan), Engine(engine, ray_address)
+    options = {"plan": str(plan) if not isinstance(plan, dict) else "(given as an object)", **(recorded or {})}
+    if in_place:
+        check_in_place(io=io, engine=engine, overwrite=overwrite)
+        if resume and not dry_run and (report := went_on(Path(out), "apply", options, model, clock, on_progress)):
+            return report
     if command_of(plan) == "recover":
         raise CoterieError("plan: of `coterie recover`, whose training no plan holds; give the condensed model's own")
     if read.sparsity:
@@ -78,8 +86,8 @@ def apply(
         )
     return execute(
         converted(Model.open(model), read.converted), read, Path(out), command="apply", path=model,
-        options={"plan": str(plan) if not isinstance(plan, dict) else "(given as an object)", **(recorded or {})},
-        clock=clock, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where, on_progress=on_progress,
+        options=options, clock=clock, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where,
+        in_place=in_place, on_progress=on_progress,
     )  # fmt: skip
 
 
@@ -98,6 +106,7 @@ def execute(
     overwrite: bool = False,
     io: str = "auto",
     engine: Engine | None = None,
+    in_place: bool = False,
     on_progress: Progress = no_progress,
     prepare: Prepare | None = None,
     findings: dict[str, Any] | None = None,
@@ -107,6 +116,7 @@ def execute(
     findings: what the decision measured, for the report.
     prepare: given the model as planned, checks everything and returns what changes its weights once they are written.
     engine: where units of work run; not part of what a resume must repeat, since the bytes are the same.
+    in_place: MODEL's files become OUT's (`in_place.py`).
     """
     checkpoint, engine = model.checkpoint, engine or Engine()
     check_io(io)
@@ -137,6 +147,12 @@ def execute(
         },
         versions=versions(),
     )
+    if in_place:
+        recipe = Recipe.of(checkpoint, outputs, report, out)
+        notes.append(recipe.note)
+        if not dry_run:
+            small = partial(_write_small, checkpoint=checkpoint, config=patched_config(model, plan))
+            return consume(recipe, out, clock, resume=resume, prepare=small, on_progress=on_progress)
     if dry_run:
         return report
     identity = {"command": command, "options": options, "plan": report.plan, "source": checkpoint.hash}
@@ -160,7 +176,7 @@ def execute(
             notes += filled.notes
         report.report.update(clock.read())
         writer.text("coterie.json", to_json(report.as_dict()))
-        writer.text("README.md", model_card(checkpoint, report))
+        writer.text("README.md", model_card(checkpoint.path.name, report))
         writer.finish({s: {o.name: o for o in os} for s, os in outputs.items()}, checkpoint.indexed)
     return report
 
@@ -255,6 +271,11 @@ def write(
 
     for shard, tensors in outputs.items():
         writer.shard(shard, tensors, checkpoint.metadata[shard], checkpoint, advance)
+    _write_small(writer, checkpoint, config)
+
+
+def _write_small(writer: Writer, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """config.json, and the files that travel along."""
     writer.text("config.json", to_json(config))
     for path in checkpoint.other_files():
         if _travels(path):

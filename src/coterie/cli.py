@@ -51,6 +51,9 @@ EngineName = Annotated[
 RayAddress = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Of a Ray cluster [default: one is started on this machine].")
 ]
+InPlace = Annotated[
+    bool, typer.Option("--in-place", help="Make OUT of MODEL's own files: no second copy, and MODEL is no more.")
+]
 Save = Annotated[str, typer.Option(help="dense, or sparse: zeros take one bit each, as `coterie pack` stores them.")]
 Data = Annotated[list[str] | None, typer.Option("--data", metavar="NAME=FILE", help="A data set; repeatable.")]
 Calibration = Annotated[
@@ -160,6 +163,7 @@ def prune(
     io: Io = "auto",
     engine: EngineName = "local",
     ray_address: RayAddress = None,
+    in_place: InPlace = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -174,7 +178,7 @@ def prune(
             threshold=threshold, seed=seed, drop_mtp=drop_mtp, lambda1=lambda1, lambda2=lambda2, stats=stats,
             weights=weights, no_guard=no_guard, base=base, data=data or [], samples=samples, seq_len=seq_len,
             dtype=dtype, removed=removed, save=save, dry_run=dry_run, resume=resume, overwrite=overwrite,
-            io=io, engine=engine, ray_address=ray_address, on_progress=on_progress,
+            io=io, engine=engine, ray_address=ray_address, in_place=in_place, on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
 
@@ -558,6 +562,7 @@ def apply(
     io: Io = "auto",
     engine: EngineName = "local",
     ray_address: RayAddress = None,
+    in_place: InPlace = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -568,7 +573,7 @@ def apply(
     with _progress(quiet or json_) as on_progress:
         report = coterie.apply(
             model, plan, out, save=save, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=engine,
-            ray_address=ray_address, on_progress=on_progress,
+            ray_address=ray_address, in_place=in_place, on_progress=on_progress,
         )  # fmt: skip
     _show_report(report, out, json_)
 

@@ -220,7 +220,7 @@ def _card(job: _Job, report: Report) -> str:
     text = ""
     if report.command not in OURS and readme.is_file():
         text = readme.read_text(encoding="utf-8", errors="replace").split("\n## Packed\n")[0]
-    text = text or model_card(job.source, report)
+    text = text or model_card(job.source.path.name, report)
     if job.command == "unpack":
         return text
     packed = report.report["packed"]

@@ -17,6 +17,7 @@ from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts import Layer, read_layer
 from coterie.family import Groups
+from coterie.in_place import check_in_place, went_on
 from coterie.layer import Model, MoE, mtp_names
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
@@ -135,6 +136,7 @@ def prune(
     io: str = "auto",
     engine: str = "local",
     ray_address: str | None = None,
+    in_place: bool = False,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Removes `floor(ratio * E)` routed experts per layer (default 0.25), or all but `experts`, by a method.
@@ -169,6 +171,9 @@ def prune(
     engine: local, or ray: the machines of a Ray cluster copy the bytes. What goes is decided here.
     ray_address: HOST:PORT of a cluster, or auto; without it one is started on this machine. All nodes have to see MODEL
     and OUT under the driver's paths. Not recorded: the bytes are the same.
+    in_place: MODEL's own files become OUT's, one after the other, so that the disk needs room for one file at most, and
+    MODEL is no more. On ext4 and XFS files are cut where they are, in milliseconds. A killed run can only be completed
+    (resume), not undone.
     Raises: CoterieError, before anything is written.
     """
     clock, where = Stopwatch(), Engine(engine, ray_address)
@@ -180,14 +185,19 @@ def prune(
     )  # fmt: skip
     check_options(options)
     check_io(io)
+    recorded = options.record() | {"save": save}
+    if in_place:
+        check_in_place(io=io, engine=engine, overwrite=overwrite)
+        if resume and not dry_run and (report := went_on(Path(out), "prune", recorded, model, clock, on_progress)):
+            return report
     source = Model.open(model)
     if options.fate != "remove":
         logger.warning(OURS)
     plan, warnings, findings = decided(source, options, dry_run=dry_run, on_progress=on_progress)
     return execute(
         source, plan, Path(out), command="prune", path=model,
-        options=options.record() | {"save": save}, clock=clock, warnings=warnings, findings=findings,
-        dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where, on_progress=on_progress,
+        options=recorded, clock=clock, warnings=warnings, findings=findings, dry_run=dry_run, resume=resume,
+        overwrite=overwrite, io=io, engine=where, in_place=in_place, on_progress=on_progress,
     )  # fmt: skip
 
 

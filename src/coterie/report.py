@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from coterie.checkpoint import Checkpoint, Tensor
+from coterie.checkpoint import Tensor
 from coterie.layer import LAYER
 
 NO_MATRICES = ("table", "constant")  # roles of tensors with two axes that multiply nothing
@@ -82,8 +82,8 @@ def removed_shares(before: dict[str, int], after: dict[str, int]) -> dict[str, f
     return {base: 1 - after[base] / before[base] if before[base] else 0.0 for base in ("experts", "linears", "all")}
 
 
-def model_card(source: Checkpoint, report: Report) -> str:
-    """README.md of the result: what was done to what, the numbers, and how to repeat it."""
+def model_card(source: str, report: Report) -> str:
+    """README.md of the result: what was done to what (`source`, a name), the numbers, and how to repeat it."""
     before, after = report.report["before"], report.report["after"]
     options = " ".join(_typed(f"--{name.replace('_', '-')}", value) for name, value in report.options.items())
     rows = "\n".join(
@@ -96,7 +96,7 @@ def model_card(source: Checkpoint, report: Report) -> str:
     return f"""---
 tags: [mixture-of-experts, compressed]
 ---
-# {source.path.name}, made smaller by `coterie {report.command}`
+# {source}, made smaller by `coterie {report.command}`
 
 |  | before | after |
 |---|---|---|

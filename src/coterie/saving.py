@@ -85,6 +85,7 @@ def apply(
     io: str = "auto",
     engine: str = "local",
     ray_address: str | None = None,
+    in_place: bool = False,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Executes a saved (or hand-edited) plan on MODEL and writes OUT.
@@ -92,12 +93,12 @@ def apply(
     plan: a `coterie.json`, its `plan` object, a file or folder holding one, or a dictionary.
     save: dense, or sparse: zeros take one bit each (see `pack`).
     io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
-    engine, ray_address: as in `prune`.
+    engine, ray_address, in_place: as in `prune`.
     Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
     """
     return apply_plan(
         model, plan, out, recorded={"save": save}, dry_run=dry_run, resume=resume, overwrite=overwrite,
-        io=io, engine=engine, ray_address=ray_address, on_progress=on_progress,
+        io=io, engine=engine, ray_address=ray_address, in_place=in_place, on_progress=on_progress,
     )  # fmt: skip
 
 
@@ -105,6 +106,8 @@ def _sparse(command: str, into: Callable[[Path], Report], folders: Folders, give
     """Both steps, or those that an interrupted run left to do. `into` runs the command into a folder."""
     source = Checkpoint.open(given["model"])
     _check_folders(folders, source, given)
+    if given.get("in_place"):
+        raise CoterieError("--save sparse: packing needs the dense checkpoint beside it; leave --in-place out")
     if given.get("router") == "alias":
         raise CoterieError("--save sparse: --router alias is written in our own layout, which cannot be packed")
     if given["dry_run"]:

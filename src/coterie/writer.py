@@ -14,18 +14,19 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from coterie.checkpoint import INDEX, MAX_HEADER, Checkpoint, read_header
+from coterie.checkpoint import INDEX, MAX_HEADER, read_header
 from coterie.copying import PAGE, Copier, Move, can_share, joined, shareable, write_at
 from coterie.errors import CoterieError
 from coterie.journal import JOURNAL, Journal, guarded, held_by_another, is_held, read_journal, shards_of
 
+IN_PLACE = "in-place.json"  # in OUT.partial: MODEL's files are being used up, and what is left to do
 HEARTBEAT = 1.0  # seconds between two notes of how far the copying is
 SAID_EVERY = 60.0  # seconds between two lines of the log, while one file is copied
 
@@ -72,6 +73,19 @@ class Output:
         return sum(part.num_bytes for part in self.parts)
 
 
+class Source(Protocol):
+    """Where bytes are copied from: a `Checkpoint`, or what is left of one (`in_place.Recipe`)."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def shards(self) -> Sequence[str]: ...
+
+    @property
+    def stamps(self) -> dict[str, list[int]]: ...
+
+
 def check_out(out: Path, source: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuses an OUT that would destroy or swallow something. Raises: CoterieError."""
     if resume and overwrite:
@@ -100,6 +114,11 @@ def _check_place(out: Path, source: Path, may_exist: bool) -> None:
     if partial_of(out).exists() and not may_exist:
         raise CoterieError(
             f"{partial_of(out)}: left by an interrupted run; add --resume to go on, or --overwrite to start anew"
+        )
+    if (partial_of(out) / IN_PLACE).exists():
+        raise CoterieError(
+            f"{partial_of(out)}: holds what --in-place left of a model; repeat that command with --resume, which alone "
+            "completes it"
         )
     if not _ours(partial_of(out)):
         raise CoterieError(f"{partial_of(out)}: in the way, and nothing that coterie wrote; choose another OUT")
@@ -139,7 +158,7 @@ class Writer:
         self.move: Callable[[Path, list[Move], Callable[[int], None]], None] = self.copier.move
         self._places: dict[str, tuple[str, int, int]] = {}  # tensor -> shard, first and last byte
         self._open: dict[str, int] = {}
-        self._sources: Checkpoint | None = None
+        self._sources: Source | None = None
         self._stamps: dict[str, list[int]] = {}
         self._written, self._kept, self._total = 0, 0, 0  # bytes: by this run, by the one before, of all
         self._began = self._said = time.monotonic()
@@ -198,8 +217,10 @@ class Writer:
     def _guarded(self, action: Callable[[], Any]) -> Any:
         return guarded(self.partial, action)
 
-    def begin(self, source: Checkpoint, outputs: dict[str, list[Output]]) -> None:
+    def begin(self, source: Source, outputs: dict[str, list[Output]], room: int | None = None) -> None:
         """Notes what will be written from what, before anything is.
+
+        room: bytes of the disk that this takes, if not all.
 
         Raises: CoterieError when the disk has no room for it (then nothing is left), or the source's files are not
         those of the run that is resumed.
@@ -213,7 +234,7 @@ class Writer:
         entry: dict[str, Any] = {"began": time.time(), "pid": os.getpid(), "files": len(outputs), "bytes": self._total}
         holes = sum(p.num_bytes for tensors in outputs.values() for o in tensors for p in o.parts)
         entry |= {"later": holes - self._total, "written": self._kept, "source": self._stamps}
-        self._check_space(source, outputs)
+        self._check_space(source, outputs, room)
         self._journal.add(entry)
         verb = f"went on with {len(self._done)} files kept" if self._resumed else "began"
         self._journal.say(
@@ -221,11 +242,11 @@ class Writer:
             f"{self._total:,} bytes to {len(outputs)} files"
         )
 
-    def _check_space(self, source: Checkpoint, outputs: dict[str, list[Output]]) -> None:
+    def _check_space(self, source: Source, outputs: dict[str, list[Output]], room: int | None) -> None:
         """Raises: CoterieError when the disk cannot hold what is not there already."""
         files = (self.partial / name for shard in outputs for name in (shard, f"{shard}.tmp"))
         there = sum(path.stat().st_blocks * 512 for path in files if path.is_file())
-        needed = sum(o.num_bytes for tensors in outputs.values() for o in tensors) - there
+        needed = sum(o.num_bytes for tensors in outputs.values() for o in tensors) - there if room is None else room
         free = self._guarded(lambda: shutil.disk_usage(self.partial).free)
         shared = self.copier.io in ("auto", "reflink")
         if needed > free and shared and can_share(source.path / source.shards[0], self.partial):
@@ -240,23 +261,18 @@ class Writer:
         name: str,
         outputs: list[Output],
         metadata: dict[str, str],
-        source: Checkpoint,
+        source: Source,
         on_bytes: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Writes one safetensors file, unless the journal says it is done. Tensors keep the given order."""
-        if name in self._done:
-            on_bytes(num_copied(outputs))
-            self._place(name)
-            return
-        temporary, began, before = self.partial / f"{name}.tmp", time.monotonic(), Counter(self.copier.moved)
 
         def advance(num_bytes: int) -> None:
             self._advance(num_bytes)
             on_bytes(num_bytes)
 
-        def write() -> int:
+        def write(path: Path) -> int:
             layout = Layout.of(outputs, metadata, source.path)
-            with temporary.open("wb", buffering=0) as file:
+            with path.open("wb", buffering=0) as file:
                 write_at(file.fileno(), layout.header, 0)
                 os.truncate(file.fileno(), layout.num_bytes)
                 for position, part in layout.made:
@@ -264,11 +280,22 @@ class Writer:
                     assert len(made) == part.num_bytes
                     write_at(file.fileno(), made, position)
                     advance(len(made))
-                self.move(temporary, layout.moves, advance)
+                self.move(path, layout.moves, advance)
                 os.fsync(file.fileno())
             return layout.num_bytes
 
-        size = self._guarded(write)
+        if name in self._done:
+            on_bytes(num_copied(outputs))
+        self.file(name, write)
+
+    def file(self, name: str, make: Callable[[Path], int]) -> None:
+        """A safetensors file that `make(path)` leaves complete and on the disk under another name, returning its size;
+        unless the journal says it is done."""
+        if name in self._done:
+            self._place(name)
+            return
+        temporary, began, before = self.partial / f"{name}.tmp", time.monotonic(), Counter(self.copier.moved)
+        size = self._guarded(lambda: make(temporary))
         self._guarded(lambda: temporary.rename(self.partial / name))
         self._journal.add({"shard": name, "bytes": size, "at": time.time(), "written": self._kept + self._written})
         seconds, ways = time.monotonic() - began, "+".join(self.copier.moved - before) or "nothing copied"
@@ -382,13 +409,14 @@ class Writer:
 
 
 def tidy(out: Path, entries: list[dict[str, Any]] | None = None) -> None:
-    """Removes what a finished run has no more use for: the result that it replaced, and its journal."""
+    """Removes what a finished run has no more use for: the result that it replaced, and what it wrote down."""
     if entries is None:
         entries = read_journal(out)
     for name in (entry["aside"] for entry in entries if "aside" in entry):
         if isinstance(name, str) and name == Path(name).name and name.startswith(f"{out.name}.old-"):
             shutil.rmtree(out.with_name(name), ignore_errors=True)
     with suppress(OSError):
+        (out / IN_PLACE).unlink(missing_ok=True)
         (out / JOURNAL).unlink(missing_ok=True)
 
 
@@ -432,11 +460,11 @@ def num_copied(outputs: list[Output]) -> int:
     return sum(p.num_bytes for output in outputs for p in output.parts if not isinstance(p, Hole))
 
 
-def header_bytes(outputs: list[Output], metadata: dict[str, str]) -> bytes:
-    """The length and JSON header of a safetensors file.
+def header_bytes(outputs: list[Output], metadata: dict[str, str], length: int | None = None) -> bytes:
+    """The length and JSON header of a safetensors file, of `length` bytes in all if it is shorter.
 
-    Padded with spaces so that the most bytes keep their offset modulo 4096: page-aligned runs then stay page-aligned,
-    a filesystem that shares blocks can share them, and the page cache can be passed by.
+    Padded with spaces otherwise so that the most bytes keep their offset modulo 4096: page-aligned runs then stay
+    page-aligned, a filesystem that shares blocks can share them, and the page cache can be passed by.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
@@ -445,7 +473,7 @@ def header_bytes(outputs: list[Output], metadata: dict[str, str]) -> bytes:
         header[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * ((_offset(outputs) - 8 - len(text)) % PAGE)
+    text += b" " * ((_offset(outputs) - 8 - len(text)) % PAGE if length is None else length - 8 - len(text))
     if len(text) > MAX_HEADER:
         raise CoterieError(f"the header to write has {len(text):,} bytes; readers take at most {MAX_HEADER:,}")
     return len(text).to_bytes(8, "little") + text

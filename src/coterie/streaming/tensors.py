@@ -115,7 +115,7 @@ class Maps:
 
 
 def _small_pages(pages: mmap.mmap) -> None:
-    """Touching a row then makes its pages resident, not the two megabytes around it that the page cache may hold as one."""
+    """Touching a row then makes its own pages resident, not the two megabytes that the page cache may hold as one."""
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_NOHUGEPAGE)
