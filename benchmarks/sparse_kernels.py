@@ -1,53 +1,88 @@
-"""The sparse kernels against torch, the best dense kernel of our own, and dense int4: interleaved, single calls timed.
+"""The sparse kernels against torch, the best dense kernel of our own, and dense int4; then a layer, and a whole model.
 
-    python benchmarks/sparse_kernels.py [--threads N] [--shapes 768x2048,...] [--rounds N] [--only matrix,layer]
+    python benchmarks/sparse_kernels.py [--threads N] [--shapes 768x2048,...] [--rounds N] [--only matrix,layer,model]
+                                        [--write docs/results.md]
 
-How it is measured: `coterie.sparse.cases`. `coterie bench OUT` measures a checkpoint's own matrices and whole models.
+Everything compared is interleaved in one process, and single calls are timed: `coterie.sparse.cases`. The whole model is a
+qwen3_moe of random weights whose experts are three quarters of the bytes that a token reads; half of them become zero
+by magnitude. `coterie bench OUT` measures a checkpoint of yours in the same way.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from coterie.bench import bench
+from coterie.pack import pack
 from coterie.sparse import kernels
 from coterie.sparse.cases import Case, dense_cases, interleaved, levels, processor, sparse_case, table
 from coterie.sparse.experts import SparseExperts, forward
 from coterie.sparse.format import encode
 from coterie.sparse.memory import Arena, load
+from coterie.sparsify import sparsify
+from results import write_between
+from tables import markdown
 
 SPARSITIES = (0.4, 0.5, 0.65)
 
 
+SHAPES = "768x2048,1408x2048,2048x768,14336x4096"
+RIVALS = ("torch F.linear bf16", "torch.mv bf16", "own dense int4")
+MODEL = {
+    "hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 2048, "num_experts": 16, "vocab_size": 4096,
+    "num_experts_per_tok": 8, "num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False, "norm_topk_prob": True,
+}  # fmt: skip
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shapes", default="768x2048,1408x2048,2048x768,14336x4096")
+    parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--only", default="matrix,layer")
+    parser.add_argument("--only", default="matrix,layer,model")
+    parser.add_argument("--write", type=Path, help="a page to put the tables into, between its marks")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     load_average = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?"
-    print(f"{processor()}, {os.cpu_count()} cores, load {load_average}, torch {torch.__version__}, ", end="")
-    print(f"kernels {', '.join(kernels.available())}, {options.threads} thread(s)\n")
+    parts = [
+        f"{processor()}, {os.cpu_count()} cores, load {load_average} at the beginning, torch {torch.__version__}, kernels "
+        f"{', '.join(kernels.available())}, {options.threads} thread(s)."
+    ]
     with torch.inference_mode():
-        for shape in options.shapes.split(",") if "matrix" in options.only else ():
-            rows, columns = map(int, shape.split("x"))
-            print(matrix_table(rows, columns, options.rounds, options.threads))
+        if "matrix" in options.only:
+            shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+            parts.append(matrices_table(shapes, options.rounds, options.threads))
         if "layer" in options.only:
-            print(layer_table(options.rounds))
+            parts.append(layer_table(options.rounds))
+    if "model" in options.only:
+        parts.append(model_table(options.threads))
+    text = "\n\n".join(parts)
+    print(text)
+    if options.write:
+        write_between(options.write, "sparse", text)
 
 
 # --- one expert matrix --------------------------------------------------------------------------------------------
 
 
-def matrix_table(rows: int, columns: int, rounds: int, threads: int) -> str:
-    """A Markdown table: bytes, time, share of read bandwidth, and ratios to each rival."""
+def matrices_table(shapes: list[tuple[int, ...]], rounds: int, threads: int) -> str:
+    """Per shape, sparsity and level: bytes, time, share of read bandwidth, and how often faster than each rival."""
+    head = ["matrix", "kernel", "of the bytes", "us", "of bandwidth", "our best dense bf16", *RIVALS]
+    lines = [line for rows, columns in shapes for line in matrix_lines(rows, columns, rounds, threads)]
+    return markdown(head, lines)
+
+
+def matrix_lines(rows: int, columns: int, rounds: int, threads: int) -> list[list[str]]:
     rng = np.random.default_rng(0)
     weights = torch.from_numpy((0.02 * rng.standard_normal((rows, columns))).astype(np.float32)).bfloat16()
     bits = weights.view(torch.int16).numpy().view(np.uint16)
@@ -60,17 +95,14 @@ def matrix_table(rows: int, columns: int, rounds: int, threads: int) -> str:
             cases |= sparse_case(f"sparse {sparsity:.0%} {level}", level, packed, x, threads)
     seconds = interleaved(cases, rounds)
     own = [name for name in cases if name.startswith("own dense bf16")]
-    best = [min(own, key=lambda name: seconds[name])] if own else []
-    rivals = [*best, *(n for n in ("torch F.linear bf16", "torch.mv bf16", "own dense int4") if n in cases)]
-    read = f", read bandwidth {cases['read'][2] / seconds['read'] / 1e9:.1f} GB/s" if "read" in cases else ""
-    head = f"| kernel | bytes | us | % of bandwidth | {' | '.join(f'vs {n}' for n in rivals)} |\n"
-    lines = [f"### {rows} x {columns}{read}\n\n", head, "|---" * (4 + len(rivals)) + "|\n"]
-    for row in table(cases, seconds, rivals):
-        share = "" if row["bandwidth_share"] is None else f"{100 * row['bandwidth_share']:.0f}"
-        ratios = " | ".join(f"{ratio:.2f}" for ratio in row["times_faster_than"].values())
-        size = row["bytes"] / bits.nbytes
-        lines.append(f"| {row['name']} | {size:.3f} | {1e6 * row['seconds']:.0f} | {share} | {ratios} |\n")
-    return "".join(lines)
+    best = min(own, key=lambda name: seconds[name], default=RIVALS[0])
+    lines = []
+    for row in table(cases, seconds, (best, *(name for name in RIVALS if name in cases))):
+        share = "" if row["bandwidth_share"] is None else f"{100 * row['bandwidth_share']:.0f} %"
+        faster = [f"{row['times_faster_than'].get(name, float('nan')):.2f}" for name in (best, *RIVALS)]
+        shown = [f"{rows} x {columns}", row["name"], f"{row['bytes'] / bits.nbytes:.3f}", f"{1e6 * row['seconds']:.0f}"]
+        lines.append([*shown, share, *faster])
+    return lines
 
 
 # --- a whole MoE layer --------------------------------------------------------------------------------------------
@@ -119,13 +151,13 @@ def layer_table(rounds: int) -> str:
         call = lambda i, sparse=sparse: forward(sparse, x, choices[i], weights)  # noqa: E731
         cases[f"sparse {sparsity:.0%}"] = (call, 64, share)
     seconds = interleaved(cases, 2 * rounds)
-    rows = ["### MoE layer, top-8 of 64 experts, 2048-768-2048, one token\n\n"]
-    rivals_ = list(cases)[:3]
-    rows.append(f"| | ms | GB/s | {' | '.join(f'vs {n}' for n in rivals_)} |\n" + "|---" * (3 + len(rivals_)) + "|\n")
-    for name, (_, _, num_bytes) in cases.items():
-        ratios = " | ".join(f"{seconds[r] / seconds[name]:.2f}" for r in rivals_)
-        rows.append(f"| {name} | {1e3 * seconds[name]:.2f} | {num_bytes / seconds[name] / 1e9:.1f} | {ratios} |\n")
-    return "".join(rows)
+    rivals = list(cases)[:3]
+    lines = [
+        [name, f"{1e3 * seconds[name]:.2f}", f"{num_bytes / seconds[name] / 1e9:.1f}",
+         *(f"{seconds[r] / seconds[name]:.2f}" for r in rivals)]
+        for name, (_, _, num_bytes) in cases.items()
+    ]  # fmt: skip
+    return markdown(["one layer, top-8 of 64, 2048-768-2048, one token", "ms", "GB/s", *rivals], lines)
 
 
 def linear(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -152,6 +184,37 @@ def packed_experts(
             yield encode(np.where(kept, matrix, np.uint16(0)), "BF16", matrix.shape)
 
     return SparseExperts((load(pruned(gate_up), arena),), load(pruned(down), arena))
+
+
+# --- a whole model ------------------------------------------------------------------------------------------------
+
+
+def model_table(threads: int) -> str:
+    """Tokens per second of the packed model and of the same zeros stored dense, in stock transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as place:
+        whole, dense, packed = (Path(place) / name for name in ("whole", "dense", "packed"))
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("qwen3_moe", **MODEL)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(whole)
+        sparsify(whole, dense, method="magnitude", sparsity=0.5)
+        pack(dense, packed)
+        found = bench(packed, against=dense, threads=threads)
+    ours, stock = found["models"]
+    experts = MODEL["num_experts_per_tok"] * MODEL["num_hidden_layers"] * 3 * 2
+    experts *= MODEL["hidden_size"] * MODEL["moe_intermediate_size"]
+    lines = [speed_line(kind, batch, ours, stock) for kind in ("prefill", "decode") for batch in ours[kind]]
+    note = (
+        f"Experts are {100 * experts / stock['bytes_per_token']:.0f} % of the bytes that a token reads, {ours['bytes']:,} "
+        f"bytes on the disk stand against {stock['bytes']:,}; the 50th percentile of single calls ({found['clock']})."
+    )
+    return markdown(["whole model, experts 50 %", "batch", "packed", "dense, stock", "faster"], lines) + "\n\n" + note
+
+
+def speed_line(kind: str, batch: str, ours: dict[str, Any], stock: dict[str, Any]) -> list[str]:
+    ours_, stock_ = (entry[kind][batch]["50"] for entry in (ours, stock))
+    return [kind, batch, f"{ours_:.1f} tokens/s", f"{stock_:.1f} tokens/s", f"{ours_ / stock_:.2f}"]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from llvmlite import ir
 from coterie.sparse.jobs import JOB
 
 UNROLL = 4  # mask words per turn of the main loop: 128 columns, the group of int8 scales
-AHEAD = 8192  # bytes that values are prefetched ahead; without it the kernels are 1.5 to 1.9 times slower
+AHEAD = 4096  # bytes that values are prefetched ahead; without it the kernels are 1.5 to 1.9 times slower
 DENSE_AHEAD = 2048
 MASK_AHEAD = 2048
 

@@ -1,8 +1,9 @@
 """A MoE layer on packed experts: one parallel region per projection, called by transformers' registry of experts.
 
-Up to 8 tokens per expert are multiplied by the kernels, straight from the packed weights. For more, tiles of a matrix
-are expanded into the cache and multiplied by torch. Without kernels (another processor, `COTERIE_KERNELS=torch`), or
-on a GPU, every used expert is expanded by torch operations; packed weights stay in host memory.
+A few tokens per expert (`kernels.most_tokens`) are multiplied by the kernels, eight at a time and straight from the
+packed weights. For more, tiles of a matrix are expanded into the cache and multiplied by torch. Without kernels
+(another processor, `COTERIE_KERNELS=torch`), or on a GPU, every used expert is expanded by torch operations; packed
+weights stay in host memory.
 Axes: T token, K top-k, S = T K chosen pairs, D hidden, F expert hidden, E expert.
 """
 
@@ -41,6 +42,15 @@ class Groups:
     def where(self, chosen: np.ndarray) -> Groups:
         return Groups(self.ids[chosen], self.starts[chosen], self.counts[chosen])
 
+    def parts(self, most: int) -> Groups:
+        """The same pairs, in groups of at most `most`."""
+        if self.counts.max() <= most:
+            return self
+        numbers = -(-self.counts // most)
+        place = np.arange(numbers.sum()) - np.repeat(numbers.cumsum() - numbers, numbers)
+        counts = np.minimum(np.repeat(self.counts, numbers) - most * place, most)
+        return Groups(np.repeat(self.ids, numbers), np.repeat(self.starts, numbers) + most * place, counts)
+
     def each(self) -> Iterator[tuple[int, int, int]]:
         return zip(self.ids.tolist(), self.starts.tolist(), self.counts.tolist(), strict=True)
 
@@ -53,20 +63,22 @@ def multiply(stacks: list[Stack], groups: Groups, x: torch.Tensor) -> torch.Tens
     num_pairs = len(x) if len(x) > 1 else int(groups.counts.sum())
     y = torch.empty(num_pairs, sum(s.shape[0] for s in stacks), dtype=torch.float32, device=x.device)
     which = kernels.level() if x.device.type == "cpu" else "torch"
-    limit = 0 if which == "torch" else kernels.MAX_BATCH
+    kind = kernels.input_type(which, stacks[0].dtype, x.dtype == torch.bfloat16)
+    limit = kernels.most_tokens(which, kind)
     if num_pairs and groups.counts.max() <= limit:
-        _multiply_packed(stacks, groups, x, y, which)
+        _multiply_packed(stacks, groups.parts(kernels.MAX_BATCH), x, y, which, kind)
         return y
     small = groups.counts <= limit
     if small.any():
-        _multiply_packed(stacks, groups.where(small), x, y, which)
+        _multiply_packed(stacks, groups.where(small).parts(kernels.MAX_BATCH), x, y, which, kind)
     _multiply_tiles(stacks, groups.where(~small), x, y)
     return y
 
 
-def _multiply_packed(stacks: list[Stack], groups: Groups, x: torch.Tensor, y: torch.Tensor, which: str) -> None:
+def _multiply_packed(
+    stacks: list[Stack], groups: Groups, x: torch.Tensor, y: torch.Tensor, which: str, kind: str
+) -> None:
     """By the kernels, all experts and matrices in one parallel region."""
-    kind = kernels.input_type(which, stacks[0].dtype, x.dtype == torch.bfloat16)
     num_columns, width = x.shape[1], 32 * stacks[0].num_words
     x = x.to(torch.bfloat16 if kind == "BF16" else torch.float32)
     x = (x if num_columns == width else F.pad(x, (0, width - num_columns))).contiguous()

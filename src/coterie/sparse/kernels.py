@@ -22,6 +22,7 @@ from coterie.errors import CoterieError
 
 SLACK = 128  # bytes that a kernel may read beyond the last value
 MAX_BATCH = 8  # tokens that one kernel call serves
+MANY = 24  # tokens up to which calls of eight beat expanding and torch, on AVX-512 without matrix units
 LEVELS = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx512vnni", "avx512bf16", "fma", "popcnt", "f16c"),
     "avx512f": ("avx512f", "fma", "popcnt", "f16c"),
@@ -113,6 +114,13 @@ def expand(which: str, values: str) -> int:
 def input_type(which: str, values: str, bf16: bool) -> str:
     """How the vectors should be given: BF16 where both sides are and there is an instruction for it, else F32."""
     return "BF16" if bf16 and values == "BF16" and which == "avx512" else "F32"
+
+
+def most_tokens(which: str, kind: str) -> int:
+    """Tokens of one expert up to which a level's kernels are the fastest way, given inputs of type `kind`."""
+    if which == "torch":
+        return 0
+    return MANY if which == "avx512" and kind == "BF16" and "amx-bf16" not in features() else MAX_BATCH
 
 
 @cache

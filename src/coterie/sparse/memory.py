@@ -23,7 +23,7 @@ PAGE = 2 << 20  # bytes of a huge page
 CHUNK = 64 << 20  # bytes mapped at once
 LINE = 64
 BREAK_EVEN = 0.93  # packed bytes over dense ones, above which a matrix is held dense
-TILE = 1 << 19  # bytes of a matrix that are expanded at a time
+TILE = 4 << 20  # bytes of a matrix that are expanded at a time: each costs a call of torch
 KERNEL, X, Y, FIRST, LAST, WORDS, STRIDE = map(JOB.index, ("kernel", "x", "y", "first", "last", "words", "stride"))
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
 
