@@ -3,9 +3,9 @@
     python benchmarks/sparse_kernels.py [--threads N] [--shapes 768x2048,...] [--rounds N] [--only matrix,layer,model]
                                         [--write docs/results.md]
 
-Everything compared is interleaved in one process, and single calls are timed: `coterie.sparse.cases`. The whole model is a
-qwen3_moe of random weights whose experts are three quarters of the bytes that a token reads; half of them become zero
-by magnitude. `coterie bench OUT` measures a checkpoint of yours in the same way.
+Everything compared is interleaved in one process, and single calls are timed: `coterie.sparse.cases`. The whole model
+is a qwen3_moe of random weights whose experts are three quarters of the bytes that a token reads; half of them become
+zero by magnitude. `coterie bench OUT` measures a checkpoint of yours in the same way.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ SPARSITIES = (0.4, 0.5, 0.65)
 SHAPES = "768x2048,1408x2048,2048x768,14336x4096"
 RIVALS = ("torch F.linear bf16", "torch.mv bf16", "own dense int4")
 MODEL = {
-    "hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 2048, "num_experts": 16, "vocab_size": 4096,
-    "num_experts_per_tok": 8, "num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
-    "max_position_embeddings": 2048, "tie_word_embeddings": False, "norm_topk_prob": True,
+    "hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 2048, "num_experts": 16,
+    "num_experts_per_tok": 8, "num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 128, "vocab_size": 4096, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    "norm_topk_prob": True,
 }  # fmt: skip
 
 
@@ -55,8 +56,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     load_average = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?"
     parts = [
-        f"{processor()}, {os.cpu_count()} cores, load {load_average} at the beginning, torch {torch.__version__}, kernels "
-        f"{', '.join(kernels.available())}, {options.threads} thread(s)."
+        f"{processor()}, {os.cpu_count()} cores, load {load_average} at the beginning, torch {torch.__version__}, "
+        f"kernels {', '.join(kernels.available())}, {options.threads} thread(s)."
     ]
     with torch.inference_mode():
         if "matrix" in options.only:
@@ -206,8 +207,8 @@ def model_table(threads: int) -> str:
     experts *= MODEL["hidden_size"] * MODEL["moe_intermediate_size"]
     lines = [speed_line(kind, batch, ours, stock) for kind in ("prefill", "decode") for batch in ours[kind]]
     note = (
-        f"Experts are {100 * experts / stock['bytes_per_token']:.0f} % of the bytes that a token reads, {ours['bytes']:,} "
-        f"bytes on the disk stand against {stock['bytes']:,}; the 50th percentile of single calls ({found['clock']})."
+        f"Experts are {100 * experts / stock['bytes_per_token']:.0f} % of the bytes that a token reads, "
+        f"{ours['bytes']:,} bytes on the disk stand against {stock['bytes']:,}; medians of single calls ({found['clock']})."
     )
     return markdown(["whole model, experts 50 %", "batch", "packed", "dense, stock", "faster"], lines) + "\n\n" + note
 

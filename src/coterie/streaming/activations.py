@@ -50,7 +50,11 @@ class Batch:
         if (values.shape, values.dtype) != (self._hidden.shape, self._hidden.dtype):
             self._hidden = self.maps.zeros(values.shape, values.dtype)
         self._hidden.copy_(values)
-        self.maps.release()
+        self.maps.passed(self.num_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._hidden.nbytes
 
     @property
     def num_tokens(self) -> int:
@@ -113,7 +117,6 @@ class Routed:
         for e, places in enumerate(order[: int(counts.sum())].split(counts.tolist())):
             if len(places):
                 yield e, places // top_k, weights[places]
-                self._release()
 
     def experts(
         self, checkpoint: Checkpoint, dtype: torch.dtype
@@ -142,7 +145,7 @@ class Routed:
         size = MOST_ROWS if self.maps else max(1, len(rows))
         for place, some in zip(found[: len(rows)].split(size), rows.split(size), strict=True):
             torch.index_select(self.x, 0, some, out=place)
-            self._release()
+            self._touched(some)
         return found
 
     def zeros(self) -> torch.Tensor:
@@ -158,11 +161,11 @@ class Routed:
         size = MOST_ROWS if self.maps else max(1, len(values))
         for some, theirs in zip(values.split(size), rows.split(size), strict=True):
             total.index_add_(0, theirs, some)
-            self._release()
+            self._touched(theirs)
 
-    def _release(self) -> None:
+    def _touched(self, rows: torch.Tensor) -> None:
         if self.maps:
-            self.maps.release()
+            self.maps.touched(len(rows))
 
 
 def weighted_sums(weights: torch.Tensor, values: torch.Tensor, *, squared: bool = False) -> torch.Tensor:

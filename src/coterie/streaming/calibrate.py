@@ -37,7 +37,6 @@ from coterie.streaming.skeleton import (
     modules_outside,
     own_tensors,
     targets,
-    trim,
 )
 from coterie.streaming.tensors import Maps
 
@@ -301,7 +300,7 @@ class Stream:
         if index not in self._blocks:
             for batch in batches:
                 keep(batch, self._forward(index, batch))
-                _give_back(maps)
+                maps.passed(batch.num_bytes)
             return
         recording = Recording(self.layers[index], sum(batch.num_tokens for batch in batches), maps)
         routed = self._record(index, batches, recording, maps)
@@ -316,7 +315,7 @@ class Stream:
             if not running.dead:
                 raise self._unspillable(index, "calls its experts twice")
             keep(batch, output)
-            _give_back(maps)
+            maps.passed(batch.num_bytes)
 
     def _record(self, index: int, batches: list[Batch], recording: Recording, maps: Maps) -> Routed:
         """Runs every batch up to its experts and takes down what it asks of them."""
@@ -335,7 +334,7 @@ class Stream:
             if not calls:
                 x = maps.zeros((sum(b.num_tokens for b in batches), given.shape[1]), given.dtype)
             x[rows].copy_(given)
-            _give_back(maps)
+            maps.passed(batch.num_bytes)
             calls.append((call[0], given.new_empty(0, given.shape[1]), call[2].clone(), call[3].clone()))
         rest = _gather(self._blocks[index], calls)
         return Routed(rest.block, rest.module, x, rest.chosen, rest.weights, maps)
@@ -394,14 +393,8 @@ def _places(
     num_tokens = sum(map(len, samples))
     if AT_ONCE * num_tokens * hidden[0, 0].nbytes <= budget:
         return None
-    maps = Maps(spill)
+    maps = Maps(spill, budget)
     return maps, maps.zeros((num_tokens, *hidden.shape[2:]), hidden.dtype)
-
-
-def _give_back(maps: Maps) -> None:
-    """What a batch leaves behind in memory, mapped or not."""
-    maps.release()
-    trim()
 
 
 class _Forward(greenlet):

@@ -1,6 +1,6 @@
 """A layer that runs twice, first up to its experts and then, with their sums, to its end, computes little twice.
 
-What its larger parts (attention, shared experts) put out in the first run is kept in maps, and given out again in the
+What its parts (attention, norms, shared experts) put out in the first run is kept in maps, and given out again in the
 second. A part's forward hooks are called in the run in which it computes, all others in the second.
 """
 
@@ -77,10 +77,12 @@ class Recording:
         return Kept(self._places[key][rows], torch.empty_like(leaf, device="meta"))
 
     def _repeating(self, part: Module, rows: slice) -> Callable[..., Any]:
-        calls = iter(self._calls[part, rows.start])
+        calls, original = iter(self._calls[part, rows.start]), part.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = next(calls, None)
+            if call is None and not _has_matrices(part):
+                return original(*args, **kwargs)
             if call is None:
                 raise CoterieError(
                     f"{type(part).__name__} runs before and after the experts, so activations cannot leave memory; "
@@ -93,12 +95,17 @@ class Recording:
 
 
 def _parts(module: Module, experts: set[Module]) -> Iterator[Module]:
-    """The largest modules below that hold matrices and no experts."""
+    """The largest modules below that hold parameters and no experts."""
     for child in module.children():
         if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict) or not experts.isdisjoint(child.modules()):
             yield from _parts(child, experts) if child not in experts else ()
-        elif any(parameter.dim() > 1 for parameter in child.parameters()):
+        elif next(child.parameters(), None) is not None:
             yield child
+
+
+def _has_matrices(part: Module) -> bool:
+    """A norm may run before the experts and after them; what holds matrices may not, since hooks see it once."""
+    return any(parameter.dim() > 1 for parameter in part.parameters())
 
 
 def _again(leaf: Any) -> Any:

@@ -6,9 +6,9 @@ filled; buffers are real from the beginning, because some (rotary frequencies) a
 
 from __future__ import annotations
 
-import ctypes
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,10 @@ from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.loading import check_sizes, quiet_transformers, stock_config
-from coterie.streaming.tensors import Maps, read
+from coterie.streaming.tensors import Maps, read, trim
 
 NO_DATA = "use a method that needs no data"
 FLOATS = ("F64", "F32", "F16", "BF16")
-TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
 MAPPED = 2**26  # bytes: a table of embeddings larger than this is mapped, since few of its rows are touched
 
 
@@ -105,6 +104,11 @@ def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtyp
 
     Raises: CoterieError for a tensor that does not fit, or is quantised.
     """
+    with _young():
+        _convert(model, checkpoint, names, dtype, maps)
+
+
+def _convert(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype, maps: Maps | None) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -120,20 +124,28 @@ def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtyp
         raise CoterieError(f"{checkpoint.path}: transformers does not take {sorted(map(str, faults))[0]!r}")
 
 
+@contextmanager
+def _young() -> Iterator[None]:
+    """While entered, nothing is collected, and then at once what was made meanwhile: the library's loading leaves
+    cycles behind that hold what was loaded, and to look for them among all objects takes a fifth of a second a layer.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect(0)
+
+
 def free(modules: Iterable[torch.nn.Module]) -> None:
     """Empties the modules' own parameters; their buffers stay."""
     for module in modules:
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty_like(parameter, device="meta")
             module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
-    gc.collect()  # the library's loading leaves cycles behind that hold what was loaded
     trim()
-
-
-def trim() -> None:
-    """Gives free memory back to the system, which the allocator keeps where it lies between memory in use."""
-    if TRIM:
-        TRIM(0)
 
 
 def _tensor(checkpoint: Checkpoint, name: str, maps: Maps | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ what was written.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
@@ -22,6 +23,16 @@ from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 
 BLOCK = 2**20
+AROUND = 2**16  # bytes that the kernel makes resident around a row, at most
+LEAST_RESIDENT = 2**26
+COPIES = 8  # that a layer makes of a batch, at most
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+
+
+def trim() -> None:
+    """Gives free memory back to the system, which the allocator keeps where it lies between memory in use."""
+    if TRIM:
+        TRIM(0)
 
 
 def stored_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
@@ -66,8 +77,13 @@ def read_into(tensor: torch.Tensor, checkpoint: Checkpoint, name: str, start: in
 class Maps:
     """Tensors in memory-mapped files: zeros to be filled, in unnamed files of a folder, and stored ones."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """folder: where activations go; the system's temporary folder (often memory itself) unless given."""
+    def __init__(self, folder: Path | None = None, resident: int = LEAST_RESIDENT) -> None:
+        """folder: where activations go; the system's temporary folder (often memory itself) unless given.
+
+        resident: bytes of all maps that `touched` and `passed` let stay in memory, about. To give a page back and touch
+        it again takes microseconds, as long as a small expert needs for a token.
+        """
+        self._resident, self._touched, self._passed = max(resident, LEAST_RESIDENT), 0, 0
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
         self._open: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # a map closes when its last tensor goes
 
@@ -108,8 +124,23 @@ class Maps:
             warnings.simplefilter("ignore")  # torch warns of maps that are only read
             return torch.frombuffer(pages, dtype=dtype, offset=start, count=math.prod(shape)).view(shape)
 
+    def touched(self, num_rows: int) -> None:
+        """Notes that so many rows were read or written, anywhere, and gives pages back before they are too many."""
+        self._touched += num_rows * AROUND
+        if min(self._touched, sum(map(len, self._open))) >= self._resident:
+            self.release()
+
+    def passed(self, num_bytes: int) -> None:
+        """Notes that a batch of so many bytes is through a layer, which leaves some copies of it in maps and memory;
+        gives back what batches left before it is too much."""
+        self._passed += num_bytes
+        if self._passed * COPIES >= self._resident:
+            self.release()
+            trim()
+
     def release(self) -> None:
         """Gives the pages of all maps back: they leave resident memory, not the page cache."""
+        self._touched = self._passed = 0
         for pages in self._open:
             pages.madvise(mmap.MADV_DONTNEED)
 
