@@ -7,8 +7,8 @@ that `--io` knows, and next to it copies the kept bytes with `cp`, and loads and
 The page cache gives the checkpoint up before each run, and every run ends with its bytes on the disk. What Python takes
 to start is measured and taken off the commands of ours. Rows are interleaved, and the median of their runs counts: the
 speed of a disk comes and goes, and on a busy machine only the ratios say something. What came first, on memory that
-the machine had not used yet, is not counted. With `--xfs FOLDER`, a folder on a filesystem that shares blocks, there are
-rows of that too; then headers of 2 TB are read and planned on. Everything made is removed again.
+the machine had not used yet, is not counted. With `--xfs FOLDER`, a folder on a filesystem that shares blocks, there
+are rows of that too; then headers of 2 TB are read and planned on. Everything made is removed again.
 """
 
 from __future__ import annotations
@@ -161,10 +161,10 @@ def page(found: dict[str, list[Taken]], start: Taken, size: int, more: dict[str,
         [
             markdown(head, lines),
             "",
-            f"{size / 1e9:.2f} GB are kept; medians of {len(cp)} runs (transformers, in place: one; reflink: the best of "
-            f"three); `cp` took {min(cp):.1f} to {max(cp):.1f} s. Start of the interpreter, taken off ours: "
-            f"{start.seconds:.2f} s, {start.processor:.2f} s of processor time. Load of the machine meanwhile: {min(loads):.1f} to "
-            f"{max(loads):.1f} on {os.cpu_count()} processors.",
+            f"{size / 1e9:.2f} GB are kept; medians of {len(cp)} runs (transformers, in place: one; reflink: the best "
+            f"of three); `cp` took {min(cp):.1f} to {max(cp):.1f} s. Start of the interpreter, taken off ours: "
+            f"{start.seconds:.2f} s, {start.processor:.2f} s of processor time. Load of the machine meanwhile: "
+            f"{min(loads):.1f} to {max(loads):.1f} on {os.cpu_count()} processors.",
             "",
             markdown(["Kimi-K2's shapes, 2 TB, headers and routers", "time", "processor", "load"], second),
             "",

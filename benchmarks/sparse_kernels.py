@@ -208,7 +208,8 @@ def model_table(threads: int) -> str:
     lines = [speed_line(kind, batch, ours, stock) for kind in ("prefill", "decode") for batch in ours[kind]]
     note = (
         f"Experts are {100 * experts / stock['bytes_per_token']:.0f} % of the bytes that a token reads, "
-        f"{ours['bytes']:,} bytes on the disk stand against {stock['bytes']:,}; medians of single calls ({found['clock']})."
+        f"{ours['bytes']:,} bytes on the disk stand against {stock['bytes']:,}; medians of single calls "
+        f"({found['clock']})."
     )
     return markdown(["whole model, experts 50 %", "batch", "packed", "dense, stock", "faster"], lines) + "\n\n" + note
 
