@@ -19,8 +19,12 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tables of docs/results.md that an hour or two make, and docs/report.html; what is interrupted goes on.
 bench: $(VENV)/installed
+	$(BIN)/python benchmarks/sparse_kernels.py --write docs/results.md
+	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/results.py
+	$(BIN)/python benchmarks/criteria_results.py --rows build/criteria_rows.jsonl
 
 serve-check: $(VENV)/installed .venv-serve/installed
 	$(BIN)/python benchmarks/serve_check.py --vllm-python .venv-serve/bin/python --write docs/serving.md

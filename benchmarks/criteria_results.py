@@ -79,6 +79,7 @@ def row(criterion: str, ratio: float, seed: int, folder: Path) -> dict[str, Any]
 def measure(file: Path, folder: Path, most: int | None) -> list[dict[str, Any]]:
     """All rows, as many at a time as there are cores, `most` at most; those in the file are not made again."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    file.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(r["criterion"], r["ratio"], r["seed"]) for r in rows}
     missing = [key for key in wanted() if key not in done][:most]

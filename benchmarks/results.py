@@ -48,13 +48,19 @@ def run(verb: str, *arguments: object, as_json: bool = True) -> dict[str, Any]:
 def judge(model: Path, num_characters: int | None = None, num_problems: int | None = None) -> dict[str, Any]:
     """Perplexity per domain on the first `num_characters` of its text, exact match on the first `num_problems`."""
     with tempfile.TemporaryDirectory() as folder:
-        data = []
-        for name, file in {**HELD_OUT, "problems": PROBLEMS}.items():
-            text, some = file.read_text(encoding="utf-8"), Path(folder) / file.name
-            lines = text.splitlines(keepends=True)[:num_problems]
-            some.write_text("".join(lines) if name == "problems" else text[:num_characters], encoding="utf-8")
-            data.append(f"--data={name}={some}")
+        data = some_of(Path(folder), num_characters, num_problems)
         return run("eval", model, *data, "--window", 512, "--batch-size", 64)["models"][0]
+
+
+def some_of(folder: Path, num_characters: int | None, num_problems: int | None) -> list[str]:
+    """The options that name the first characters of each held-out text, and the first problems, written to `folder`."""
+    data = []
+    for name, file in {**HELD_OUT, "problems": PROBLEMS}.items():
+        text, some = file.read_text(encoding="utf-8"), folder / file.name
+        lines = text.splitlines(keepends=True)[:num_problems]
+        some.write_text("".join(lines) if name == "problems" else text[:num_characters], encoding="utf-8")
+        data.append(f"--data={name}={some}")
+    return data
 
 
 def prune_and_judge(name: str, *options: object) -> Row:
