@@ -6,6 +6,10 @@ speed, and the table shows the medians. Speed is also told in seconds of the pro
 seconds of the clock say how busy they were. Stock runs its decoder without the head, which calibration leaves out too.
 
     python benchmarks/calibration.py [--quick] [--json FILE]
+    python benchmarks/calibration.py --spill
+
+The second measures what it costs that activations leave memory: one layer with the widths of Qwen3-30B-A3B (32 of its
+experts), as many tokens as pass the default budget, in turns with the same in memory.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +44,11 @@ STOCK = ("grouped_mm", "eager")  # batched_mm copies an expert for every token: 
 CLOCKS = ("clock", "processor")
 FULL = {"num_hidden_layers": 8, "num_experts": 32}
 QUICK = {"num_hidden_layers": 2, "num_experts": 16}
+LAYER = {
+    "num_hidden_layers": 1, "num_experts": 32, "hidden_size": 2048, "moe_intermediate_size": 768, "vocab_size": 4096,
+    "num_experts_per_tok": 8, "num_attention_heads": 32, "head_dim": 128,
+}  # fmt: skip
+SPILLING = 112  # samples of 512 tokens: 1.2 GB of activations, where the budget is 1 GiB
 CONFIG = {
     "hidden_size": 1024, "moe_intermediate_size": 512, "intermediate_size": 2048, "num_experts_per_tok": 4,
     "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192,
@@ -63,6 +73,7 @@ def clocks() -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer samples and rounds")
+    parser.add_argument("--spill", action="store_true", help="what it costs that activations go to files")
     parser.add_argument("--samples", type=int, default=None)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=None)
@@ -72,6 +83,9 @@ def main() -> None:
     num_samples, rounds = given.samples or (4 if given.quick else 32), given.rounds or (2 if given.quick else 5)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     draw = torch.Generator().manual_seed(0)
+    if given.spill:
+        spilled(given.rounds or 2)
+        return
     samples = torch.randint(3, CONFIG["vocab_size"], (num_samples, given.seq_len), generator=draw).tolist()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -86,6 +100,25 @@ def main() -> None:
     print(table(setting, found))
     if given.json:
         given.json.write_text(json.dumps({"setting": setting, "results": found}, indent=1))
+
+
+def spilled(rounds: int) -> None:
+    """Prints seconds of `collect` with activations in files and in memory, and the largest memory of the process."""
+    draw = torch.Generator().manual_seed(0)
+    samples = torch.randint(3, LAYER["vocab_size"], (SPILLING, 512), generator=draw).tolist()
+    halves = torch.tensor([i % 2 for i in range(SPILLING)]).repeat_interleave(512)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Model.open(write_model(Path(folder), "bfloat16", LAYER))
+        stream = Stream(source, torch.bfloat16)
+        for _ in range(rounds):
+            for name, more in (("in files", {}), ("in memory", {"budget": 2**40})):
+                began = clocks()
+                walk = measuring_walk(source, torch.bfloat16, halves, 2, lambda block, sums: None)
+                for _ in stream.run(stream.embed(samples, **more), walk):
+                    pass
+                wall, spent = clocks() - began
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+                print(f"{name}: {wall:.1f} s, {spent:.1f} s of the processor, at most {peak:.2f} GB so far", flush=True)
 
 
 def write_model(folder: Path, dtype: str, sizes: dict[str, int]) -> Path:

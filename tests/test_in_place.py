@@ -230,6 +230,12 @@ def test_links_are_refused(model, tmp_path):
     assert (tmp_path / "blob").exists() and not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_read_only_is_refused(model, tmp_path, monkeypatch):
+    """Before a byte of OUT is written."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    refused(model, tmp_path / "out", "is read-only")
+
+
 def test_another_filesystem_is_refused(model, tmp_path, memory):
     if memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("memory and temporary files are one filesystem here")

@@ -30,6 +30,7 @@ from typing import Any
 from coterie.checkpoint import BITS, Checkpoint, load_json
 from coterie.copying import write_at
 from coterie.errors import CoterieError
+from coterie.journal import guarded
 from coterie.plan import to_json
 from coterie.report import Progress, Report, Stopwatch, model_card
 from coterie.view import root
@@ -187,6 +188,10 @@ def _report(record: dict[str, Any]) -> Report:
 def _check_files(source: Checkpoint, out: Path) -> None:
     """Weight files must be the folder's own, and beside OUT: they become OUT's by being renamed."""
     home = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(source.path, os.W_OK):
+        raise CoterieError(
+            f"--in-place: {source.path} is read-only, so its files cannot be moved; leave --in-place out"
+        )
     for shard in source.shards:
         path = source.path / shard
         status = path.lstat()
@@ -300,7 +305,7 @@ def consume(
 def _remove(recipe: Recipe, shard: str) -> None:
     """What is left of a source file once its bytes are in OUT.partial under their final name."""
     if (recipe.path / shard).exists():
-        recipe.check(shard).unlink()
+        guarded(recipe.path, recipe.check(shard).unlink)
 
 
 def _cut(recipe: Recipe, shard: str, path: Path) -> int:
