@@ -127,7 +127,7 @@ def write_model(folder: Path, dtype: str, sizes: dict[str, int]) -> Path:
 
     torch.manual_seed(0)
     with quiet_transformers():
-        config = AutoConfig.for_model("qwen3_moe", **CONFIG, **sizes)
+        config = AutoConfig.for_model("qwen3_moe", **(CONFIG | sizes))
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         model.save_pretrained(folder)
     return folder
