@@ -261,7 +261,7 @@ def plain(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) ->
     return []
 
 
-def write_at(target: int, data: bytes, position: int) -> None:
+def write_at(target: int, data: bytes | memoryview, position: int) -> None:
     """Writes all of `data` from byte `position` on."""
     view = memoryview(data)
     while view:

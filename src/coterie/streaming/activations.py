@@ -49,7 +49,7 @@ class Batch:
             return
         if (values.shape, values.dtype) != (self._hidden.shape, self._hidden.dtype):
             self._hidden = self.maps.zeros(values.shape, values.dtype)
-        self._hidden.copy_(values)
+        self.maps.put(self._hidden, values)
         self.maps.passed(self.num_bytes)
 
     @property
@@ -68,7 +68,7 @@ class Batch:
 
     def loaded(self) -> torch.Tensor:
         """The hidden states in memory of torch's own: the last bits of products depend on its alignment."""
-        return self._hidden if self.maps is None else self._hidden.clone()
+        return self._hidden if self.maps is None else self.maps.get(self._hidden)
 
 
 def shared(arguments: Arguments, earlier: Arguments) -> Arguments:
@@ -145,7 +145,7 @@ class Routed:
         size = MOST_ROWS if self.maps else max(1, len(rows))
         for place, some in zip(found[: len(rows)].split(size), rows.split(size), strict=True):
             torch.index_select(self.x, 0, some, out=place)
-            self._touched(some)
+            self._touched(self.x, some)
         return found
 
     def zeros(self) -> torch.Tensor:
@@ -161,11 +161,11 @@ class Routed:
         size = MOST_ROWS if self.maps else max(1, len(values))
         for some, theirs in zip(values.split(size), rows.split(size), strict=True):
             total.index_add_(0, theirs, some)
-            self._touched(theirs)
+            self._touched(total, theirs)
 
-    def _touched(self, rows: torch.Tensor) -> None:
+    def _touched(self, tensor: torch.Tensor, rows: torch.Tensor) -> None:
         if self.maps:
-            self.maps.touched(len(rows))
+            self.maps.touched(tensor, len(rows))
 
 
 def weighted_sums(weights: torch.Tensor, values: torch.Tensor, *, squared: bool = False) -> torch.Tensor:

@@ -308,10 +308,10 @@ class Stream:
         for batch, rows in _rows_of(batches):
             running = _Forward(self._forward)
             with recording.second_run(rows):
-                call, x, ids = running.switch(index, batch), routed.x[rows], routed.chosen[rows]
+                call, x, ids = running.switch(index, batch), maps.get(routed.x[rows]), routed.chosen[rows]
                 if not (_same(call[1].reshape(x.shape), x) and _same(call[2].reshape(ids.shape), ids)):
                     raise self._unspillable(index, "gives its experts something else when it runs again")
-                output = running.switch(sums[rows].clone().view_as(call[1]))
+                output = running.switch(maps.get(sums[rows]).view_as(call[1]))
             if not running.dead:
                 raise self._unspillable(index, "calls its experts twice")
             keep(batch, output)
@@ -333,7 +333,7 @@ class Stream:
             given = call[1].reshape(batch.num_tokens, -1)
             if not calls:
                 x = maps.zeros((sum(b.num_tokens for b in batches), given.shape[1]), given.dtype)
-            x[rows].copy_(given)
+            maps.put(x[rows], given)
             maps.passed(batch.num_bytes)
             calls.append((call[0], given.new_empty(0, given.shape[1]), call[2].clone(), call[3].clone()))
         rest = _gather(self._blocks[index], calls)

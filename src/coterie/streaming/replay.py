@@ -73,7 +73,7 @@ class Recording:
         key, size = (*key, leaf.numel() // count, leaf.dtype), leaf.numel() // count
         if key not in self._places:
             self._places[key] = self._maps.zeros((self._num_tokens, size), leaf.dtype)
-        self._places[key][rows].copy_(leaf.reshape(count, size))
+        self._maps.put(self._places[key][rows], leaf.reshape(count, size))
         return Kept(self._places[key][rows], torch.empty_like(leaf, device="meta"))
 
     def _repeating(self, part: Module, rows: slice) -> Callable[..., Any]:
@@ -89,9 +89,15 @@ class Recording:
                     "calibrate on fewer or shorter samples"
                 )
             leaves, form = call
-            return tree_unflatten([_again(leaf) for leaf in leaves], form)
+            return tree_unflatten([self._again(leaf) for leaf in leaves], form)
 
         return forward
+
+    def _again(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Kept):
+            return leaf
+        values = self._maps.get(leaf.values).view(leaf.form.shape)
+        return values if leaf.form.is_contiguous() else torch.empty_like(leaf.form, device="cpu").copy_(values)
 
 
 def _parts(module: Module, experts: set[Module]) -> Iterator[Module]:
@@ -106,12 +112,6 @@ def _parts(module: Module, experts: set[Module]) -> Iterator[Module]:
 def _has_matrices(part: Module) -> bool:
     """A norm may run before the experts and after them; what holds matrices may not, since hooks see it once."""
     return any(parameter.dim() > 1 for parameter in part.parameters())
-
-
-def _again(leaf: Any) -> Any:
-    if not isinstance(leaf, Kept):
-        return leaf
-    return torch.empty_like(leaf.form, device="cpu").copy_(leaf.values.view(leaf.form.shape))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Where torch tensors' bytes come from and stay: read from a checkpoint, or mapped to files where memory is short.
 
 Pages of a map count as resident memory once touched, until `Maps.release` gives them back to the kernel, which keeps
-what was written.
+what was written. To touch a page takes microseconds, as long as a small expert needs for a token; so whatever stands
+together is read and written through the file (`get`, `put`), and only scattered rows through the map.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import IO, Any
 import torch
 
 from coterie.checkpoint import Checkpoint
+from coterie.copying import write_at
 from coterie.errors import CoterieError
 
 BLOCK = 2**20
@@ -80,26 +82,58 @@ class Maps:
     def __init__(self, folder: Path | None = None, resident: int = LEAST_RESIDENT) -> None:
         """folder: where activations go; the system's temporary folder (often memory itself) unless given.
 
-        resident: bytes of all maps that `touched` and `passed` let stay in memory, about. To give a page back and touch
-        it again takes microseconds, as long as a small expert needs for a token.
+        resident: bytes of all maps that `touched` and `passed` let stay in memory, about.
         """
-        self._resident, self._touched, self._passed = max(resident, LEAST_RESIDENT), 0, 0
+        self._resident, self._passed = max(resident, LEAST_RESIDENT), 0
+        self._touched: dict[int, int] = {}  # bytes by the address where a map begins
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
         self._open: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # a map closes when its last tensor goes
+        self._files: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, IO[bytes]]] = weakref.WeakKeyDictionary()
 
     def zeros(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Zeros whose room on the disk is taken now. Raises: CoterieError when there is too little."""
         size = max(1, math.prod(shape) * dtype.itemsize)
         try:
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                _allocate(file, size)
-                pages = mmap.mmap(file.fileno(), size)
+            file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
+            _allocate(file, size)
+            pages = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise CoterieError(
                 f"{self.folder}: cannot hold {size / 1e9:.1f} GB of activations ({error.strerror or error}); "
                 "free some room there, or calibrate on fewer or shorter samples"
             ) from error
-        return self._tensor(pages, 0, shape, dtype)
+        found = self._tensor(pages, 0, shape, dtype)
+        self._files[pages] = found.data_ptr(), file
+        return found
+
+    def put(self, place: torch.Tensor, values: torch.Tensor) -> None:
+        """place[...] = values, without touching pages where `place` is an unbroken stretch of a map of `zeros`."""
+        file, position = self._file(place)
+        if file is None:
+            place.copy_(values)
+            return
+        data = values.detach().to(place.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        write_at(file.fileno(), data.data, position)
+
+    def get(self, place: torch.Tensor) -> torch.Tensor:
+        """A copy in memory of torch's own, likewise."""
+        file, position = self._file(place)
+        if file is None:
+            return place.clone()
+        found = torch.empty(place.shape, dtype=place.dtype)
+        left = memoryview(found.view(-1).view(torch.uint8).numpy().data)
+        while left and (count := os.preadv(file.fileno(), [left], position)):
+            left, position = left[count:], position + count
+        assert not left
+        return found
+
+    def _file(self, place: torch.Tensor) -> tuple[IO[bytes] | None, int]:
+        """The file that a stretch of a map stands in, and where."""
+        if place.is_contiguous() and place.numel():
+            for pages, (begin, file) in self._files.items():
+                if 0 <= place.data_ptr() - begin < len(pages):
+                    return file, place.data_ptr() - begin
+        return None, 0
 
     def stored(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
         """A stored tensor of which only what is touched is read; it must not be written to."""
@@ -124,10 +158,13 @@ class Maps:
             warnings.simplefilter("ignore")  # torch warns of maps that are only read
             return torch.frombuffer(pages, dtype=dtype, offset=start, count=math.prod(shape)).view(shape)
 
-    def touched(self, num_rows: int) -> None:
-        """Notes that so many rows were read or written, anywhere, and gives pages back before they are too many."""
-        self._touched += num_rows * AROUND
-        if min(self._touched, sum(map(len, self._open))) >= self._resident:
+    def touched(self, tensor: torch.Tensor, num_rows: int) -> None:
+        """Notes that so many rows of a map were read or written, anywhere in it, and gives pages back before they are
+        too many."""
+        storage = tensor.untyped_storage()
+        touched = self._touched.get(storage.data_ptr(), 0) + num_rows * AROUND
+        self._touched[storage.data_ptr()] = min(touched, storage.nbytes())
+        if sum(self._touched.values()) >= self._resident:
             self.release()
 
     def passed(self, num_bytes: int) -> None:
@@ -140,7 +177,7 @@ class Maps:
 
     def release(self) -> None:
         """Gives the pages of all maps back: they leave resident memory, not the page cache."""
-        self._touched = self._passed = 0
+        self._touched, self._passed = {}, 0
         for pages in self._open:
             pages.madvise(mmap.MADV_DONTNEED)
 
