@@ -32,7 +32,7 @@ def seeds(criterion: str) -> tuple[int, ...]:
     """The draws of a criterion: of calibration data, of experts, or none."""
     if criterion == "random":
         return SEEDS["random"]
-    return SEEDS["data" if criterion in (*BY_STATS, SLOW) else "none"]
+    return SEEDS["data" if criterion in BY_STATS else "none"]  # the slow one is drawn once
 
 
 def wanted() -> list[tuple[str, float, int]]:

@@ -88,51 +88,52 @@ class Maps:
         self._touched: dict[int, int] = {}  # bytes by the address where a map begins
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
         self._open: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # a map closes when its last tensor goes
-        self._files: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, IO[bytes]]] = weakref.WeakKeyDictionary()
+        self._files: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()
 
     def zeros(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Zeros whose room on the disk is taken now. Raises: CoterieError when there is too little."""
         size = max(1, math.prod(shape) * dtype.itemsize)
         try:
-            file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
-            _allocate(file, size)
-            pages = mmap.mmap(file.fileno(), size)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                _allocate(file, size)
+                pages, descriptor = mmap.mmap(file.fileno(), size), os.dup(file.fileno())
+                weakref.finalize(pages, os.close, descriptor)
         except OSError as error:
             raise CoterieError(
                 f"{self.folder}: cannot hold {size / 1e9:.1f} GB of activations ({error.strerror or error}); "
                 "free some room there, or calibrate on fewer or shorter samples"
             ) from error
         found = self._tensor(pages, 0, shape, dtype)
-        self._files[pages] = found.data_ptr(), file
+        self._files[pages] = found.data_ptr(), descriptor
         return found
 
     def put(self, place: torch.Tensor, values: torch.Tensor) -> None:
         """place[...] = values, without touching pages where `place` is an unbroken stretch of a map of `zeros`."""
-        file, position = self._file(place)
-        if file is None:
+        descriptor, position = self._file(place)
+        if descriptor is None:
             place.copy_(values)
             return
         data = values.detach().to(place.dtype).contiguous().view(-1).view(torch.uint8).numpy()
-        write_at(file.fileno(), data.data, position)
+        write_at(descriptor, data.data, position)
 
     def get(self, place: torch.Tensor) -> torch.Tensor:
         """A copy in memory of torch's own, likewise."""
-        file, position = self._file(place)
-        if file is None:
+        descriptor, position = self._file(place)
+        if descriptor is None:
             return place.clone()
         found = torch.empty(place.shape, dtype=place.dtype)
         left = memoryview(found.view(-1).view(torch.uint8).numpy().data)
-        while left and (count := os.preadv(file.fileno(), [left], position)):
+        while left and (count := os.preadv(descriptor, [left], position)):
             left, position = left[count:], position + count
         assert not left
         return found
 
-    def _file(self, place: torch.Tensor) -> tuple[IO[bytes] | None, int]:
-        """The file that a stretch of a map stands in, and where."""
+    def _file(self, place: torch.Tensor) -> tuple[int | None, int]:
+        """The file that an unbroken stretch of a map stands in, and where."""
         if place.is_contiguous() and place.numel():
-            for pages, (begin, file) in self._files.items():
+            for pages, (begin, descriptor) in self._files.items():
                 if 0 <= place.data_ptr() - begin < len(pages):
-                    return file, place.data_ptr() - begin
+                    return descriptor, place.data_ptr() - begin
         return None, 0
 
     def stored(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
