@@ -153,6 +153,37 @@ def test_released_maps_keep_what_was_written(tmp_path):
     assert len(maps._open) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_what_goes_through_the_file_is_what_stands_in_the_map(tmp_path, dtype):
+    """Stretches, scattered columns, values of another dtype, and tensors that are no maps; both ways, in any order."""
+    maps = tensors.Maps(tmp_path)
+    others = [maps.zeros((4,), torch.float32) for _ in range(3)]
+    a = maps.zeros((5, 3), dtype)
+    maps.put(a[1:3], torch.arange(6).view(2, 3))
+    assert a.tolist() == [[0, 0, 0], [0, 1, 2], [3, 4, 5], [0, 0, 0], [0, 0, 0]]
+    a[4] = 7
+    maps.put(a[:, 0], torch.full((5,), 9))  # not one stretch
+    assert maps.get(a).tolist() == [[9, 0, 0], [9, 1, 2], [9, 4, 5], [9, 0, 0], [9, 7, 7]]
+    found, ordinary = maps.get(a[4:]), torch.zeros(2)
+    a[4] = 1
+    maps.put(ordinary, torch.ones(2))
+    assert found.tolist() == [[9, 7, 7]] and maps.get(ordinary).tolist() == [1, 1]
+    assert not any(other.any() for other in others) and maps.get(a[:0]).shape == (0, 3)
+
+
+def test_rows_are_counted_up_to_their_map(tmp_path, monkeypatch):
+    """A small map can be touched for ever; many large ones cannot."""
+    monkeypatch.setattr(tensors, "LEAST_RESIDENT", 3 * 4096)
+    maps, released = tensors.Maps(tmp_path, 0), []
+    monkeypatch.setattr(maps, "release", lambda: (released.append(1), maps._touched.clear()))
+    a, b = maps.zeros((2, 1024), torch.float32), maps.zeros((2, 1024), torch.float32)
+    for _ in range(9):
+        maps.touched(a[1:], 1)
+    assert not released
+    maps.touched(b, 1)
+    assert released == [1]
+
+
 def test_room_is_taken_where_the_system_cannot_promise_it(tmp_path, monkeypatch):
     """By writing the zeros."""
     monkeypatch.delattr(tensors.os, "posix_fallocate")
