@@ -209,7 +209,7 @@ def refused(model, out, match, **options):
         ({"engine": "ray"}, "--in-place and --engine exclude each other"),
         ({"overwrite": True}, "--in-place and --overwrite exclude each other"),
         ({"save": "sparse"}, "packing needs the dense checkpoint beside it"),
-        ({"experts": 2, "method": "stun", "kappa": 3}, "computed from several experts"),
+        ({"experts": 2, "method": "stun", "kappa": 3}, "is computed, not copied"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(model, tmp_path, options, fault):
