@@ -65,8 +65,8 @@ class Recipe:
             odd = next((o for o in tensors for p in o.parts if not isinstance(p, Run) or p.file != shard), None)
             if odd:
                 raise CoterieError(
-                    f"--in-place: {odd.name!r} is computed, not copied, and what from must be there until the end; leave "
-                    "--in-place out"
+                    f"--in-place: {odd.name!r} is computed, not copied, and what it is made of must be there until the "
+                    "end; leave --in-place out"
                 )
         _check_files(source, out)
         starts = {shard: min(t.start for t in source.tensors.values() if t.file == shard) for shard in outputs}
