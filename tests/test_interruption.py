@@ -267,6 +267,7 @@ def test_ctrl_c_leaves_what_can_be_resumed(model, tmp_path):
     prune(model, tmp_path / "whole")
     code = (
         "import os, signal, sys\nfrom coterie import copying\nfrom coterie.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "copying.Copier.move = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "main(sys.argv[1:])"
     )
