@@ -5,6 +5,7 @@ text and on 150 word problems; speeds are measured in turns, so an idle machine 
 where Chromium is installed, docs/report.png.
 """
 
+import contextlib
 import shutil
 import subprocess
 import tempfile
@@ -38,13 +39,14 @@ def main() -> None:
             print(f"making {name}", flush=True)
             run(verb, MODEL, folder / name, *options, *more)
         data = some_of(folder, CHARACTERS, PROBLEMS_JUDGED)
-        outs = [folder / name for name in WAYS]
-        run("report", MODEL, *outs, "-o", PAGE, *data, "--window", 512, "--overwrite", as_json=False)
+        Path(folder, "model").symlink_to(MODEL)
+        with contextlib.chdir(folder):  # the page names folders as they are given
+            run("report", "model", *WAYS, "-o", PAGE, *data, "--window", 512, "--overwrite", as_json=False)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         print(f"{PICTURE.name} is as it was: no Chromium here")
         return
-    size = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,3200"]
+    size = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1500,2300"]
     subprocess.run([browser, *size, f"--screenshot={PICTURE}", PAGE.as_uri()], check=True, stderr=subprocess.DEVNULL)
 
 
