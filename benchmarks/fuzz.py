@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -33,6 +33,7 @@ from coterie.apply import check_plan, patched_config, plan_outputs
 from coterie.checkpoint import INDEX, Checkpoint, parse_json, read_header
 from coterie.errors import CoterieError
 from coterie.family import detect
+from coterie.in_place import Recipe
 from coterie.inspect import inspect
 from coterie.layer import Model, find_blocks
 from coterie.pack import pack
@@ -62,8 +63,9 @@ def targets(home: Path) -> dict[str, tuple[Target, list[bytes]]]:
     """Every target with its sound inputs; `home` is an empty folder for their files."""
     model, groups = qwen(home / "qwen", num_shards=2), deepseek(home / "deepseek")
     made = [_header(model), _names(model, groups), _index(model), _plan(model), _config(model, groups)]
-    made += [_stats(home, model), _sparse(home)]
-    return dict(zip(("header", "tensor names", "index", "plan", "config", "statistics", "sparse"), made, strict=True))
+    made += [_stats(home, model), _sparse(home), _record(model)]
+    names = ("header", "tensor names", "index", "plan", "config", "statistics", "sparse", "in-place record")
+    return dict(zip(names, made, strict=True))
 
 
 def _split(raw: bytes) -> tuple[bytes, bytes]:
@@ -170,6 +172,25 @@ def _plan(model: Path) -> tuple[Target, list[bytes]]:
         _execute(opened, json.loads(raw))
 
     return target, [json.dumps(p).encode() for p in plans]
+
+
+def _record(model: Path) -> tuple[Target, list[bytes]]:
+    """What says which files a resume of --in-place uses up: everything that is read of it, but for the renaming."""
+    opened, path = Model.open(model), model.parent / "in-place.json"
+    report = prune(model, model.parent / "planned", dry_run=True)
+    report = replace(report, source=report.source | {"hash": "0" * 64})
+    outputs = plan_outputs(opened, read_plan(report.plan))
+    sound = Recipe.of(opened.checkpoint, outputs, report, model.parent / "out").as_dict()
+
+    def target(raw: bytes) -> None:
+        path.write_bytes(raw)
+        recipe = Recipe.read(path)
+        for shard in recipe.outputs:
+            recipe.cuts(shard, 4096)
+            assert Path(shard).name == shard
+        json.dumps([recipe.as_dict(), recipe.identity, recipe.note, recipe.room])
+
+    return target, [json.dumps(sound).encode()]
 
 
 def _config(*models: Path) -> tuple[Target, list[bytes]]:
