@@ -151,37 +151,43 @@ class Recipe:
         found = load_json(path, limit=MAX_RECORD)
         try:
             files, record = found["files"], found["record"]
-            assert all(Path(name).name == name and name.endswith(".safetensors") for name in [*files, *found["gone"]])
+            _demand(all(Path(name).name == name and name.endswith(".safetensors") for name in [*files, *found["gone"]]))
             stamps = {s: f["stamp"] for s, f in files.items()} | found["gone"]
-            assert all(len(stamp) == 2 and all(type(n) is int for n in stamp) for stamp in stamps.values())
+            _demand(all(len(stamp) == 2 and all(type(n) is int for n in stamp) for stamp in stamps.values()))
             return cls(
                 Path(found["path"]), stamps, {shard: _outputs(shard, file) for shard, file in files.items()},
                 {s: f["metadata"] for s, f in files.items()}, {s: f["start"] for s, f in files.items()},
                 tuple(s for s, f in files.items() if f["cut"]), found["indexed"], _report(record),
             )  # fmt: skip
-        except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CoterieError(f"{path}: damaged ({error!r:.80}); what is left to do cannot be told from it") from error
 
 
+def _demand(condition: bool) -> None:
+    """Raises: ValueError, also where Python leaves assertions out: a record is somebody else's word."""
+    if not condition:
+        raise ValueError("a value that no run writes")
+
+
 def _outputs(shard: str, file: dict[str, Any]) -> list[Output]:
-    """The tensors of one file of a record. Raises: AssertionError and others for what cannot be."""
+    """The tensors of one file of a record. Raises: ValueError and others for what cannot be."""
     size, start = file["stamp"][0], file["start"]
-    assert type(start) is int and 8 <= start <= size and all(isinstance(v, str) for v in file["metadata"].values())
+    _demand(type(start) is int and 8 <= start <= size and all(isinstance(v, str) for v in file["metadata"].values()))
     found = []
     for name, dtype, shape, parts in file["tensors"]:
-        assert isinstance(name, str) and dtype in BITS and all(type(n) is int and n >= 0 for n in shape)
-        assert all(type(n) is int for part in parts for n in part) and all(start <= a <= b <= size for a, b in parts)
+        _demand(isinstance(name, str) and dtype in BITS and all(type(n) is int and n >= 0 for n in shape))
+        _demand(all(type(n) is int for part in parts for n in part) and all(start <= a <= b <= size for a, b in parts))
         found.append(Output(name, dtype, tuple(shape), tuple(Run(shard, a, b) for a, b in parts)))
-        assert found[-1].num_bytes * 8 == math.prod(shape) * BITS[dtype]
+        _demand(found[-1].num_bytes * 8 == math.prod(shape) * BITS[dtype])
     return found
 
 
 def _report(record: dict[str, Any]) -> Report:
-    """A report out of its record. Raises: AssertionError and KeyError for anything else."""
+    """A report out of its record. Raises: ValueError and KeyError for anything else."""
     fields = {key: record[key] for key in ("command", "options", "source", "plan", "report", "versions")}
-    assert all(isinstance(value, str if key == "command" else dict) for key, value in fields.items())
-    assert isinstance(fields["source"]["hash"], str) and isinstance(fields["source"]["path"], str)
-    assert {"before", "after"} <= set(fields["report"])
+    _demand(all(isinstance(value, str if key == "command" else dict) for key, value in fields.items()))
+    _demand(isinstance(fields["source"]["hash"], str) and isinstance(fields["source"]["path"], str))
+    _demand({"before", "after"} <= set(fields["report"]))
     return Report(**fields)
 
 
@@ -249,10 +255,11 @@ def went_on(
         return consume(recipe, out, clock, resume=True, prepare=None, on_progress=on_progress)
     if not (out / "coterie.json").is_file() or partial_of(out).exists():
         return None
+    found = load_json(out / "coterie.json")
     try:
-        report = _report(load_json(out / "coterie.json"))
-        assert report.report["io"]["asked"] == "in-place"
-    except (AssertionError, KeyError, TypeError):
+        report = _report(found)
+        _demand(report.report["io"]["asked"] == "in-place")
+    except (ValueError, KeyError, TypeError):
         return None  # of another kind of run, which says itself that OUT is its own
     _check_same(report, Path(report.source["path"]).resolve(), command, options, model, out)
     tidy(out)
