@@ -1,7 +1,8 @@
 """`python benchmarks/criteria_results.py`: every criterion of `coterie prune` on the shipped reference model.
 
 At 12.5, 25 and 50 % of the experts. Criteria that need data get three draws of calibration text (`coterie collect`
-once a draw, `prune --stats` a row; naee-greedy runs on 10 samples itself), random pruning is drawn five times. All
+once a draw, `prune --stats` a row; naee-greedy, which runs on 10 samples itself, takes minutes a row), random pruning is
+drawn five times. All
 rows are stock checkpoints, so that MoNE's removed experts are removed. Rows are kept in a JSONL file as they come, and
 statistics beside it, so that an interrupted run goes on; the table goes into docs/results.md.
 """
@@ -32,7 +33,7 @@ def seeds(criterion: str) -> tuple[int, ...]:
     """The draws of a criterion: of calibration data, of experts, or none."""
     if criterion == "random":
         return SEEDS["random"]
-    return SEEDS["data" if criterion in BY_STATS else "none"]  # the slow one is drawn once
+    return SEEDS["data" if criterion in (*BY_STATS, SLOW) else "none"]
 
 
 def wanted() -> list[tuple[str, float, int]]:

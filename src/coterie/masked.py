@@ -64,8 +64,8 @@ class MaskedRouting(TorchFunctionMode):
     def _spread(self, values: torch.Tensor, rest: float) -> torch.Tensor:
         """The kept columns among `rest`."""
         result = values.new_full((*values.shape[:-1], self._width), rest)
-        result[..., self._kept] = values
-        return result
+        index = torch.tensor(self._kept, device=values.device)
+        return result.scatter_(-1, index.expand_as(values), values)
 
     def _is_masked(self, values: torch.Tensor) -> bool:
         """Whether all columns but the kept ones are -inf, so that leaving them out changes nothing but rounding."""

@@ -11,7 +11,7 @@ token; sets then cost a routing each. Importing this module imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -171,6 +171,7 @@ class Sets:
         biases = [name for name in block.rows if "bias" in name.rpartition(".")[2]]
         self._biases = [twin(stream.model, stream.checkpoint, name) for name in biases]
         self._module = _holder(layer, self._experts, self._router)
+        _remember(self._module, self._experts, [self._router, *self._biases])
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self._weights = self._products = torch.empty(0)
 
@@ -221,9 +222,14 @@ class Sets:
     def _cost(self, change: torch.Tensor) -> torch.Tensor:
         """The sum over tokens, weighted and by half, of change^T G change, for weights (T, E)."""
         found, tokens = torch.zeros(HALVES, dtype=torch.float64), self._tokens
+        num_experts = change.shape[1]
+        most = max(1, int(change.count_nonzero(dim=1).max()))  # of a token: few of all experts, so that few products do
         for rows in change.any(dim=1).nonzero()[:, 0].split(ROWS):
-            some = change[rows]
-            costs = ((some[:, None] @ self._products[rows])[:, 0] * some).sum(dim=1).double().clamp(min=0)
+            ids = change[rows].abs().topk(most, sorted=False).indices
+            some = change[rows].gather(1, ids)
+            pairs = (ids[:, :, None] * num_experts + ids[:, None]).flatten(1) + rows[:, None] * num_experts**2
+            products = self._products.take(pairs).view(len(rows), most, most)
+            costs = ((some[:, None] @ products)[:, 0] * some).sum(dim=1).double().clamp(min=0)
             found.index_add_(0, tokens.halves[rows], costs * tokens.weights[rows])
         return found
 
@@ -291,6 +297,35 @@ def _dense(chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) -> tor
     """Weights (T, E) in float32 of ids and weights (T, K); ids beyond the experts stand for none."""
     width = max(num_experts, int(chosen.max()) + 1)
     return torch.zeros(len(chosen), width).scatter_add_(1, chosen, weights.float())[:, :num_experts]
+
+
+def _remember(module: torch.nn.Module, experts: torch.nn.Module, routing: list[torch.Tensor]) -> None:
+    """From now on, submodules that do not route return what they returned for an equal input: a block often computes
+    its shared expert before it calls the routed ones, and it is the same for every set.
+    """
+    for child in module.children():
+        held = [*child.parameters(), *child.buffers()]
+        if experts not in child.modules() and not any(one is other for one in held for other in routing):
+            child.forward = _Remembering(child.forward)
+
+
+class _Remembering:
+    """A function that is computed once for inputs that are one tensor each, and equal."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor):
+            return self._function(*args, **kwargs)
+        for given, output in self._seen:
+            if torch.equal(given, args[0]):
+                return output.clone()  # what is remembered must not change in place
+        output = self._function(args[0])
+        if isinstance(output, torch.Tensor):
+            self._seen.append((args[0], output.clone()))
+        return output
 
 
 def _holder(layer: torch.nn.Module, experts: torch.nn.Module, router: torch.Tensor) -> torch.nn.Module:
