@@ -1,10 +1,10 @@
 """`python benchmarks/criteria_results.py`: every criterion of `coterie prune` on the shipped reference model.
 
 At 12.5, 25 and 50 % of the experts. Criteria that need data get three draws of calibration text (`coterie collect`
-once a draw, `prune --stats` a row; naee-greedy, which runs on 10 samples itself, takes minutes a row), random pruning is
-drawn five times. All
-rows are stock checkpoints, so that MoNE's removed experts are removed. Rows are kept in a JSONL file as they come, and
-statistics beside it, so that an interrupted run goes on; the table goes into docs/results.md.
+once a draw, `prune --stats` a row; naee-greedy, which runs on 10 samples itself, takes minutes a row), random pruning
+is drawn five times. All rows are stock checkpoints, so that MoNE's removed experts are removed. Rows are kept in a
+JSONL file as they come, and statistics beside it, so that an interrupted run goes on; the table goes into
+docs/results.md.
 """
 
 import argparse
