@@ -33,7 +33,6 @@ from coterie.apply import check_plan, patched_config, plan_outputs
 from coterie.checkpoint import INDEX, Checkpoint, parse_json, read_header
 from coterie.errors import CoterieError
 from coterie.family import detect
-from coterie.in_place import Recipe
 from coterie.inspect import inspect
 from coterie.layer import Model, find_blocks
 from coterie.pack import pack
@@ -41,6 +40,7 @@ from coterie.plan import read_plan
 from coterie.prune import prune
 from coterie.sparse.view import dense_view
 from coterie.stats import Stats
+from coterie.writing.in_place import Recipe
 from handmade import deepseek, qwen
 
 SOURCE = str(Path(coterie.__file__).parent)

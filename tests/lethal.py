@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from coterie.spread import copy as real_copy
+from coterie.writing.spread import copy as real_copy
 from coterie.zeroing.spread import prune_expert as real_prune_expert
 
 

@@ -16,8 +16,8 @@ SOURCE = Path(coterie.__file__).parent
 RANKS = [
     {"errors", "reference_model"},
     {"sources"},
-    {"copying", "data", "numerics"},
-    {"checkpoint", "journal"},
+    {"data", "numerics", "writing.copying"},
+    {"checkpoint", "writing.journal"},
     {"family", "streaming.tensors", "sparse.format", "sparse.view"},
     {"families"},
     {"layer"},
@@ -31,14 +31,13 @@ RANKS = [
         "report",
         "routed",
         "routes",
-        "spread",
         "stats",
-        "writer",
+        "writing",
     },
     {"methods", "view"},
     {"condensing.folding", "condensing.repackage", "merging"},
     {"condensing.dense"},
-    {"condensing.dropping", "in_place"},
+    {"condensing.dropping", "writing.in_place"},
     {"apply", "streaming.skeleton", "streaming.activations", "streaming.replay"},
     {"sparse", "masked"},
     {"streaming"},
@@ -114,7 +113,7 @@ def test_the_ranks_are_of_modules_that_exist():
         assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), name
 
 
-LIGHT = ["checkpoint", "family", "layer", "numerics", "plan", "apply", "writer", "report", "prune", "cli"]
+LIGHT = ["checkpoint", "family", "layer", "numerics", "plan", "apply", "writing.writer", "report", "prune", "cli"]
 
 
 @pytest.mark.parametrize("modules", [LIGHT, ["inspect"]], ids=["rewriting", "inspect"])

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie import copying
 from coterie.cli import main
-from coterie.copying import PAGE, Copier, Move, can_share, joined, shareable
 from coterie.errors import CoterieError
 from coterie.prune import prune
+from coterie.writing import copying
+from coterie.writing.copying import PAGE, Copier, Move, can_share, joined, shareable
 from handmade import file_bytes, qwen
 
 SIZE = 300_001  # bytes of each source; no multiple of a page

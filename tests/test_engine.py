@@ -12,13 +12,13 @@ import pytest
 
 import coterie
 from coterie import engine as engines
-from coterie import spread
-from coterie.copying import Move
 from coterie.engine import Engine, perform
 from coterie.errors import CoterieError
 from coterie.prune import prune
 from coterie.sparsify import sparsify
 from coterie.stun import stun
+from coterie.writing import spread
+from coterie.writing.copying import Move
 from handmade import file_bytes, qwen
 
 TIMES = ("seconds", "peak_rss_bytes")

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coterie import in_place
 from coterie.apply import apply
 from coterie.checkpoint import Checkpoint, read_header
 from coterie.cli import main
@@ -20,6 +19,7 @@ from coterie.errors import CoterieError
 from coterie.prune import prune
 from coterie.saving import apply as apply_or_pack
 from coterie.status import status
+from coterie.writing import in_place
 from handmade import file_bytes, qwen, read_all, save
 from test_interruption import MUTATING, kill_everywhere, names
 

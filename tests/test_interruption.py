@@ -16,11 +16,11 @@ import pytest
 from coterie.apply import apply
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.journal import JOURNAL, Journal, entries_of, is_held
 from coterie.plan import read_plan
 from coterie.prune import prune
 from coterie.status import status
-from coterie.writer import Hole, Output, Run, Writer
+from coterie.writing.journal import JOURNAL, Journal, entries_of, is_held
+from coterie.writing.writer import Hole, Output, Run, Writer
 from handmade import file_bytes, qwen
 
 MUTATING = ("mkdir", "fsync", "pwrite", "rename", "unlink", "rmdir", "truncate", "copy_file_range")
@@ -256,8 +256,8 @@ def test_a_resumed_run_needs_no_room_for_what_is_there(model, tmp_path, monkeypa
 def test_shared_blocks_need_no_room(model, tmp_path, monkeypatch):
     """Where the filesystem shares blocks, a result may be larger than the free space."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    monkeypatch.setattr("coterie.writer.can_share", lambda *_: True)
-    monkeypatch.setattr("coterie.writer.shareable", lambda moves: sum(move.num_bytes for move in moves))
+    monkeypatch.setattr("coterie.writing.writer.can_share", lambda *_: True)
+    monkeypatch.setattr("coterie.writing.writer.shareable", lambda moves: sum(move.num_bytes for move in moves))
     prune(model, tmp_path / "out", method="first")
     assert (tmp_path / "out").is_dir()
 

@@ -7,7 +7,22 @@ from html.parser import HTMLParser
 
 import pytest
 
-from coterie.page import Bar, Bars, Grid, Heatmap, Line, Lines, Number, Point, Scatter, Section, Table, Text, View, page
+from coterie.pages.page import (
+    Bar,
+    Bars,
+    Grid,
+    Heatmap,
+    Line,
+    Lines,
+    Number,
+    Point,
+    Scatter,
+    Section,
+    Table,
+    Text,
+    View,
+    page,
+)
 
 EVIL = "<script>alert(1)</script>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -14,9 +14,9 @@ import coterie
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.evaluate import evaluate
+from coterie.judging.paired import Kept, bootstrap_mean, compare, experts_fate, jaccard, mean_of_sets, repetition
 from coterie.lineage import CONDENSED, KEPT, MERGED, REMOVED, fate, plans_between
 from coterie.loading import load
-from coterie.paired import Kept, bootstrap_mean, compare, experts_fate, jaccard, mean_of_sets, repetition
 from coterie.plan import Choice, Condensed, Plan
 from handmade import qwen
 from test_evaluate import END, PROBLEM, make_model, make_tokenizer, scripted, text_of, write

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import coterie
 from coterie.cli import main
 from coterie.errors import CoterieError
+from coterie.judging.rounding import round_experts, rounded, rounded_bytes
 from coterie.layer import Model
 from coterie.loading import load
-from coterie.rounding import round_experts, rounded, rounded_bytes
 from coterie.summary import report
 from test_evaluate import PROBLEM, make_model, make_tokenizer, text_of, write
 from test_page import browser, opened  # noqa: F401 - fixtures

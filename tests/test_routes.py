@@ -260,7 +260,8 @@ def test_statistics_that_are_gone_are_asked_for(measured, tmp_path):
 
 KILLED = """
 import os, sys
-from coterie import prune, writer
+from coterie import prune
+from coterie.writing import writer
 original, count = writer.Writer.shard, 0
 def shard(self, *given):
     global count

@@ -9,10 +9,10 @@ import pytest
 from coterie.checkpoint import Checkpoint
 from coterie.cli import main
 from coterie.errors import CoterieError
-from coterie.journal import JOURNAL
 from coterie.prune import prune
 from coterie.status import status
-from coterie.writer import Output, Run, Writer
+from coterie.writing.journal import JOURNAL
+from coterie.writing.writer import Output, Run, Writer
 from handmade import qwen
 
 ASKED = {"identity": "x", "asked": {"command": "sparsify", "options": {"method": "wanda"}}}

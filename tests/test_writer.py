@@ -20,7 +20,7 @@ from coterie.checkpoint import INDEX, Checkpoint, read_header
 from coterie.errors import CoterieError
 from coterie.plan import to_json
 from coterie.prune import prune
-from coterie.writer import Layout, Made, Output, Run, Writer, header_bytes
+from coterie.writing.writer import Layout, Made, Output, Run, Writer, header_bytes
 from handmade import file_bytes, qwen, qwen_config, read_all, save
 
 EXPERTS = {"experts": 5}

@@ -17,12 +17,10 @@ from coterie.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_
 from coterie.condensing.dense import check_dense, dense_outputs, patch_dense
 from coterie.condensing.dropping import check_dropped, dropped_outputs, patch_dropped
 from coterie.condensing.repackage import converted
-from coterie.copying import check_io
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
 from coterie.family import lookup
-from coterie.in_place import Recipe, check_in_place, consume, went_on
 from coterie.layer import Model, MoE, expert_axis, expert_names, find_blocks, mtp_names
 from coterie.merging import Members, mean
 from coterie.plan import Choice, Plan, command_of, read_plan, to_json
@@ -36,9 +34,11 @@ from coterie.routes import (
     say_routes,
     sealed,
 )
-from coterie.spread import mover
 from coterie.view import resolved, root, view
-from coterie.writer import Hole, Made, Output, Run, Writer, check_out, num_copied, partial_of, tidy
+from coterie.writing.copying import check_io
+from coterie.writing.in_place import Recipe, check_in_place, consume, went_on
+from coterie.writing.spread import mover
+from coterie.writing.writer import Hole, Made, Output, Run, Writer, check_out, num_copied, partial_of, tidy
 
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")

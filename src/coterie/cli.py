@@ -17,13 +17,13 @@ from typing import Annotated, Any
 import typer
 
 import coterie
-from coterie.copying import IO
 from coterie.engine import NAMES as ENGINES
 from coterie.errors import CoterieError, printable
 from coterie.methods import merge as joining
 from coterie.methods import prune as pruning
 from coterie.methods import sparsify as zeroing
 from coterie.methods.condense import LAYER_SEARCH, SELECT
+from coterie.writing.copying import IO
 
 app = typer.Typer(
     name="coterie",

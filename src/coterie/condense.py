@@ -15,7 +15,6 @@ from coterie.apply import execute
 from coterie.condensing.dense import check_writable, is_stock, num_layers
 from coterie.condensing.folding import check_foldable, shared_names
 from coterie.condensing.repackage import CONVERSIONS, conversion, converted
-from coterie.copying import check_io
 from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.layer import Model
@@ -24,7 +23,8 @@ from coterie.plan import Condensed, Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
 from coterie.saving import savable
 from coterie.streaming.samples import Data, read_samples
-from coterie.writer import check_out
+from coterie.writing.copying import check_io
+from coterie.writing.writer import check_out
 
 logger = logging.getLogger("coterie")
 logger.addHandler(logging.NullHandler())  # a library says nothing unless it is asked to

@@ -18,7 +18,6 @@ from coterie.condensing.dense import check_writable, num_layers
 from coterie.condensing.dropping import check_dropped
 from coterie.condensing.folding import check_foldable
 from coterie.condensing.repackage import converted
-from coterie.copying import check_io
 from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.layer import Model
@@ -26,7 +25,8 @@ from coterie.plan import Condensed, Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
 from coterie.saving import savable
 from coterie.streaming.samples import Data, compute_dtype, read_samples
-from coterie.writer import check_out
+from coterie.writing.copying import check_io
+from coterie.writing.writer import check_out
 
 if TYPE_CHECKING:
     import torch

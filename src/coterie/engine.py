@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError
-from coterie.journal import guarded
+from coterie.writing.journal import guarded
 
 NAMES = ("local", "ray")
 SCRATCH = "work"  # folder in OUT.partial for what units tell each other in files; never part of a result

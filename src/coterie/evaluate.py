@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coterie import harness, loading, paired
+from coterie import loading
 from coterie.data import Document, encode, parse_data, read_documents
 from coterie.errors import CoterieError
-from coterie.paired import Kept, bootstrap_mean
+from coterie.judging import harness, paired
+from coterie.judging.paired import Kept, bootstrap_mean
 
 logger = logging.getLogger("coterie")
 

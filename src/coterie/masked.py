@@ -21,7 +21,7 @@ from coterie.layer import LAYER, Model, MoE
 from coterie.numerics import decode
 from coterie.plan import Choice, Plan
 from coterie.routes import is_routed
-from coterie.writer import Made
+from coterie.writing.writer import Made
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 

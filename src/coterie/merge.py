@@ -24,7 +24,7 @@ from coterie.selecting import merging
 from coterie.selecting.criteria import Decision, Task
 from coterie.stats import MERGING, Stats, parse_weights
 from coterie.streaming.samples import Data
-from coterie.writer import check_out
+from coterie.writing.writer import check_out
 
 ROUTERS = ("mean", "alias")
 OURS = "--router alias: several router rows lead to one expert, which only `coterie.load` reads; stock software refuses"

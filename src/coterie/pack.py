@@ -22,7 +22,7 @@ from coterie.report import Progress, Report, Stopwatch, model_card, no_progress,
 from coterie.sparse import format as fmt
 from coterie.sparse.coding import Coding, candidates, counted, fill, sizes
 from coterie.sparse.view import Entry, dense_view, entries, is_sparse
-from coterie.writer import Hole, Made, Output, Writer, check_out, partial_of
+from coterie.writing.writer import Hole, Made, Output, Writer, check_out, partial_of
 
 VALUES = ("as stored", "int8")
 OURS = ("pack", "unpack")  # commands that decide nothing about a model

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from coterie.apply import check_count, execute, fits_groups
-from coterie.copying import check_io
 from coterie.data import calibration_files
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts import Layer, read_layer
 from coterie.family import Groups
-from coterie.in_place import check_in_place, went_on
 from coterie.layer import Model, MoE, mtp_names
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
@@ -28,6 +26,8 @@ from coterie.selecting import clusters, criteria
 from coterie.selecting.criteria import Decision
 from coterie.stats import Stats, parse_weights
 from coterie.streaming.samples import Data
+from coterie.writing.copying import check_io
+from coterie.writing.in_place import check_in_place, went_on
 
 CHOICES = {
     "budget": ("uniform", "global"),

@@ -20,7 +20,6 @@ from pathlib import Path
 from coterie.apply import finished, left_behind, write
 from coterie.checkpoint import Checkpoint
 from coterie.condense import parse_ids
-from coterie.copying import check_io
 from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.plan import to_json
@@ -28,7 +27,8 @@ from coterie.report import Progress, Report, Stopwatch, no_progress, versions
 from coterie.saving import savable
 from coterie.streaming.samples import DTYPES, Data
 from coterie.training.trainee import STAGES, Job, Options, make_job, memory_bytes, num_trained
-from coterie.writer import Writer, check_out, partial_of
+from coterie.writing.copying import check_io
+from coterie.writing.writer import Writer, check_out, partial_of
 
 
 @savable

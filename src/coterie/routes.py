@@ -22,7 +22,7 @@ from coterie.family import lookup
 from coterie.layer import CONSTANTS, Model, MoE, expert_names
 from coterie.plan import Choice, Plan
 from coterie.stats import Stats, mean
-from coterie.writer import Made, Output
+from coterie.writing.writer import Made, Output
 
 if TYPE_CHECKING:
     import numpy as np

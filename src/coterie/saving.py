@@ -24,7 +24,7 @@ from coterie.layer import find_blocks
 from coterie.pack import pack
 from coterie.report import Progress, Report, no_progress
 from coterie.sparse.coding import some_shrink
-from coterie.writer import check_out, partial_of
+from coterie.writing.writer import check_out, partial_of
 
 SAVES = ("dense", "sparse")
 MAKE_NO_ZEROS = ("prune", "merge", "recover")  # what they write holds no more zeros than what they read

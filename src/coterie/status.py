@@ -11,8 +11,8 @@ from typing import Any
 
 from coterie.checkpoint import load_json
 from coterie.errors import CoterieError
-from coterie.journal import is_held, read_journal, shards_of, stamp
-from coterie.writer import partial_of
+from coterie.writing.journal import is_held, read_journal, shards_of, stamp
+from coterie.writing.writer import partial_of
 
 Entries = list[dict[str, Any]]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from coterie.apply import execute, fits_groups, plan_outputs, planned
-from coterie.copying import check_io
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.layer import Model
@@ -25,6 +24,7 @@ from coterie.prune import decided
 from coterie.report import Progress, Report, Stopwatch, count, no_progress
 from coterie.saving import savable
 from coterie.sparsify import parse_also
+from coterie.writing.copying import check_io
 from coterie.zeroing import linears
 from coterie.zeroing.budget import num_weights
 from coterie.zeroing.job import Calibration, Options, check_options, prepared, prune_layers, workers

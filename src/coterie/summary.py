@@ -1,6 +1,6 @@
 """`coterie report`: an original and what was made of it, side by side on one page: quality, bytes, speed.
 
-Last step of the flow: gathers numbers here, and `summary_page.py` lays them out. The first model is the original; all
+Last step of the flow: gathers numbers here, and `pages/summary.py` lays them out. The first model is the original; all
 others are compared with it on the same tokens. Nothing is hidden for looks: what was not measured is said.
 """
 
@@ -22,10 +22,10 @@ from coterie.errors import CoterieError
 from coterie.family import detect
 from coterie.layer import Model, find_blocks
 from coterie.lineage import record_of
+from coterie.pages.summary import render
 from coterie.reference_model import HELD_OUT
 from coterie.report import Progress, Stopwatch, no_progress, versions
 from coterie.sparse.view import dense_view
-from coterie.summary_page import render
 
 LONGEST = 400  # characters of a command that are shown
 
@@ -104,7 +104,7 @@ class Work:
 
     def entries(self, documents: dict[str, list[Document]], files: dict[str, Any]) -> list[dict[str, Any]]:
         """One entry per model, in order."""
-        from coterie import paired
+        from coterie.judging import paired
 
         facts = [_facts(path) for path in self.paths]
         names = _names(self.paths)
@@ -125,8 +125,9 @@ class Work:
         return 8 * num_bytes / self.parameters
 
     def _judged(self, path: str | Path, documents: dict[str, list[Document]], load: Any = None) -> tuple[Any, Any]:
-        from coterie import loading, paired
+        from coterie import loading
         from coterie.evaluate import judge
+        from coterie.judging import paired
 
         load = load or (lambda place: loading.load(place, dtype=self.options.dtype))
         entry, kept = judge(path, documents, self.options, load, self.on_progress)
@@ -136,7 +137,7 @@ class Work:
 
     def _compared(self, path: str | Path, name: str, kept: Any) -> dict[str, Any]:
         """What pairs a model with the original, and what became of the original's experts in it."""
-        from coterie import paired
+        from coterie.judging import paired
 
         pair = self._paired(path, kept)
         try:
@@ -150,7 +151,7 @@ class Work:
         return {"paired": pair, "fate": {key: list(levels) for key, levels in fate.levels.items()}}
 
     def _paired(self, path: str | Path, kept: Any) -> dict[str, Any]:
-        from coterie import paired
+        from coterie.judging import paired
 
         seed = self.options.seed
         gains = {n: (sums - kept.losses[n], kept.counts[n]) for n, sums in self.original.losses.items()}
@@ -159,7 +160,8 @@ class Work:
 
     def references(self, documents: dict[str, list[Document]]) -> list[dict[str, Any]]:
         """The original with its experts rounded to 4 bits; none, with a note, where that cannot be simulated."""
-        from coterie import loading, rounding
+        from coterie import loading
+        from coterie.judging import rounding
 
         path = self.paths[0]
         try:
@@ -176,7 +178,8 @@ class Work:
 
     def add_speed(self, entries: list[dict[str, Any]]) -> None:
         """Loads all models at once and measures them in turns; where memory is short, says so instead."""
-        from coterie import loading, speed
+        from coterie import loading
+        from coterie.judging import speed
 
         short = loading.memory_short(sum(entry["bytes"] for entry in entries))
         if short:

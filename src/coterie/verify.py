@@ -25,7 +25,7 @@ from coterie.plan import Plan, read_plan
 from coterie.report import Progress, no_progress
 from coterie.routes import compared_constants, constants_name, routed_blocks
 from coterie.sparse.view import CLOSED, DenseView, dense_view, is_sparse
-from coterie.writer import Hole, Made, Output, Run
+from coterie.writing.writer import Hole, Made, Output, Run
 from coterie.zeroing.check import zero_faults
 
 CHUNK = 4 << 20  # bytes compared at a time

@@ -18,7 +18,7 @@ from coterie.family import GATED, Dense, lookup
 from coterie.layer import Model, MoE, expert_names
 from coterie.numerics import encode
 from coterie.plan import Condensed, Plan
-from coterie.writer import Made, Output, Run
+from coterie.writing.writer import Made, Output, Run
 
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 

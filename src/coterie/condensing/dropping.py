@@ -9,7 +9,7 @@ from coterie.errors import CoterieError
 from coterie.family import lookup
 from coterie.layer import LAYER, Model
 from coterie.plan import Plan
-from coterie.writer import Output, Run
+from coterie.writing.writer import Output, Run
 
 INDICES = ("mlp_only_layers",)  # lists of layer numbers
 LEADING = ("first_k_dense_replace", "num_dense_layers")  # how many of the first layers are of a kind

@@ -21,7 +21,7 @@ from coterie.errors import CoterieError
 from coterie.family import registry
 from coterie.layer import LAYER, Model, find_blocks
 from coterie.view import view
-from coterie.writer import Made, Output, Run
+from coterie.writing.writer import Made, Output, Run
 
 Config = dict[str, Any]
 

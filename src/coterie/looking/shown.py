@@ -10,7 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from coterie.page import Bar, Bars, Cell, Grid, Heatmap, Number, Part, Point, Scatter, Section, Table, Text, View, page
+from coterie.pages.page import (
+    Bar,
+    Bars,
+    Cell,
+    Grid,
+    Heatmap,
+    Number,
+    Part,
+    Point,
+    Scatter,
+    Section,
+    Table,
+    Text,
+    View,
+    page,
+)
 
 MOST_ROWS = 64  # of a heatmap
 MOST_CELLS = 2**21  # numbers of all matrices that the page carries

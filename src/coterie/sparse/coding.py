@@ -20,7 +20,7 @@ from coterie.layer import LAYER, Model
 from coterie.numerics import decode
 from coterie.report import Progress
 from coterie.sparse import format as fmt
-from coterie.writer import Writer
+from coterie.writing.writer import Writer
 
 FLOATS = ("BF16", "F16", "F32")
 

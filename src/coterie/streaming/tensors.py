@@ -21,8 +21,8 @@ from typing import IO, Any
 import torch
 
 from coterie.checkpoint import Checkpoint
-from coterie.copying import write_at
 from coterie.errors import CoterieError
+from coterie.writing.copying import write_at
 
 BLOCK = 2**20
 AROUND = 2**16  # bytes that the kernel makes resident around a row, at most

@@ -23,7 +23,7 @@ from coterie.training import objectives, trainable
 from coterie.training.loop import Sample, State
 from coterie.training.trainable import Part
 from coterie.training.trainee import STAGES, Job, memory_bytes, peak_rate, stored_dtype
-from coterie.writer import Writer
+from coterie.writing.writer import Writer
 
 HELD_OUT = 8  # one sample in so many is not trained on, but judges
 FIT_TOKENS = 32  # for every hidden unit: what a closed form is made from, at most

@@ -15,7 +15,7 @@ from coterie.experts import expert_weights
 from coterie.family import GATED, detect, lookup, registry
 from coterie.layer import LAYER, Model, MoE, find_blocks
 from coterie.plan import Plan, read_plan
-from coterie.writer import Output
+from coterie.writing.writer import Output
 
 STAGES = {"all": ("local", "distill"), "local": ("local",), "lm": ("lm",), "distill": ("distill",)}
 SIZES = {"vocabulary": ("vocab_size",), "hidden size": ("hidden_size", "d_model"), "number of layers": NUM_LAYERS}

@@ -23,7 +23,7 @@ from coterie.methods import sparsify as methods
 from coterie.methods.sparsify.select import check_pattern
 from coterie.plan import Plan
 from coterie.report import Progress
-from coterie.writer import Writer
+from coterie.writing.writer import Writer
 from coterie.zeroing import budget, linears
 from coterie.zeroing.kurtosis import Moments
 

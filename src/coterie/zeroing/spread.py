@@ -24,18 +24,18 @@ import torch
 from coterie import moe
 from coterie.apply import plan_outputs, planned
 from coterie.checkpoint import load_json
-from coterie.copying import write_at
 from coterie.engine import Engine, Unit
 from coterie.experts import expert_weights
-from coterie.journal import guarded
 from coterie.layer import Model, MoE
 from coterie.methods import sparsify as methods
 from coterie.plan import read_plan
 from coterie.report import Progress
-from coterie.spread import SOURCE, check_source
 from coterie.streaming.activations import Batch, Routed, save
 from coterie.streaming.calibrate import Stream
-from coterie.writer import Writer
+from coterie.writing.copying import write_at
+from coterie.writing.journal import guarded
+from coterie.writing.spread import SOURCE, check_source
+from coterie.writing.writer import Writer
 from coterie.zeroing.budget import zeros_of
 from coterie.zeroing.kurtosis import Moments
 from coterie.zeroing.pruner import Pruner, every_expert, read_finite

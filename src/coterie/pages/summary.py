@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from coterie.lineage import LEVELS
-from coterie.page import (
+from coterie.pages.page import (
     Bar,
     Bars,
     Cell,

@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from coterie.checkpoint import BITS, Checkpoint, load_json
-from coterie.copying import write_at
 from coterie.errors import CoterieError
-from coterie.journal import guarded
 from coterie.plan import to_json
 from coterie.report import Progress, Report, Stopwatch, model_card
 from coterie.view import root
-from coterie.writer import IN_PLACE, Output, Run, Writer, header_bytes, num_copied, partial_of, tidy
+from coterie.writing.copying import write_at
+from coterie.writing.journal import guarded
+from coterie.writing.writer import IN_PLACE, Output, Run, Writer, header_bytes, num_copied, partial_of, tidy
 
 COLLAPSE_RANGE = 8  # linux/falloc.h
 MAX_RECORD = 2**31  # bytes

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from coterie.checkpoint import Checkpoint, load_json
-from coterie.copying import Copier, Move, OnBytes
 from coterie.engine import Engine, Unit
 from coterie.errors import CoterieError
-from coterie.journal import guarded
+from coterie.writing.copying import Copier, Move, OnBytes
+from coterie.writing.journal import guarded
 
 WINDOW = 64 << 20  # bytes of a target file per unit; a multiple of every page size
 SOURCE = "source.json"
-UNIT = "coterie.spread:copy"
+UNIT = "coterie.writing.spread:copy"
 
 
 def mover(engine: Engine, copier: Copier, source: Checkpoint) -> Callable[[Path, list[Move], OnBytes], None]:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coterie.checkpoint import INDEX, MAX_HEADER, read_header
-from coterie.copying import PAGE, Copier, Move, can_share, joined, shareable, write_at
 from coterie.errors import CoterieError
-from coterie.journal import JOURNAL, Journal, guarded, held_by_another, is_held, read_journal, shards_of
+from coterie.writing.copying import PAGE, Copier, Move, can_share, joined, shareable, write_at
+from coterie.writing.journal import JOURNAL, Journal, guarded, held_by_another, is_held, read_journal, shards_of
 
 IN_PLACE = "in-place.json"  # in OUT.partial: MODEL's files are being used up, and what is left to do
 HEARTBEAT = 1.0  # seconds between two notes of how far the copying is

@@ -1,0 +1,1 @@
+"""Pages that open from disk: their parts (`page`, `page.css`, `page.js`), and that of `coterie report` (`summary`)."""
