@@ -1,6 +1,5 @@
 """`verify` on results that were tampered with: each fault is found, named, and found by the check that should."""
 
-import importlib
 import json
 import re
 import shutil
@@ -9,14 +8,15 @@ import numpy as np
 import pytest
 
 import tiny
+from coterie import loading, masked
 from coterie.apply import apply
+from coterie.checking import loads
 from coterie.checkpoint import INDEX, Checkpoint
 from coterie.errors import CoterieError
+from coterie.layer import Model
 from coterie.prune import prune
 from coterie.verify import verify
 
-module = importlib.import_module("coterie.verify")  # `coterie.verify` itself is the function
-masked = importlib.import_module("coterie.masked")
 FILES, BYTES, LOADS = "files", "accounts for every tensor", "loads in stock transformers"
 COMPUTES, LOGITS = "computes", "logits equal the masked original"
 ALL = [FILES, BYTES, LOADS, COMPUTES, LOGITS]
@@ -143,7 +143,7 @@ def test_what_cannot_be_loaded_is_said(tiny_checkpoint, tmp_path):
 
 def test_too_little_memory_is_said(out, source, monkeypatch):
     """A model that does not fit in memory is loaded by name and shape alone; a wrong count is found even so."""
-    monkeypatch.setattr(module, "_memory_short", lambda checkpoint: "needs 9.0 GB of memory, 1.0 GB available")
+    monkeypatch.setattr(loading, "memory_short", lambda num_bytes: "needs 9.0 GB of memory, 1.0 GB available")
     result = verify(out, against=source)
     assert faults(result) == {}
     assert details(result)[LOADS].endswith("values were not read (needs 9.0 GB of memory, 1.0 GB available)")
@@ -154,12 +154,12 @@ def test_too_little_memory_is_said(out, source, monkeypatch):
 
 def test_memory_is_reckoned_in_float32(out):
     """Four bytes a parameter and some room: a tiny model fits, one of 10^15 parameters does not."""
-    assert module._memory_short(Checkpoint.open(out)) == ""
+    assert loads.float32_short(Checkpoint.open(out)) == ""
 
     class Huge:
         num_parameters = 10**15
 
-    assert re.match(r"needs 5000000\.0 GB of memory, [\d.]+ GB available", module._memory_short(Huge()))
+    assert re.match(r"needs 5000000\.0 GB of memory, [\d.]+ GB available", loads.float32_short(Huge()))
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_masks_need_their_router(source, pruned):
     model = AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight += 1
-    original = module.Model.open(source)
+    original = Model.open(source)
     with pytest.raises(CoterieError, match=r"nothing equal to 'model.layers.1.mlp.gate.weight'"):
         masked.mask_experts(model, original, read_plan(pruned))
 

@@ -39,6 +39,14 @@ def record_of(folder: Path) -> dict[str, Any] | None:
     return load_json(file) if file.is_file() else None
 
 
+def plan_of(out: Checkpoint) -> Plan:
+    """The plan that OUT was made by. Raises: CoterieError where no record says, or it is damaged."""
+    record = record_of(out.path)
+    if record is None:
+        raise CoterieError(f"{out.path}: no coterie.json, so nothing says what was done to the original")
+    return read_plan(record)
+
+
 def plans_between(out: str | Path, original_hash: str) -> list[Plan] | None:
     """The plans that led from the checkpoint with this fingerprint to `out`, in order; nothing if no record says so.
 
