@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import coterie
 from attacks.corpus import ESCAPE
 from attacks.tables import sound_stats
-from coterie.apply import check_plan, patched_config, plan_outputs
+from coterie.applying.checks import check_plan
+from coterie.applying.outputs import patched_config, plan_outputs
 from coterie.checkpoint import INDEX, Checkpoint, parse_json, read_header
 from coterie.errors import CoterieError
 from coterie.family import detect

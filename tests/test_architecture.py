@@ -38,7 +38,7 @@ RANKS = [
     {"condensing.folding", "condensing.repackage", "merging"},
     {"condensing.dense"},
     {"condensing.dropping", "writing.in_place"},
-    {"apply", "streaming.skeleton", "streaming.activations", "streaming.replay"},
+    {"applying", "streaming.skeleton", "streaming.activations", "streaming.replay"},
     {"sparse", "masked"},
     {"streaming"},
     {"selecting", "zeroing", "condensing", "training"},
@@ -91,7 +91,7 @@ def graph():
 
 
 def test_imports_point_one_way():
-    """cli > verbs > apply > methods > layer > family > checkpoint: no module imports from a higher rank."""
+    """cli > verbs > applying > methods > layer > family > checkpoint: no module imports from a higher rank."""
     wrong = [
         f"{module} imports {imported}"
         for module, modules in graph().items()

@@ -17,7 +17,6 @@ from coterie.checkpoint import Checkpoint, read_header
 from coterie.cli import main
 from coterie.errors import CoterieError
 from coterie.prune import prune
-from coterie.saving import apply as apply_or_pack
 from coterie.status import status
 from coterie.writing import in_place
 from handmade import file_bytes, qwen, read_all, save
@@ -326,4 +325,4 @@ def test_from_the_command_line(model, tmp_path, capsys):
     assert "uses up the weight files of" in capsys.readouterr().err
     assert equal(tmp_path / "out", tmp_path / "plan")
     plan = tmp_path / "plan" / "coterie.json"
-    assert apply_or_pack(model, plan, tmp_path / "out", in_place=True, resume=True).report["after"]["experts"] == 4
+    assert apply(model, plan, tmp_path / "out", in_place=True, resume=True).report["after"]["experts"] == 4

@@ -3,7 +3,8 @@
 import torch
 
 import tiny
-from coterie.apply import apply, plan_outputs, planned
+from coterie.apply import apply
+from coterie.applying.outputs import plan_outputs, planned
 from coterie.checkpoint import Checkpoint
 from coterie.condensing.repackage import converted
 from coterie.layer import Model

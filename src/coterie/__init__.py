@@ -18,7 +18,7 @@ _HOMES = {
     "Plan": "coterie.plan",
     "Report": "coterie.report",
     "analyze": "coterie.analyze",
-    "apply": "coterie.saving",
+    "apply": "coterie.apply",
     "bench": "coterie.bench",
     "collect": "coterie.collect",
     "compare": "coterie.compare",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import execute
+from coterie.applying.execution import execute
 from coterie.condensing.dense import check_writable, is_stock, num_layers
 from coterie.condensing.folding import check_foldable, shared_names
 from coterie.condensing.repackage import CONVERSIONS, conversion, converted

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.apply import execute, patched_config
+from coterie.applying.execution import execute
+from coterie.applying.outputs import patched_config
 from coterie.condense import Options as Condensing
 from coterie.condense import target_type
 from coterie.condensing.dense import check_writable, num_layers

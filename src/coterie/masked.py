@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from coterie.apply import block_outputs
+from coterie.applying.outputs import block_outputs
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.layer import LAYER, Model, MoE

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import execute
+from coterie.applying.execution import execute
 from coterie.data import calibration_files
 from coterie.errors import CoterieError
 from coterie.experts import read_layer

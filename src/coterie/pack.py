@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import finished, left_behind, whole, write
+from coterie.applying.execution import finished, left_behind, write
+from coterie.applying.outputs import whole
 from coterie.checkpoint import Checkpoint, load_json
 from coterie.errors import CoterieError
 from coterie.family import detect

@@ -10,7 +10,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import check_count, execute, fits_groups
+from coterie.applying.checks import check_count, fits_groups
+from coterie.applying.execution import execute
 from coterie.data import calibration_files
 from coterie.engine import Engine
 from coterie.errors import CoterieError

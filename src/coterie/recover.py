@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from coterie.apply import finished, left_behind, write
+from coterie.applying.execution import finished, left_behind, write
 from coterie.checkpoint import Checkpoint
 from coterie.condense import parse_ids
 from coterie.data import calibration_files

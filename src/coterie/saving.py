@@ -16,13 +16,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from coterie.apply import apply as apply_plan
 from coterie.checkpoint import Checkpoint, load_json
 from coterie.errors import CoterieError
 from coterie.family import detect
 from coterie.layer import find_blocks
 from coterie.pack import pack
-from coterie.report import Progress, Report, no_progress
+from coterie.report import Progress, Report
 from coterie.sparse.coding import some_shrink
 from coterie.writing.writer import check_out, partial_of
 
@@ -70,36 +69,6 @@ def savable(verb: Callable[P, Report]) -> Callable[P, Report]:
         return _sparse(verb.__name__, into, Folders(Path(given["out"])), given)
 
     return run
-
-
-@savable
-def apply(
-    model: str | Path,
-    plan: str | Path | dict[str, Any],
-    out: str | Path,
-    *,
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
-    engine: str = "local",
-    ray_address: str | None = None,
-    in_place: bool = False,
-    on_progress: Progress = no_progress,
-) -> Report:
-    """Executes a saved (or hand-edited) plan on MODEL and writes OUT.
-
-    plan: a `coterie.json`, its `plan` object, a file or folder holding one, or a dictionary.
-    save: dense, or sparse: zeros take one bit each (see `pack`).
-    io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
-    engine, ray_address, in_place: as in `prune`.
-    Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
-    """
-    return apply_plan(
-        model, plan, out, recorded={"save": save}, dry_run=dry_run, resume=resume, overwrite=overwrite,
-        io=io, engine=engine, ray_address=ray_address, in_place=in_place, on_progress=on_progress,
-    )  # fmt: skip
 
 
 def _sparse(command: str, into: Callable[[Path], Report], folders: Folders, given: dict[str, Any]) -> Report:

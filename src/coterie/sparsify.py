@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from coterie.apply import execute
+from coterie.applying.execution import execute
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.layer import Model

@@ -13,7 +13,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import execute, fits_groups, plan_outputs, planned
+from coterie.applying.checks import fits_groups
+from coterie.applying.execution import execute
+from coterie.applying.outputs import plan_outputs, planned
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.layer import Model

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import check_plan, patched_config, plan_outputs, whole
+from coterie.applying.checks import check_plan
+from coterie.applying.outputs import patched_config, plan_outputs, whole
 from coterie.checking.files import Answer, first
 from coterie.checkpoint import Checkpoint
 from coterie.condensing.repackage import converted

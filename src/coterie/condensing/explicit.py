@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from coterie.apply import plan_outputs, planned
+from coterie.applying.outputs import plan_outputs, planned
 from coterie.condensing.always_on import Blocks
 from coterie.layer import Model
 from coterie.plan import Plan

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.apply import whole
+from coterie.applying.outputs import whole
 from coterie.checkpoint import Checkpoint, load_json
 from coterie.condensing.dense import NUM_LAYERS
 from coterie.condensing.folding import FOLDABLE, shared_names

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from coterie.apply import plan_outputs, planned
+from coterie.applying.outputs import plan_outputs, planned
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights

@@ -14,7 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.apply import Fill, Filled, Prepare, prunable
+from coterie.applying.execution import Fill, Filled, Prepare
+from coterie.applying.outputs import prunable
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts import Experts, expert_shapes

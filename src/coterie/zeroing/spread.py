@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from coterie import moe
-from coterie.apply import plan_outputs, planned
+from coterie.applying.outputs import plan_outputs, planned
 from coterie.checkpoint import load_json
 from coterie.engine import Engine, Unit
 from coterie.experts import expert_weights
