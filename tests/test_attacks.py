@@ -148,12 +148,10 @@ def test_an_attack_is_refused_and_does_nothing(attack, runners, sound, tmp_path)
 
 
 def allowed(attack: make.Attack, verb: str, paths: dict[str, Path]) -> tuple[str, ...]:
-    """What a command may write: OUT where it accepts the attack; OUT.partial where values turn out damaged on the way,
-    or where a run is resumed that left one."""
+    """What a command may write: OUT where it accepts the attack, OUT.partial where a run is resumed that left one."""
     if attack.kind == "interrupted":
         return str(paths["X"]), f"{paths['X']}.partial"
-    out = str(paths["OUT"])
-    return (out,) if verb in attack.harmless else (f"{out}.partial",) if verb == "unpack" else ("\0",)
+    return (str(paths["OUT"]),) if verb in attack.harmless else ("\0",)
 
 
 def spelled(word: str, paths: dict[str, Path]) -> str:

@@ -22,7 +22,7 @@ from coterie.plan import Plan, to_json
 from coterie.report import Progress, Report, Stopwatch, model_card, no_progress, versions
 from coterie.sparse import format as fmt
 from coterie.sparse.coding import Coding, candidates, counted, fill, sizes
-from coterie.sparse.view import Entry, dense_view, entries, is_sparse
+from coterie.sparse.view import DenseView, Entry, dense_view, is_sparse
 from coterie.writing.writer import Hole, Made, Output, Writer, check_out, partial_of
 
 VALUES = ("as stored", "int8")
@@ -81,26 +81,28 @@ def unpack(
 ) -> Report:
     """Restores the dense checkpoint that `pack` packed: same tensors, same order, same bytes.
 
-    Raises: CoterieError for a checkpoint that is not packed, or whose parts are damaged (then DENSE is not there).
+    Raises: CoterieError for a checkpoint that is not packed, or whose parts are damaged; nothing is written then.
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(packed)
     if not is_sparse(checkpoint):
         raise CoterieError(f"{packed}: nothing in it is packed (no quantization_config of ours in config.json)")
-    view, found = dense_view(checkpoint), entries(checkpoint)
-    rounded = next((entry.name for entry in found.values() if entry.num_groups), None)
-    if rounded:
+    view = dense_view(checkpoint)
+    assert isinstance(view, DenseView)
+    if view.rounded:
         raise CoterieError(
-            f"{packed}: {rounded!r} was packed as int8, which rounds: there is no dense original to restore"
+            f"{packed}: {min(view.rounded)!r} was packed as int8, which rounds: there is no dense original to restore"
         )
+    check_out(Path(dense), checkpoint.path, resume=resume, overwrite=overwrite)
+    view.check(on_progress)  # here, so that damage is found before anything is written
     outputs: dict[str, list[Output]] = {shard: [] for shard in view.shards}
     for tensor in view.tensors.values():
-        entry = found.get(tensor.name)
+        entry = view.packed.get(tensor.name)
         outputs[tensor.file].append(_restored(entry) if entry else whole(tensor))
     size = {"parameters": view.num_parameters, "experts": ""}
     numbers = {
         "before": size | {"bytes": checkpoint.num_bytes},
         "after": size | {"bytes": view.num_bytes},
-        "unpacked": {"before": checkpoint.num_bytes, "after": view.num_bytes, "tensors": len(found)},
+        "unpacked": {"before": checkpoint.num_bytes, "after": view.num_bytes, "tensors": len(view.packed)},
     }
     job = _Job("unpack", checkpoint, str(packed), outputs, view.config, numbers)
     return _execute(

@@ -29,10 +29,7 @@ def check_packed(folder: Path, on_progress: Progress = no_progress) -> tuple[boo
     """The version is ours; of each packed matrix mask, counts, values and checksum agree."""
     view = dense_view(Checkpoint.open(folder))
     assert isinstance(view, DenseView)
-    for done, entry in enumerate(view.packed.values()):
-        for e in range(entry.num_matrices):
-            entry.matrix(e)
-        on_progress("checking packed tensors", done + 1, len(view.packed))
+    view.check(on_progress)
     matrices = sum(entry.num_matrices for entry in view.packed.values())
     rounded = f", {len(view.rounded):,} rounded to int8" if view.rounded else ""
     return True, f"{matrices:,} matrices of {len(view.packed):,} tensors agree with their checksums{rounded}", view

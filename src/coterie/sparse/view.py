@@ -7,7 +7,7 @@ anything is decoded or multiplied.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -160,6 +160,13 @@ class DenseView(Checkpoint):
     def rounded(self) -> set[str]:
         """Tensors that were packed as int8: they have no dense original."""
         return {name for name, entry in self.packed.items() if entry.num_groups}
+
+    def check(self, on_progress: Callable[[str, int, int], None]) -> None:
+        """Reads every packed matrix once. Raises: CoterieError for one whose parts or checksum do not agree."""
+        for done, entry in enumerate(self.packed.values()):
+            for e in range(entry.num_matrices):
+                entry.matrix(e)
+            on_progress("checking packed tensors", done + 1, len(self.packed))
 
     def raw(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         entry = self.packed.get(name)
