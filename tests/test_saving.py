@@ -270,6 +270,25 @@ def test_verify_says_what_int8_lost(home, tmp_path):
     assert result["ok"] and "96 rounded to int8" in details
 
 
+def test_verify_after_int8_finds_no_fault_where_there_is_none(home, tiny_checkpoint, ids, tmp_path):
+    """Routers with zeros that were not packed are checked against the original; so are trained tensors, and experts
+    dropped from a model that had zeros."""
+    original, data = tiny_checkpoint("qwen3_moe"), {"d": ids}
+    coterie.stun(original, tmp_path / "stun", preset="paper", second="magnitude", sparsity=0.5, expert_ratio=0)
+    coterie.prune(home / "dense", tmp_path / "prune", ratio=0.25)
+    shutil.copytree(home / "dense", tmp_path / "bare")  # zeros that no plan knows of
+    (tmp_path / "bare" / "coterie.json").unlink()
+    coterie.recover(
+        tmp_path / "bare", tmp_path / "recover", data=data, samples=4, stage="lm", layer_ids="1", steps=1, batch_size=2
+    )
+    for name, source in (("stun", original), ("prune", home / "dense"), ("recover", tmp_path / "bare")):
+        coterie.pack(tmp_path / name, tmp_path / f"{name}-int8", values="int8")
+        result = coterie.verify(tmp_path / f"{name}-int8", against=source)
+        assert result["ok"], (name, result)
+        checks = {c["name"]: c["detail"] for c in result["checks"]}
+        assert "that packing rounded to int8" in checks["accounts for every tensor"], name
+
+
 def test_inspect_counts_dense_parameters_and_stored_bytes(home):
     """Of a packed folder and of the dense one."""
     packed, dense = coterie.inspect(home / "packed"), coterie.inspect(home / "dense")

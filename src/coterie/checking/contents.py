@@ -44,8 +44,8 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
     if wrong:
         faults.append(f"config.json is not the original's with new counts: {first(wrong)}")
     pruned: set[str] = set()
-    if not faults and plan.sparsity and not rounded:
-        pruned, faults = zero_faults(out, source, plan, corrected=_corrected(record))
+    if not faults and plan.sparsity:
+        pruned, faults = zero_faults(out, source, plan, corrected=_corrected(record), without=rounded)
     if not faults:
         constants, others = compared_constants(out, source, plan)
         same = [o for o in outputs if o.name not in pruned | constants]
@@ -55,13 +55,17 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
     added = {constants_name(b) for b, choice in routed_blocks(source, plan) if choice.removed == "constant"}
     outputs = [o for o in outputs if o.name not in added]
     zeroed += f", {len(added):,} with constants added" if added else ""
-    zeroed += f"; not compared: {len(rounded):,} that packing rounded to int8" if rounded else ""
+    zeroed += _said_of(rounded)
     return not faults, "; ".join(faults) or _tally(source.checkpoint, outputs) + zeroed, None
 
 
 def _rounded(out: Checkpoint) -> set[str]:
     """Tensors whose dense bytes are lost."""
     return out.rounded if isinstance(out, DenseView) else set()
+
+
+def _said_of(rounded: set[str]) -> str:
+    return f"; not compared: {len(rounded):,} that packing rounded to int8" if rounded else ""
 
 
 def _was_packed_from(record: dict[str, Any] | None, source: Checkpoint) -> bool:
@@ -79,8 +83,7 @@ def _check_same(out: Checkpoint, source: Checkpoint, on_progress: Progress) -> A
     if not faults:
         differing = list(_differing(out, source, outputs, on_progress))
         faults += [f"other bytes in {first(differing)}"] if differing else []
-    said = f"{len(outputs):,} kept as is" + (f", {len(rounded):,} rounded to int8: not compared" if rounded else "")
-    return not faults, "; ".join(faults) or said, None
+    return not faults, "; ".join(faults) or f"{len(outputs):,} kept as is" + _said_of(rounded), None
 
 
 def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
@@ -104,18 +107,16 @@ def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = n
             "coterie.json does not say which of the model's tensors were trained (report.trained.tensors)",
             None,
         )
-    outputs = [Output(t.name, t.dtype, t.shape, (Run(t.file, t.start, t.end),)) for t in source.tensors.values()]
+    rounded = _rounded(out)
+    outputs = [whole(tensor) for tensor in source.tensors.values() if tensor.name not in rounded]
     faults = _header_faults(out, outputs) + ([] if out.config == source.config else ["config.json is another"])
     if not faults:
         differing = set(_differing(out, source, outputs, on_progress))
         wrong = differing - set(listed)
         faults += [f"other bytes in {first(wrong)}"] if wrong else []
-    same = len(outputs) - len(listed)
-    return (
-        not faults,
-        "; ".join(faults) or f"{same:,} kept as is, {len(listed):,} trained, {len(differing):,} changed",
-        None,
-    )
+    same, lost = len(source.tensors) - len({*listed, *rounded}), _said_of(rounded)
+    said = f"{same:,} kept as is, {len(listed):,} trained, {len(differing):,} changed" if not faults else ""
+    return not faults, "; ".join(faults) or said + lost, None
 
 
 def _corrected(record: dict[str, Any] | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -32,13 +32,17 @@ def pruned_tensors(view: Model, plan: Plan) -> dict[str, tuple[str, str]]:
     return found
 
 
-def zero_faults(out: Checkpoint, source: Model, plan: Plan, *, corrected: bool) -> tuple[set[str], list[str]]:
+def zero_faults(
+    out: Checkpoint, source: Model, plan: Plan, *, corrected: bool, without: Collection[str] = ()
+) -> tuple[set[str], list[str]]:
     """The tensors that hold zeros, and what is wrong with them.
 
     corrected: the rule also changed the weights that stayed (SparseGPT), so that only zeros can be counted.
+    without: tensors whose bytes are lost; they are left out, and so are the shares that they count in.
     """
     view = planned(source, plan, plan_outputs(source, plan))
     tensors = pruned_tensors(view, plan)
+    unknown = {tensors.pop(name) for name in without if name in tensors}
     zeros: Counter[tuple[str, str]] = Counter()
     faults = []
     for name, key in tensors.items():
@@ -52,6 +56,8 @@ def zero_faults(out: Checkpoint, source: Model, plan: Plan, *, corrected: bool) 
     sizes = {(b.key, "expert"): num_weights(view.checkpoint, b) for b in view.main}
     for layer, kinds in plan.sparsity.items():
         for kind, share in kinds.items():
+            if (layer, kind) in unknown:
+                continue
             names = [n for n, key in tensors.items() if key == (layer, kind)]
             size = sizes.get((layer, kind)) or sum(out.tensors[n].num_parameters for n in names)
             found = zeros[layer, kind] / size if size else 0.0
