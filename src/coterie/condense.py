@@ -23,6 +23,7 @@ from coterie.plan import Condensed, Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
 from coterie.saving import savable
 from coterie.streaming.samples import Data, read_samples
+from coterie.view import Planned
 from coterie.writing.copying import check_io
 from coterie.writing.writer import check_out
 
@@ -142,6 +143,9 @@ def check_options(options: Options) -> None:
         raise CoterieError(f"--layers {options.layers}: expected a number of layers, 0 or more")
     if options.keep is not None and options.keep < 0:
         raise CoterieError(f"--keep {options.keep}: expected a number of experts, 0 or more")
+    given = [name for name, value in vars(options).items() if value != getattr(Options(), name) and name != "layers"]
+    if options.layers == 0 and given:
+        raise CoterieError(f"--{given[0].replace('_', '-')} would be ignored: --layers 0 condenses none, it repackages")
 
 
 def target_type(model: Model, options: Options) -> str | None:
@@ -184,7 +188,7 @@ def check_model(model: Model, options: Options) -> tuple[int, list[str]]:
     count = len(wanted) if options.layers is None else options.layers
     if count > len(indices):
         raise CoterieError(f"--layers {count}: {path} has {len(indices)} layers with experts; expected at most those")
-    if count == 0 and not type(model.checkpoint).__name__ == "Planned":
+    if count == 0 and not isinstance(model.checkpoint, Planned):
         raise CoterieError("--layers 0: there is nothing to do; it only serves types that need repackaging (deepseek)")
     keep = _kept(model, options)
     check_writable(model, _plan_of(wanted or indices[:count]))
@@ -245,7 +249,8 @@ def decide(
         return Plan({}, converted=target), {"notes": []}
     from coterie.condensing.decision import Decision
 
-    number = options.samples or (OFFICIAL_SAMPLES if options.select == "official" else SAMPLES)
+    usual = OFFICIAL_SAMPLES if options.select == "official" else SAMPLES
+    number = usual if options.samples is None else options.samples
     by_domain, notes = read_samples(model, options.data, samples=number, seq_len=options.seq_len, seed=options.seed)
     decision = Decision(model, options, keep, [s for given in by_domain.values() for s in given], on_progress)
     condensed, findings = decision.make()

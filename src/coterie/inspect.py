@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from coterie.checkpoint import Checkpoint
+from coterie.condensing.folding import check_foldable
+from coterie.condensing.repackage import conversion
+from coterie.errors import CoterieError
 from coterie.family import detect
-from coterie.layer import ROLES, find_blocks
+from coterie.layer import ROLES, Model, find_blocks
 from coterie.sparse.view import DenseView, dense_view
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
     """Family, routing, experts per layer, parameters and bytes by role and by dtype. Reads headers only.
 
-    Returns `{"path", "family", "model_type", "stock", "layers", "moe_layers", "mtp_layers", "experts" (per layer),
+    Returns `{"path", "family", "model_type", "stock", "moe_layers", "mtp_layers", "experts" (per layer),
     "experts_per_token", "groups", "parameters", "bytes", "roles": {role: {"parameters", "bytes", "tensors"}},
     "dtypes", "shards", "expert_bytes", "packed", "can": [...]}`. Parameters are those of the dense checkpoint; bytes
     are those on the disk; `packed` counts the tensors that are packed, and their bytes.
@@ -51,14 +54,28 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "dtypes": dtypes,
         "shards": len(checkpoint.shards),
         "packed": {"tensors": len(packed), "bytes": sum(entry.num_bytes for entry in packed.values())},
-        "can": _abilities(family.stock, packed=bool(packed)),
+        "can": _abilities(source, packed=bool(packed)),
     }
 
 
-def _abilities(stock: bool, *, packed: bool) -> list[str]:
-    """What the commands can do to this checkpoint."""
+def _abilities(model: Model, *, packed: bool) -> list[str]:
+    """What the commands can do to this checkpoint, and why they cannot where that is so."""
     if packed:
         return ["unpack: back to the dense checkpoint, byte for byte", "verify, eval, generate, bench: as it is"]
-    written = "prune, apply: expert dropping by file editing"
-    loaded = "verify, eval: loads in stock transformers"
-    return [written, loaded if stock else "verify: files and bytes only (transformers has no class for this family)"]
+    config, kind = model.checkpoint.config, model.checkpoint.config.get("model_type")
+    found = ["prune, apply: experts dropped by editing files", "pack: zeros stored as bits, where there are enough"]
+    if model.family.stock:
+        found.append("collect, analyze, sparsify, stun, merge, drop, eval, generate, bench: transformers computes it")
+    else:
+        found.append("verify: files and bytes only (transformers has no class for this family)")
+    repackaged = conversion(config)
+    if not model.family.stock and not repackaged:
+        return found
+    try:
+        for block in model.main:
+            check_foldable(model.checkpoint, block)
+    except CoterieError as error:
+        return [*found, f"not condense: {error}"]
+    said = f"after repackaging as {repackaged.target}" if repackaged else f"stays {kind}"
+    said = said if repackaged or model.family.dense else "in a layout that `coterie.load` reads"
+    return [*found, f"condense: layers become dense MLPs ({said})"]

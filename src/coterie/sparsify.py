@@ -13,7 +13,7 @@ from coterie.plan import Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
 from coterie.saving import savable
 from coterie.zeroing import budget, linears
-from coterie.zeroing.job import Options, check_options, prepared
+from coterie.zeroing.job import Options, check_options, check_used, prepared
 
 PER_ROW = ("magnitude", "wanda", "moe-pruner")  # as published: floor(S * I) zeros in every row
 
@@ -69,17 +69,21 @@ def sparsify(
     groups = parse_pattern(pattern)
     if groups and sparsity is not None:
         raise CoterieError(f"--sparsity would be ignored: --pattern {pattern} zeroes {groups[0]} of every {groups[1]}")
-    share = Fraction(*groups) if groups else Fraction("0.5" if sparsity is None else str(sparsity))
+    asked = 0.5 if sparsity is None else sparsity
+    if not 0 <= asked < 1:
+        raise CoterieError(f"--sparsity {asked}: the share of zeros must be in [0, 1)")
+    share = Fraction(*groups) if groups else Fraction(str(asked))
     source = Model.open(model)
     weights = sum(budget.num_weights(source.checkpoint, block) for block in source.main)
     total = None if groups or method in PER_ROW else round(share * weights)
-    asked = Options(
+    options = Options(
         method, share, total, groups, one_pass, parse_also(also), True, files, samples, seq_len, seed, min_tokens,
         outliers, dtype,
     )  # fmt: skip
-    check_options(asked)
+    check_options(options)
+    check_used(options)
     plan = Plan(layers={}, budget={"kind": "sparsity", "sparsity": float(share)})
-    recorded = {k: v for k, v in vars(asked).items() if k not in ("total", "weighted")} | {
+    recorded = {k: v for k, v in vars(options).items() if k not in ("total", "weighted")} | {
         "sparsity": float(share),
         "pattern": pattern,
         "also": also,
@@ -90,7 +94,7 @@ def sparsify(
         source, plan, Path(out), command="sparsify", path=model, options=recorded, clock=clock,
         dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where,
         on_progress=on_progress,
-        prepare=prepared(asked, source, plan, Path(out).parent, on_progress, where),
+        prepare=prepared(options, source, plan, Path(out).parent, on_progress, where),
     )  # fmt: skip
 
 

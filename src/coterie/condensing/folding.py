@@ -14,7 +14,7 @@ import numpy as np
 
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.experts import expert_matrices
+from coterie.experts import expert_matrices, expert_shapes
 from coterie.family import GATED
 from coterie.layer import MoE
 from coterie.plan import Condensed
@@ -53,20 +53,11 @@ def weights(block: MoE) -> tuple[str, ...]:
     return tuple(block.experts[0].values()) if block.experts else block.fused
 
 
-def expert_width(checkpoint: Checkpoint, block: MoE) -> int:
-    """F, the hidden width of one routed expert, from headers alone."""
-    if block.experts:
-        names, up = block.experts[0], block.layout.up
-        return checkpoint.tensors[names.get(f"{up}.weight") or names[up]].shape[0]
-    down = checkpoint.tensors[block.prefix + block.layout.fused[-1]]
-    return down.shape[1 if block.layout.transposed else 2]
-
-
 def natural_width(checkpoint: Checkpoint, block: MoE, condensed: Condensed) -> int:
     """The width of all parts together, before padding; 1 at least."""
     shared = shared_names(block) if condensed.shared_gate else None
     width = checkpoint.tensors[shared[0][UP]].shape[0] if shared else 0
-    return max(1, width + len(condensed.experts) * expert_width(checkpoint, block))
+    return max(1, width + len(condensed.experts) * expert_shapes(checkpoint, block)["up"][0])
 
 
 def parts(checkpoint: Checkpoint, block: MoE, condensed: Condensed) -> Iterator[tuple[float, Matrices]]:

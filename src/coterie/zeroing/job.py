@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from coterie.zeroing.spread import Spread
 
 Shares = dict[str, Fraction]  # sparsity by layer
+OF_CALIBRATION = ("data", "one_pass", "samples", "seq_len", "seed", "dtype")
 ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated on the driver's machine alone"
 
 
@@ -58,13 +59,16 @@ class Options:
     dtype: str = "auto"
 
 
+def check_used(options: Options) -> None:
+    """Raises: CoterieError for an option of calibration where the rule needs none."""
+    given = [name for name in OF_CALIBRATION if getattr(options, name) != getattr(Options(), name)]
+    if options.method == "magnitude" and given:
+        raise CoterieError(f"--{given[0].replace('_', '-')} would be ignored: magnitude needs no data")
+
+
 def check_options(options: Options) -> None:
     """Raises: CoterieError for a value out of its range, or options that contradict or ignore each other."""
     methods.load(options.method)
-    if not 0 <= options.sparsity < 1:
-        raise CoterieError(f"--sparsity {float(options.sparsity)}: the share of zeros must be in [0, 1)")
-    if options.method == "magnitude" and (options.data or options.one_pass):
-        raise CoterieError("--data and --one-pass would be ignored: magnitude needs no data")
     if options.pattern and options.method == "owl":
         raise CoterieError("--pattern fixes every layer's sparsity, which owl wants to choose; use wanda")
     if options.also and (options.method == "sparsegpt" or options.pattern):
