@@ -395,8 +395,8 @@ def test_bad_options_cost_nothing(tiny_checkpoint, tmp_path):
         collect(folder, out, data=data, dtype="int8")
     with pytest.raises(CoterieError, match="--samples 2: expected a whole number, at least 3"):
         collect(folder, out, data=data, samples=2)
-    with pytest.raises(CoterieError, match="not open to transformers' registry"):
-        collect(tiny_checkpoint("dbrx"), out, data=data)
+    with pytest.raises(CoterieError, match="pass each other more than hidden states"):
+        collect(tiny_checkpoint("hy_v4"), out, data=data)
     out.write_text("mine")
     with pytest.raises(CoterieError, match="exists already"):
         collect(folder, out, data=data)
@@ -476,3 +476,70 @@ def test_nothing_is_printed(tiny_checkpoint, tmp_path, model_type):
         capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- blocks that transformers keeps closed ------------------------------------------------------------------------
+
+
+def closed_calls(model, model_type, sample):
+    """By layer and expert: (what it saw (T, D), the router's weights (T,)) of a sample, from stock's own modules."""
+    found, handles = {}, []
+
+    def dbrx(layer):
+        def hook(_, args):
+            x, chosen, weights = args[0].reshape(-1, args[0].shape[-1]), args[1], args[2]
+            for e in range(8):
+                rows, slots = (chosen == e).nonzero(as_tuple=True)
+                found[layer, e] = (x[rows], weights[rows, slots])
+
+        return hook
+
+    def llama4(layer):
+        def hook(_, args, output):
+            rows = output[0].T  # scores (E, T), 0 where an expert was not chosen
+            found.update({(layer, e): (args[0][rows[e] > 0] * rows[e][rows[e] > 0, None], rows[e][rows[e] > 0])
+                          for e in range(8)})  # fmt: skip
+
+        return hook
+
+    def jetmoe(layer):
+        def hook(_, args, output):
+            ends = np.cumsum(output[3])
+            for e, size in enumerate(output[3]):
+                here = slice(ends[e] - size, ends[e])
+                found[layer, e] = (args[0][output[1][here]], output[2][here])
+
+        return hook
+
+    decoder = model.model if hasattr(model, "model") else model.transformer
+    for i, layer in enumerate(decoder.layers if hasattr(decoder, "layers") else decoder.blocks):
+        if model_type == "dbrx":
+            handles.append(layer.ffn.experts.register_forward_pre_hook(dbrx(str(i))))
+        elif model_type == "llama4_text":
+            handles.append(layer.feed_forward.router.register_forward_hook(llama4(str(i))))
+        else:
+            handles.append(layer.mlp.router.register_forward_hook(jetmoe(str(i))))
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([sample]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "llama4_text", "jetmoe"])
+def test_blocks_that_were_opened_are_measured_as_stock_computes_them(tiny_checkpoint, model_type):
+    """Tokens, gates and inputs, by stock's own calls; llama4's experts see gate x token, and count once."""
+    folder = tiny_checkpoint(model_type)
+    sample = sequences()["prose"][1]
+    stats = measure(Model.open(folder), {"a": [sample]}, torch.float32)
+    model, faults = load_stock(folder, "float32")
+    assert not faults
+    calls = closed_calls(model, model_type, sample)
+    assert {layer for layer, _ in calls} == set(stats.layers)
+    for (layer, e), (x, gates) in calls.items():
+        found = {n: stats.get(layer, n)[e] for n in ("tokens", "gates", "inputs_squared")}
+        assert found["tokens"] == len(gates)
+        np.testing.assert_allclose(found["gates"], gates.sum().item(), rtol=1e-5)
+        np.testing.assert_allclose(found["inputs_squared"], x.double().square().sum(0).numpy(), rtol=1e-4, atol=1e-9)
+        norms, gated = (stats.get(layer, n)[e] for n in ("output_norms", "gated_output_norms"))
+        assert (gated == norms) == (model_type == "llama4_text" or norms == 0)

@@ -265,8 +265,8 @@ def _sums(piece: Piece, groups: torch.Tensor, num_groups: int) -> dict[str, torc
     from coterie.streaming.activations import ROWS, weighted_sums
 
     norms = torch.cat([y.float().norm(dim=1) for y in piece.y.split(ROWS)]).double()
-    gates, num_tokens = piece.weights.double(), len(groups)
-    scalars = torch.stack([torch.ones_like(gates), gates, norms, gates * norms, norms.square()])
+    weights, num_tokens = piece.weights.double(), len(groups)
+    scalars = torch.stack([torch.ones_like(norms), piece.gates.double(), norms, weights * norms, norms.square()])
     by_group = torch.zeros(len(scalars), num_groups, dtype=torch.float64).index_add_(1, groups, scalars)
     largest = piece.y.abs().amax(dim=1).double()
     own = torch.zeros(num_groups, num_tokens)

@@ -119,6 +119,7 @@ def gathered(batches: list[Batch], rows: torch.Tensor) -> torch.Tensor:
 
 def watch(routed: Routed, model: Model, dtype: torch.dtype, rows: torch.Tensor) -> tuple[torch.Tensor, Seen]:
     """The experts' weighted sum over all tokens, and what all experts do on the probed rows."""
+    routed.check_linear()
     block, total, num_experts = routed.block, routed.zeros(), routed.block.num_experts
     weights = dense(routed.chosen[rows], routed.weights[rows], num_experts)
     outputs = torch.zeros(len(rows), num_experts, routed.x.shape[1])
@@ -129,7 +130,7 @@ def watch(routed: Routed, model: Model, dtype: torch.dtype, rows: torch.Tensor) 
         places, given = theirs.get(e, (rows[:0], routed.weights[:0, 0]))
         for piece in routed.pieces(expert, places, given) if len(places) else ():
             routed.add(total, piece)
-            gates.append(piece.weights.float())
+            gates.append(piece.gates.float())
             norms.append(piece.y.float().norm(dim=1))
         outputs[:, e] = run(routed, expert, rows)
         for bits in BITS:

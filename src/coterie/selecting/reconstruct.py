@@ -190,6 +190,7 @@ class Sets:
         """Every expert on every token: their inner products are kept, and their weighted sums returned."""
 
         def walk(routed: Routed) -> torch.Tensor:
+            routed.check_linear()
             num_experts, total = routed.block.num_experts, routed.zeros()
             self._weights = _dense(routed.chosen, routed.weights, num_experts)
             self._products = torch.empty(len(routed.x), num_experts, num_experts)

@@ -88,9 +88,14 @@ def shared(arguments: Arguments, earlier: Arguments) -> Arguments:
 
 
 class Piece(NamedTuple):
-    """Some of an expert's tokens: their rows and weights (T,), inputs x (T, D), hidden (T, F) and outputs y (T, D)."""
+    """Some of an expert's tokens: rows and weights (T,), inputs x (T, D), hidden (T, F) and outputs y (T, D).
+
+    The expert's share of the sum is weights * y. gates: the router's weights (T,), which are these weights, or where
+    they scale what experts see (llama4), are in x already, and the weights are 1.
+    """
 
     rows: torch.Tensor
+    gates: torch.Tensor
     weights: torch.Tensor
     x: torch.Tensor
     hidden: torch.Tensor
@@ -107,6 +112,19 @@ class Routed:
     chosen: torch.Tensor
     weights: torch.Tensor
     maps: Maps | None = None  # where x is, if not in memory
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether the sum is that of f_k(w_k x), not of w_k f_k(x)."""
+        return getattr(self.module, "scales_inputs", False)
+
+    def check_linear(self) -> None:
+        """Raises: CoterieError where single outputs and weights do not tell the sum of a set of experts."""
+        if self.scales_inputs:
+            raise CoterieError(
+                f"{self.block.name}: the router's weights scale what its experts see, so that their outputs on other "
+                "tokens, or with other weights, mean nothing; use a criterion of statistics, such as reap"
+            )
 
     def by_expert(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(expert, its tokens' rows, their weights), ascending, for experts that were chosen at all."""
@@ -133,11 +151,15 @@ class Routed:
         """Runs an expert over its tokens, a bounded number of them at a time; without outputs, y is (0, D)."""
         for some, theirs in zip(rows.split(moe.MOST_TOKENS), weights.split(moe.MOST_TOKENS), strict=True):
             x = self.gather(some)
+            counted = theirs
+            if self.scales_inputs:
+                x[: len(some)] *= theirs[:, None]
+                counted = torch.ones_like(theirs)
             if outputs:
                 hidden, y = moe.expert_forward(self.module, expert, x)
             else:
                 hidden, y = moe.expert_hidden(self.module, expert, x), x[:0]
-            yield Piece(some, theirs, x[: len(some)], hidden[: len(some)], y[: len(some)])
+            yield Piece(some, theirs, counted, x[: len(some)], hidden[: len(some)], y[: len(some)])
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Inputs of the rows, with as many zeros below as their number is padded by for the products."""

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from coterie import moe
 from coterie.errors import CoterieError
-from coterie.layer import Model, MoE
+from coterie.layer import Model, MoE, expert_names
 from coterie.streaming.activations import Arguments, Batch, Piece, Routed, Walk, plain_walk, restore, save, shared
 from coterie.streaming.replay import Recording, unobserved
 from coterie.streaming.skeleton import (
@@ -64,7 +64,8 @@ class Stream:
         self.layers = decoder_layers(self.decoder, str(source.checkpoint.path))
         self._root = next(name for name, module in self.model.named_modules() if module is self.layers)
         self._blocks = self._check_layers()
-        self._targets = targets(self.model, [n for n in self.checkpoint.tensors if source.roles[n] != "expert"])
+        walked = {name for block in source.moe if not block.attention for name in expert_names(block)}
+        self._targets = targets(self.model, [name for name in self.checkpoint.tensors if name not in walked])
         self._names = self._group_names()
 
     def _check_layers(self) -> dict[int, MoE]:

@@ -17,6 +17,7 @@ from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.loading import check_sizes, quiet_transformers, stock_config
+from coterie.streaming.opened import open_experts
 from coterie.streaming.tensors import Maps, read, trim
 
 NO_DATA = "use a method that needs no data"
@@ -41,6 +42,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         # Buffers are real: rotary ones are computed, not loaded.
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=dtype)
+            open_experts(model)
         model.set_experts_implementation(moe.IMPLEMENTATION)
     except Exception as error:  # a config can provoke anything in there
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
