@@ -182,6 +182,8 @@ STOCK = [
     "glm4_moe_lite",
     "kimi_linear",
     "hy_v3",
+    "llama4",
+    "llama4_text",
 ]
 OURS = ["deepseek_v2", "olmoe", "mixtral", "granitemoe", "jamba", "lfm2_moe", "granitemoehybrid"]
 
@@ -396,3 +398,17 @@ def test_damaged_weights_are_named(tiny_checkpoint, tmp_path, data):
     with pytest.raises(CoterieError, match="NaN"):
         condense(folder, tmp_path / "out", layer_ids=[2], data=data)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("select", ["least-squares", "official"])
+def test_a_block_that_was_opened_is_condensed(tiny_checkpoint, tmp_path, select):
+    """Llama 4, whose blocks transformers keeps closed: its config lists the layers that keep their experts."""
+    data = tmp_path / "ids.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": list(range(i + 3, i + 40))}) + "\n" for i in range(8)))
+    folder, out = tiny_checkpoint("llama4"), tmp_path / "out"
+    report = condense(folder, out, layers=1, select=select, data={"a": data}, samples=8)
+    [gone] = map(int, report.plan["layers"])
+    config = json.loads((out / "config.json").read_text())["text_config"]
+    assert config["moe_layers"] == [i for i in range(4) if i != gone]
+    result = verify(out, against=folder)
+    assert result["ok"] and "1 condensed layers as explicit sums" in result["checks"][-1]["detail"], result

@@ -34,7 +34,9 @@ def expert_zeros(path):
     return sum(int((model.checkpoint.read(n) == 0).sum()) for n, r in model.roles.items() if r == "expert")
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "dbrx", "llama4", "llama4_text"]
+)
 @pytest.mark.parametrize("sparsity", [0.4, 0.613])
 def test_removed_and_zero_weights_are_exactly_the_share_asked_for(
     tiny_checkpoint, tmp_path, data, model_type, sparsity

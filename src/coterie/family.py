@@ -71,8 +71,9 @@ GATED = ("gate_proj", "up_proj", "down_proj")  # how most files name a SwiGLU ML
 class Dense:
     """How a stock config says which decoder layers are dense, and where such a layer keeps its SwiGLU MLP.
 
-    kind: "ids" (a list of the dense layers' indices), "types" ("dense" or "sparse" for every layer), or "prefix" (how
-    many of the first layers are dense). One width, under `width`, serves all dense layers of a model.
+    kind: "ids" (a list of the dense layers' indices), "others" (a list of all other layers' indices), "types" ("dense"
+    or "sparse" for every layer), or "prefix" (how many of the first layers are dense). One width, under `width`, serves
+    all dense layers of a model.
     """
 
     kind: str

@@ -160,6 +160,8 @@ def _say_dense(config: dict[str, Any], model: Model, plan: Plan, width: int) -> 
     holder[dense.width] = width
     if dense.kind == "ids":
         holder[dense.key] = layers
+    elif dense.kind == "others":
+        holder[dense.key] = [i for i, d in enumerate(is_dense) if not d]
     elif dense.kind == "prefix":
         holder[dense.key] = leading
     else:

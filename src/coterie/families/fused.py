@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from coterie.family import Family, Layout
+from coterie.family import Dense, Family, Layout
 
 GRANITE = Layout.under(
     "block_sparse_moe.", router="router.layer.weight", fused=("input_linear.weight", "output_linear.weight")
@@ -21,7 +21,9 @@ FAMILIES = (
         ),
     ),
     Family(
-        ("llama4", "llama4_text"), layouts=(Layout.under("feed_forward.", router="router.weight", transposed=True),)
+        ("llama4", "llama4_text"),
+        layouts=(Layout.under("feed_forward.", router="router.weight", transposed=True),),
+        dense=Dense("others", "moe_layers", "feed_forward.", width="intermediate_size_mlp"),
     ),
     Family(
         ("aria", "aria_text"),

@@ -122,8 +122,8 @@ class Routed:
         """Raises: CoterieError where single outputs and weights do not tell the sum of a set of experts."""
         if self.scales_inputs:
             raise CoterieError(
-                f"{self.block.name}: the router's weights scale what its experts see, so that their outputs on other "
-                "tokens, or with other weights, mean nothing; use a criterion of statistics, such as reap"
+                f"{self.block.name}: the router's weights scale what its experts see, so that single outputs do not "
+                "tell what a set of experts would give; criteria of statistics, such as reap, do without"
             )
 
     def by_expert(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

@@ -8,7 +8,6 @@ experts by the registry's implementation, as everywhere. Axes: T token, D hidden
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -45,25 +44,33 @@ def open_experts(model: torch.nn.Module) -> None:
             opened(module)
 
 
+def _change(block: Any, forward: Callable[..., torch.Tensor]) -> None:
+    """Gives the block another forward by its class: callers may set one of their own on the block, and delete it."""
+    block.__class__ = type(type(block).__name__, (type(block),), {"forward": forward})
+
+
 def _dbrx(block: Any) -> None:
     block.experts = OpenExperts(block.experts.mlp.activation_fn)  # already called with ids and weights
 
 
-def _llama4(block: Any) -> None:
+def _llama4(layer: Any) -> None:
     """w = sigmoid(z) of the K largest logits z; it scales what experts see."""
+    if not layer.is_moe_layer:
+        return
+    layer.is_moe_layer = False  # by which the layer's forward takes hidden states alone from the block
+    block = layer.feed_forward
     num_experts, size = block.router.weight.shape
     like = {"device": block.router.weight.device, "dtype": block.router.weight.dtype}
     block.experts = OpenExperts(block.experts.act_fn, scales_inputs=True)
     block.router = torch.nn.Linear(size, num_experts, bias=False, **like)  # its output: logits, as in other families
 
-    def forward(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         x = hidden.reshape(-1, self.hidden_dim)
-        logits = self.router(x)
-        best, chosen = logits.topk(self.top_k, dim=1)
+        best, chosen = self.router(x).topk(self.top_k, dim=1)
         routed = self.experts(x, chosen, best.float().sigmoid().to(x.dtype))
-        return self.shared_expert(x) + routed, logits
+        return (self.shared_expert(x) + routed).view_as(hidden)
 
-    block.forward = MethodType(forward, block)
+    _change(block, forward)
 
 
 def _jetmoe(block: Any) -> None:
@@ -76,7 +83,7 @@ def _jetmoe(block: Any) -> None:
         best, chosen = self.router(x)[-1].topk(self.router.top_k, dim=1)
         return self.experts(x, chosen, best.softmax(dim=1).type_as(x)).view_as(hidden) + self.bias
 
-    block.forward = MethodType(forward, block)
+    _change(block, forward)
 
 
-OPENED = {"DbrxFFN": _dbrx, "Llama4TextMoe": _llama4, "JetMoeMoE": _jetmoe}
+OPENED = {"DbrxFFN": _dbrx, "Llama4TextDecoderLayer": _llama4, "JetMoeMoE": _jetmoe}
