@@ -15,6 +15,7 @@ from coterie.checkpoint import Checkpoint
 from coterie.condense import condense
 from coterie.errors import CoterieError
 from coterie.loading import is_ours, load, load_stock
+from coterie.streaming import calibrate
 from coterie.verify import verify
 
 decision = importlib.import_module("coterie.condensing.decision")
@@ -138,6 +139,21 @@ def test_layers_are_judged_by_the_logits_of_held_out_samples(tiny_checkpoint, tm
     else:
         pairs = [(i, j) for i in range(4) for j in range(i)]
         assert kl(order) == pytest.approx(min(map(kl, pairs)), rel=1e-6)
+
+
+@pytest.mark.parametrize("select", ["official", "least-squares", "routing"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "olmoe"])
+def test_decisions_are_the_same_bit_for_bit_outside_memory(
+    tiny_checkpoint, tmp_path, data, monkeypatch, model_type, select
+):
+    """With a budget of no bytes for activations: experts, gates, layers, and what they were judged by."""
+    folder = tiny_checkpoint(model_type)
+    inside = condense(folder, tmp_path / "inside", layers=2, select=select, data=data)
+    monkeypatch.setattr(calibrate, "IN_MEMORY", 0)
+    outside = condense(folder, tmp_path / "outside", layers=2, select=select, data=data)
+    assert outside.plan == inside.plan
+    for name in ("layer_order", "layer_scores", "layer_error"):
+        assert outside.report[name] == inside.report[name]
 
 
 def test_few_samples_judge_what_they_fit(tiny_checkpoint, tmp_path):

@@ -13,6 +13,7 @@ from coterie.checkpoint import Checkpoint
 from coterie.drop import drop, spare
 from coterie.errors import CoterieError
 from coterie.loading import is_ours, load
+from coterie.streaming import calibrate
 from coterie.verify import verify
 
 TEXTS = [np.random.default_rng(i).integers(3, tiny.VOCABULARY, n).tolist() for i, n in enumerate((20, 9, 14))]
@@ -53,6 +54,20 @@ def test_the_layers_that_change_least_go(tiny_checkpoint, tmp_path, data, unit):
     assert report["similarity"] == pytest.approx({str(i): v for i, v in expected.items()}, rel=1e-5)
     assert report["layer_order"] == sorted(expected, key=lambda i: -expected[i])[:2]
     assert report["passes"] == {"experts": 0.0, "layers": 1.0}
+
+
+@pytest.mark.parametrize("unit", ["layer", "block"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_next", "deepseek_v3", "deepseek_v2", "olmoe"])
+def test_similarities_are_the_same_bit_for_bit_outside_memory(
+    tiny_checkpoint, tmp_path, data, monkeypatch, model_type, unit
+):
+    """With a budget of no bytes for activations."""
+    folder = tiny_checkpoint(model_type)
+    inside = drop(folder, tmp_path / "inside", unit=unit, data=data).report
+    monkeypatch.setattr(calibrate, "IN_MEMORY", 0)
+    monkeypatch.delattr(calibrate.Stream, "_run_together")  # nothing waits inside a layer
+    outside = drop(folder, tmp_path / "outside", unit=unit, data=data).report
+    assert outside["similarity"] == inside["similarity"] and outside["layer_order"] == inside["layer_order"]
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "deepseek_v3", "deepseek_v2", "olmoe"])

@@ -214,26 +214,36 @@ def similarities(
     blocks: Blocks, batches: list[Batch], unit: str, candidates: list[int], work: Work, on_progress: Progress
 ) -> dict[int, float]:
     """Layer -> mean over tokens of the cosine of what comes before and after it."""
-    from coterie.condensing.choosing import surroundings
+    from coterie.condensing.choosing import Around, surroundings
+    from coterie.streaming.calibrate import advance
 
     found: dict[int, float] = {}
+    num_tokens = sum(batch.num_tokens for batch in batches)
+
+    def around_block(around: Around) -> None:
+        found[index] += sum_of_cosines(around.before, around.after) / num_tokens
+
+    def around_layer(batch: Batch, output: torch.Tensor) -> None:
+        found[index] += sum_of_cosines(batch.loaded(), output) / num_tokens
+        advance(batch, output)
+
     for index in range(blocks.num_layers):
         with blocks.stream.loaded(index) as go:
-            if unit == "layer" and index in candidates:
-                around = surroundings(blocks, go, index, batches)
-                found[index] = mean_cosine(around.before, around.after)
-            before = [batch.loaded() for batch in batches] if unit == "block" else []
-            blocks.run(go, index, batches, None, work)
-            if before:
-                pairs = zip(before, batches, strict=True)
-                num_tokens = sum(batch.num_tokens for batch in batches)
-                found[index] = sum(mean_cosine(h, b.loaded()) * b.num_tokens for h, b in pairs) / num_tokens
+            work.add(batches)
+            if index in candidates:
+                found[index] = 0.0
+            if unit == "block":
+                go(batches, blocks.walk, around_layer)
+            elif index in candidates:
+                surroundings(blocks, go, index, batches, around_block)
+            else:
+                go(batches, blocks.walk, advance)
         on_progress("comparing layers", index + 1, blocks.num_layers)
     return found
 
 
-def mean_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+def sum_of_cosines(a: torch.Tensor, b: torch.Tensor) -> float:
     """Over all tokens of two (..., D), in float64."""
     from torch.nn.functional import cosine_similarity
 
-    return float(cosine_similarity(a.double(), b.double(), dim=-1).mean())
+    return float(cosine_similarity(a.double(), b.double(), dim=-1).sum())

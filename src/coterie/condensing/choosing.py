@@ -7,14 +7,16 @@ on the activations that the condensed layers before it produce.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from coterie.condensing.always_on import Blocks, Moments, Routing, Work, leave, moments, observe, routing_walk
 from coterie.condensing.folding import shared_names
@@ -114,9 +116,8 @@ def error_of(blocks: Blocks, index: int, condensed: Condensed, x: torch.Tensor, 
 # --- as published ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Around:
-    """On all tokens, four (T, D): what a block is added to, what enters it, what leaves it, what leaves the layer."""
+class Around(NamedTuple):
+    """On some tokens, four (T, D): what a block is added to, what enters it, what leaves it, what leaves the layer."""
 
     before: torch.Tensor
     x: torch.Tensor
@@ -138,11 +139,15 @@ def by_divergence(
     for index in range(last + 1):
         with blocks.stream.loaded(index) as go:
             if index in gates:
-                around = surroundings(blocks, go, index, batches)
+                work.add(batches)
+                parts = list[Around]()
+                surroundings(blocks, go, index, batches, parts.append)
+                around = Around(*map(torch.cat, zip(*parts, strict=True)))
                 chosen = _search(blocks, index, around, weights, gates[index], keep, partial(work.add, batches))
                 result.condensed[index] = with_fixed_gates(gates[index], chosen)
                 result.errors[index] = error_of(blocks, index, result.condensed[index], around.x, around.y)
-            blocks.run(go, index, batches, None, work)
+            else:
+                blocks.run(go, index, batches, None, work)
         on_progress("searching experts", index + 1, last + 1)
     return result
 
@@ -212,53 +217,57 @@ def _cached(blocks: Blocks, index: int, x: torch.Tensor) -> Callable[[list[int]]
     return outputs
 
 
-def surroundings(blocks: Blocks, go: Any, index: int, batches: list[Batch]) -> Around:
-    """What surrounds a layer's block as it is; the batches stay where they are.
+def surroundings(blocks: Blocks, go: Any, index: int, batches: list[Batch], keep: Callable[[Around], None]) -> None:
+    """Advances the batches through a layer as it is; `keep` is given what surrounds its block, one batch at a time.
 
     Raises: CoterieError for a layer that does not add its block's output to the hidden states that the block's norm
     read, as the published search supposes.
     """
     module, _ = blocks.module(index)
-    before, x, y, after = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+    entered, left = deque[tuple[torch.Tensor | None, torch.Tensor]](), deque[torch.Tensor]()
+
+    def through(batch: Batch, output: torch.Tensor) -> None:
+        before, x = entered.popleft()
+        y, after = left.popleft().flatten(0, -2), output.flatten(0, -2)
+        if before is None or not torch.equal(before.flatten(0, -2) + y, after):
+            raise CoterieError(
+                f"layer {index} does not simply add its MoE block's output to the hidden states before it, which the "
+                "published searches need; `condense --select least-squares` does not"
+            )
+        keep(Around(before.flatten(0, -2), x.flatten(0, -2), y, after))
+        advance(batch, output)
+
     with _inputs_of_norms(blocks.stream.layers[index]) as norms:
-
-        def enters(_: torch.nn.Module, args: tuple) -> None:
-            source = norms.get(args[0].data_ptr())
-            if source is not None:
-                before.append(source)
-            norms.clear()
-
-        def leaves(_: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-            x.append(args[0].flatten(0, -2))
-            y.append(output.flatten(0, -2))
-
-        handles = [module.register_forward_pre_hook(enters), module.register_forward_hook(leaves)]
+        handles = [
+            module.register_forward_pre_hook(lambda _, args: entered.append((norms.get(args[0].data_ptr()), args[0]))),
+            module.register_forward_hook(lambda _, args, output: left.append(output)),
+        ]
         try:
-            go(batches, blocks.walk, lambda batch, output: after.append(output.flatten(0, -2)))
+            go(batches, blocks.walk, through)
         finally:
             for handle in handles:
                 handle.remove()
-    plain = len(before) == len(y) and all(
-        torch.equal(b.flatten(0, -2) + r, a) for b, r, a in zip(before, y, after, strict=True)
-    )
-    if not plain:
-        raise CoterieError(
-            f"layer {index} does not simply add its MoE block's output to the hidden states before it, which the "
-            "published searches need; `condense --select least-squares` does not"
-        )
-    return Around(torch.cat([b.flatten(0, -2) for b in before]), torch.cat(x), torch.cat(y), torch.cat(after))
 
 
 @contextmanager
 def _inputs_of_norms(layer: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """Where an output of one of the layer's parts lies -> the input that it was made of."""
-    found: dict[int, torch.Tensor] = {}
+    """Where an output of one of the layer's parts lies -> the input that it was made of, in the batch that runs.
 
-    def note(_: torch.nn.Module, args: tuple, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
+    Hooks of the parts themselves would not do: a layer that runs twice (`streaming/replay.py`) calls them in the first
+    run, and its block's in the second, in which norms give out copies of what they computed.
+    """
+    found: dict[int, torch.Tensor] = {}
+    parts = set(layer.children())
+
+    def begin(module: torch.nn.Module, _: Any) -> None:
+        if module is layer:
+            found.clear()
+
+    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if module in parts and isinstance(output, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
             found[output.data_ptr()] = args[0]
 
-    handles = [child.register_forward_hook(note) for child in layer.children()]
+    handles = [register_module_forward_pre_hook(begin), register_module_forward_hook(note)]
     try:
         yield found
     finally:

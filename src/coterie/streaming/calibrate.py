@@ -145,13 +145,13 @@ class Stream:
 
     @torch.no_grad()
     def embed(
-        self, samples: Samples, tokens_per_batch: int = 2048, *, spill: Path | None = None, budget: int = IN_MEMORY
+        self, samples: Samples, tokens_per_batch: int = 2048, *, spill: Path | None = None, budget: int | None = None
     ) -> list[Batch]:
         """Token ids to the first layer's inputs; samples of equal length share batches.
 
-        When all activations (about five times the hidden states of all samples) exceed `budget` bytes, they go to
-        unnamed files in the folder `spill` (the system's temporary folder, which may be memory, unless given), which
-        has to have room for as much; results are the same bit for bit.
+        When all activations (about five times the hidden states of all samples) exceed `budget` bytes (`IN_MEMORY`
+        unless given), they go to unnamed files in the folder `spill` (the system's temporary folder, which may be
+        memory, unless given), which has to have room for as much; results are the same bit for bit.
         Raises: CoterieError for token ids that the model does not have, for models whose layers pass each other more
         than hidden states, and when the folder has too little room.
         """
@@ -165,7 +165,7 @@ class Stream:
             batch = Batch(*self._capture(ids, changed=False), rows)
             if not batches:
                 self._check_arguments(ids, batch.arguments)
-                places = _places(samples, batch.hidden, spill, budget)
+                places = _places(samples, batch.hidden, spill, IN_MEMORY if budget is None else budget)
             length = ids.shape[1]
             batch.arguments = arguments[length] = shared(batch.arguments, arguments.get(length, []))
             if places:
