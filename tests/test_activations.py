@@ -1,5 +1,6 @@
 """Stored tensors as torch has them, activations on disk, and experts read and run in pieces."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,12 +9,12 @@ import torch
 from torch.nn.functional import silu
 
 import tiny
-from coterie import moe
+from coterie import condense, drop, merge, moe, prune, sparsify
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_biases, expert_matrices
 from coterie.layer import Model
-from coterie.streaming import activations, tensors
+from coterie.streaming import activations, calibrate, tensors
 from coterie.streaming.activations import Batch, Routed, plain_walk, shared, weighted_sums
 from coterie.streaming.calibrate import Stream
 
@@ -297,3 +298,28 @@ def test_layers_take_what_pieces_give(tiny_checkpoint, monkeypatch):
     whole = run()
     monkeypatch.setattr(moe, "MOST_TOKENS", 3)
     torch.testing.assert_close(run(), whole)
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        (condense, {"layers": 1}),
+        (drop, {}),
+        (merge, {"method": "m-smoe"}),
+        (prune, {"method": "naee-greedy"}),
+        (sparsify, {"method": "wanda"}),
+    ],
+    ids=["condense", "drop", "merge", "prune", "sparsify"],
+)
+def test_verbs_put_large_activations_beside_out(tiny_checkpoint, tmp_path, monkeypatch, verb, options):
+    """Into the nearest folder that is there: OUT's own parent is not yet. They decide as they do in memory."""
+    file, folders, zeros = tmp_path / "texts.jsonl", set(), tensors.Maps.zeros
+    draw = np.random.default_rng(0)
+    given = [draw.integers(3, tiny.VOCABULARY, length).tolist() for length in (20, 9, 14, 11)]
+    file.write_text("\n".join(json.dumps({"input_ids": ids}) for ids in given))
+    inside = verb(tiny_checkpoint("qwen2_moe"), tmp_path / "inside", data=[f"x={file}"], **options)
+    monkeypatch.setattr(calibrate, "IN_MEMORY", 0)
+    monkeypatch.setattr(tensors.Maps, "zeros", lambda self, *args: folders.add(self.folder) or zeros(self, *args))
+    outside = verb(tiny_checkpoint("qwen2_moe"), tmp_path / "a" / "b" / "out", data=[f"x={file}"], **options)
+    assert folders == {tmp_path}
+    assert outside.plan == inside.plan

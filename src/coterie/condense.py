@@ -100,7 +100,7 @@ def condense(
         plan, findings = _size_plan(source, options, keep, target), dict[str, Any]()
         notes.append("a dry run computes sizes; which layers, experts and gates comes from data")
     else:
-        plan, findings = decide(source, options, keep, target, on_progress)
+        plan, findings = decide(source, options, keep, target, Path(out).parent, on_progress)
         notes += findings.pop("notes")
     if target:
         findings["converted"] = {"from": original.checkpoint.config["model_type"], "to": target}
@@ -242,9 +242,12 @@ def _announce(original: Model, source: Model, options: Options, keep: int) -> No
 
 
 def decide(
-    model: Model, options: Options, keep: int, target: str | None, on_progress: Progress
+    model: Model, options: Options, keep: int, target: str | None, spill: Path, on_progress: Progress
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan, and what was measured on the way: see `Decision.findings`."""
+    """The plan, and what was measured on the way: see `Decision.findings`.
+
+    spill: the folder for activations that are too large for memory.
+    """
     if options.layers == 0:
         return Plan({}, converted=target), {"notes": []}
     from coterie.condensing.decision import Decision
@@ -252,7 +255,8 @@ def decide(
     usual = OFFICIAL_SAMPLES if options.select == "official" else SAMPLES
     number = usual if options.samples is None else options.samples
     by_domain, notes = read_samples(model, options.data, samples=number, seq_len=options.seq_len, seed=options.seed)
-    decision = Decision(model, options, keep, [s for given in by_domain.values() for s in given], on_progress)
+    given = [s for samples in by_domain.values() for s in samples]
+    decision = Decision(model, options, keep, given, spill, on_progress)
     condensed, findings = decision.make()
     findings["calibration"] = {"samples": {name: len(given) for name, given in by_domain.items()}}
     plan = Plan({}, condensed={str(i): condensed[i] for i in sorted(condensed)}, converted=target)

@@ -27,7 +27,7 @@ from coterie.report import Progress, Report, Stopwatch, no_progress
 from coterie.saving import savable
 from coterie.streaming.samples import Data, compute_dtype, read_samples
 from coterie.writing.copying import check_io
-from coterie.writing.writer import check_out
+from coterie.writing.writer import check_out, existing
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def drop(
         plan = make_plan(source, options, candidates, target)
         notes = ["a dry run computes sizes; which layers go comes from data"]
     else:
-        order, found, notes = rank(source, options, candidates, on_progress)
+        order, found, notes = rank(source, options, candidates, Path(out).parent, on_progress)
         plan, findings = make_plan(source, options, order, target), findings | found
     check_kinds(source, plan)
     asked = vars(options) | {"data": {name: str(file) for name, file in files.items()}, "save": save}
@@ -187,9 +187,12 @@ def _anatomy(layer: torch.nn.Module) -> dict[str, Any]:
 
 
 def rank(
-    model: Model, options: Options, candidates: list[int], on_progress: Progress
+    model: Model, options: Options, candidates: list[int], spill: Path, on_progress: Progress
 ) -> tuple[list[int], dict[str, Any], list[str]]:
-    """(layers, most similar first; findings for the report; notes), from one pass of the model."""
+    """(layers, most similar first; findings for the report; notes), from one pass of the model.
+
+    spill: the folder for activations that are too large for memory.
+    """
     from coterie.condensing.always_on import Blocks, Work
 
     by_domain, notes = read_samples(
@@ -198,7 +201,8 @@ def rank(
     samples = [sample for given in by_domain.values() for sample in given]
     began, blocks = time.monotonic(), Blocks(model, compute_dtype(model, options.dtype))
     work = Work(sum(map(len, samples)), blocks.num_layers)
-    found = similarities(blocks, blocks.stream.embed(samples), options.unit, candidates, work, on_progress)
+    batches = blocks.stream.embed(samples, spill=existing(spill))
+    found = similarities(blocks, batches, options.unit, candidates, work, on_progress)
     order = sorted(found, key=lambda i: (-round(found[i], DIGITS), i))
     gone = make_plan(model, options, order, None)
     return order, {

@@ -24,7 +24,7 @@ from coterie.selecting import merging
 from coterie.selecting.criteria import Decision, Task
 from coterie.stats import MERGING, Stats, parse_weights
 from coterie.streaming.samples import Data
-from coterie.writing.writer import check_out
+from coterie.writing.writer import check_out, existing
 
 ROUTERS = ("mean", "alias")
 OURS = "--router alias: several router rows lead to one expert, which only `coterie.load` reads; stock software refuses"
@@ -172,11 +172,6 @@ def _measured(model: Model, options: Options, spill: Path, on_progress: Progress
         model, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
     )
     extra = [name for name in methods.load(options.method).SUMS if name in MERGING]
-    stats = measure(model, samples, dtype, on_progress, extra=extra, spill=_existing(spill))
+    stats = measure(model, samples, dtype, on_progress, extra=extra, spill=existing(spill))
     merging.check_sums(stats, options.method, str(model.checkpoint.path))
     return stats, [*notes, *stats.notes]
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there already."""
-    return next(place for place in (folder, *folder.resolve().parents) if place.is_dir())

@@ -194,7 +194,9 @@ def prune(
     source = Model.open(model)
     if options.fate != "remove":
         logger.warning(OURS)
-    plan, warnings, findings = decided(source, options, dry_run=dry_run, on_progress=on_progress)
+    plan, warnings, findings = decided(
+        source, options, dry_run=dry_run, spill=Path(out).parent, on_progress=on_progress
+    )
     return execute(
         source, plan, Path(out), command="prune", path=model,
         options=recorded, clock=clock, warnings=warnings, findings=findings, dry_run=dry_run, resume=resume,
@@ -333,9 +335,17 @@ def make_plan(
 
 
 def decided(
-    model: Model, options: Options, *, dry_run: bool = False, on_progress: Progress = no_progress
+    model: Model,
+    options: Options,
+    *,
+    dry_run: bool = False,
+    spill: Path | None = None,
+    on_progress: Progress = no_progress,
 ) -> tuple[Plan, tuple[str, ...], dict[str, Any]]:
-    """As `make_plan`, with what the decision found, for the report."""
+    """As `make_plan`, with what the decision found, for the report.
+
+    spill: the folder for activations that are too large for memory (default: the system's temporary folder).
+    """
     family, config = model.family, model.checkpoint.config
     groups, top_k, total = family.groups(config), family.num_experts_per_token(config), family.num_experts(config)
     if options.drop_mtp and not mtp_names(model):
@@ -351,7 +361,7 @@ def decided(
         task = clusters.Task(layers, options, uniform, floor, num_groups, dry_run)
         decision = _by_clusters(model, task, on_progress)
     else:
-        decision = _by_criterion(model, layers, options, uniform, num_groups, on_progress)
+        decision = _by_criterion(model, layers, options, uniform, num_groups, spill, on_progress)
     warnings = (*(_awkward(uniform, total) if remove else ()), *decision.notes)
     choices = decision.choices if remove else _routed(decision.choices, options.fate)
     plan = Plan(
@@ -422,7 +432,13 @@ def _awkward(count: int, before: int) -> tuple[str, ...]:
 
 
 def _by_criterion(
-    model: Model, layers: dict[MoE, Layer], options: Options, uniform: int, num_groups: int, on_progress: Progress
+    model: Model,
+    layers: dict[MoE, Layer],
+    options: Options,
+    uniform: int,
+    num_groups: int,
+    spill: Path | None,
+    on_progress: Progress,
 ) -> Decision:
     """The choices of any method but stun, by what it needs."""
     task = criteria.Task(layers, uniform, num_groups, options.weights)
@@ -430,7 +446,7 @@ def _by_criterion(
     if options.needs == "outputs":
         from coterie.selecting import reconstruct
 
-        return reconstruct.decide(model, task, options, stats, on_progress)
+        return reconstruct.decide(model, task, options, stats, spill, on_progress)
     if stats and options.stats:
         decision = criteria.decide_by_stats(task, options.method, stats, options.stats, no_guard=options.no_guard)
         said = _never_chosen(decision.choices, task, stats) if options.fate == "constant" else ()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.condensing.always_on import Blocks, Work
@@ -18,6 +19,7 @@ from coterie.plan import Condensed
 from coterie.report import Progress
 from coterie.streaming.calibrate import Batch
 from coterie.streaming.samples import compute_dtype
+from coterie.writing.writer import existing
 
 if TYPE_CHECKING:
     from coterie.condense import Options
@@ -31,8 +33,11 @@ HELD_OUT, MOST_HELD_OUT = 4, 16  # every 4th sample judges layers instead of fit
 class Decision:
     """One run's decisions about one model, and what they cost."""
 
-    def __init__(self, model: Model, options: Options, keep: int, samples: Samples, on_progress: Progress) -> None:
-        self.options, self.keep, self.on_progress = options, keep, on_progress
+    def __init__(
+        self, model: Model, options: Options, keep: int, samples: Samples, spill: Path, on_progress: Progress
+    ) -> None:
+        """spill: the folder for activations that are too large for memory."""
+        self.options, self.keep, self.spill, self.on_progress = options, keep, spill, on_progress
         self.blocks = Blocks(model, compute_dtype(model, options.dtype))
         self.indices = sorted(options.layer_ids or [int(block.key) for block in model.main])
         self.notes: list[str] = []
@@ -80,7 +85,7 @@ class Decision:
             self.seconds[kind] += time.monotonic() - began
 
     def _embed(self, samples: Samples) -> list[Batch]:
-        return self.blocks.stream.embed(samples)
+        return self.blocks.stream.embed(samples, spill=existing(self.spill))
 
     def _choose(self) -> Choice:
         """Experts and gates of every candidate layer, in the model as it is."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from coterie.stats import HALVES, Stats, agreement
 from coterie.streaming.activations import Batch, Routed, Walk, plain_walk
 from coterie.streaming.calibrate import Stream, advance
 from coterie.streaming.samples import compute_dtype, read_samples
+from coterie.writing.writer import existing
 
 if TYPE_CHECKING:
     from coterie.prune import Options
@@ -46,9 +48,12 @@ ALIKE = 1e-4  # of the largest weight: routing that is found again may round dif
 Kept = tuple[int, ...]
 
 
-def decide(model: Model, task: Task, options: Options, stats: Stats | None, on_progress: Progress) -> Decision:
+def decide(
+    model: Model, task: Task, options: Options, stats: Stats | None, spill: Path | None, on_progress: Progress
+) -> Decision:
     """The choices of a criterion of outputs, layer by layer, on the model as it is.
 
+    spill: the folder for activations that are too large for memory.
     Raises: CoterieError for more sets than the criterion tries, and for a model or data that cannot be measured.
     """
     method, num_groups = methods.load(options.method), task.num_groups
@@ -60,7 +65,7 @@ def decide(model: Model, task: Task, options: Options, stats: Stats | None, on_p
         model, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
     )
     trial = Trial(task, method, guarded)
-    measure(model, samples, options, trial, on_progress)
+    measure(model, samples, options, trial, on_progress, spill)
     notes += [UNMEASURED] if len(task.measured) < len(task.layers) else []
     notes += [] if stats else ["super experts are known from --stats alone: none is guarded"]
     budget = {
@@ -101,13 +106,19 @@ class Trial:
 
 @quiet_transformers()
 def measure(
-    model: Model, samples: dict[str, list[tuple[int, ...]]], options: Options, trial: Trial, on_progress: Progress
+    model: Model,
+    samples: dict[str, list[tuple[int, ...]]],
+    options: Options,
+    trial: Trial,
+    on_progress: Progress,
+    spill: Path | None = None,
 ) -> None:
     """Runs the model as it is over the samples; each MoE layer chooses once it is through."""
     dtype = compute_dtype(model, options.dtype)
     stream, blocks = Stream(model, dtype), {int(b.key): b for b in model.main}
     _check_size(model, sum(len(s) for given in samples.values() for s in given))
-    batches = stream.embed([s for given in samples.values() for s in given])
+    given = [s for given in samples.values() for s in given]
+    batches = stream.embed(given, spill=None if spill is None else existing(spill))
     tokens = Tokens.of(batches, samples, options.weights)
     for index, layer in enumerate(stream.layers):
         with stream.loaded(index) as go:

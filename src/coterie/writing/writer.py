@@ -86,6 +86,11 @@ class Source(Protocol):
     def stamps(self) -> dict[str, list[int]]: ...
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there already."""
+    return next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
+
+
 def check_out(out: Path, source: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuses an OUT that would destroy or swallow something. Raises: CoterieError."""
     if resume and overwrite:

@@ -24,7 +24,7 @@ from coterie.methods import sparsify as methods
 from coterie.methods.sparsify.select import check_pattern
 from coterie.plan import Plan
 from coterie.report import Progress
-from coterie.writing.writer import Writer
+from coterie.writing.writer import Writer, existing
 from coterie.zeroing import budget, linears
 from coterie.zeroing.kurtosis import Moments
 
@@ -135,7 +135,7 @@ class Calibration:
         self.samples = [sample for found in self.by_domain.values() for sample in found]
         self.digest = hashlib.sha256(repr(self.samples).encode()).hexdigest()
         self.stream: Stream = Stream(view, self.dtype)
-        self._spill = spill
+        self._spill = existing(spill)
         self._embedded: Any = self.embed(self.samples)  # now, since it refuses what cannot be streamed
 
     def embed(self, samples: Sequence[tuple[int, ...]]) -> Any:
