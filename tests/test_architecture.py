@@ -19,7 +19,7 @@ RANKS = [
     {"data", "numerics", "writing.copying"},
     {"checkpoint", "writing.journal"},
     {"family", "streaming.tensors", "sparse.format", "sparse.view"},
-    {"families"},
+    {"families", "own"},
     {"layer"},
     {"experts"},
     {

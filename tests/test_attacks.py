@@ -55,6 +55,8 @@ VERBS = {  # kind: name -> the command; X is the attack, OUT a name that does no
         "verify": "verify X",
         "eval": "eval X --data d=ROWS",
         "collect": "collect X OUT --samples 1 --data d=ROWS",
+        "generate": "generate X --prompt a --max-new-tokens 1",
+        "bench": "bench X --batch 1",
     },
 }
 HEAVY = ("data", "loaded")  # kinds whose commands load torch; verify does, too

@@ -19,6 +19,7 @@ from typing import Any
 from coterie.errors import CoterieError
 
 MAX_EXPERTS = 8192  # of a layer; some methods hold a number for every pair
+NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 
 
 @dataclass(frozen=True)
@@ -116,29 +117,6 @@ class Family:
         """The routed experts per layer, from the config. Raises: CoterieError when no key says."""
         return self._positive(config, self.count)
 
-    def layer_counts(self, config: dict[str, Any]) -> dict[str, int]:
-        """Layers with a count of their own, by key: only our own layout has them."""
-        found: Any = next((v for _, _, v in lookup(config, ("coterie.num_experts",))), {})
-        if not isinstance(found, dict) or not all(type(n) is int and 0 < n <= MAX_EXPERTS for n in found.values()):
-            raise CoterieError(f"config.json: coterie.num_experts must map layers to counts, found {found!r:.80}")
-        return found
-
-    def layer_routes(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Layers whose router has rows that lead to no expert, or to a common one: by key, the stored expert of every
-        row, -1 for none. Only our own layout has them. Raises: CoterieError for anything else."""
-        found: Any = next((v for _, _, v in lookup(config, ("coterie.routes",))), {})
-        counts = self.layer_counts(config)
-        if not isinstance(found, dict):
-            raise CoterieError(f"config.json: coterie.routes must map layers to lists, found {found!r:.80}")
-        for key, row in found.items():
-            fits = isinstance(row, list) and 0 < len(row) <= MAX_EXPERTS and all(type(i) is int for i in row)
-            if not fits or key not in counts or set(row) - {-1} != set(range(counts[key])):
-                raise CoterieError(
-                    "config.json: coterie.routes must give, by layer, a stored expert (each at least once) or -1 for "
-                    f"every router row; found {row!r:.80} for layer {key!r:.20}"
-                )
-        return {key: tuple(row) for key, row in found.items()}
-
     def num_experts_per_token(self, config: dict[str, Any]) -> int:
         """Top-k. Raises: CoterieError when no key says."""
         return self._positive(config, self.top_k)
@@ -181,6 +159,14 @@ def lookup(config: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str,
                 holder = holder.get(part) if isinstance(holder, dict) else None
             if isinstance(holder, dict) and last in holder:
                 yield key, holder, holder[last]
+
+
+def num_layers(config: dict[str, Any]) -> int:
+    """Decoder layers, from the config. Raises: CoterieError when no key says."""
+    found = next((v for _, _, v in lookup(config, NUM_LAYERS) if type(v) is int), None)
+    if found is None:
+        raise CoterieError(f"config.json: none of the keys {', '.join(NUM_LAYERS)}; expected the number of layers")
+    return found
 
 
 @cache

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.family import Family, Layout, detect, lookup
+from coterie.family import NUM_LAYERS, Family, Layout, detect, lookup
+from coterie.own import OwnLayout, own_layout
 from coterie.sparse.view import is_sparse
 
 if TYPE_CHECKING:
@@ -83,13 +84,14 @@ def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
     if is_sparse(checkpoint):
         raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
     found: list[MoE] = []
+    own = own_layout(checkpoint.config)
     roles: dict[str, str] = {}
     for prefix, names in _by_layer(checkpoint).items():
         blocks = []
         for attention, layouts in ((False, family.layouts), (True, family.attention)):
             layout = _layout(layouts, names) if prefix else None
             if layout:
-                blocks.append(_block(checkpoint, family, prefix, layout, names, attention))
+                blocks.append(_block(checkpoint, family, own, prefix, layout, names, attention))
                 _check_block(checkpoint, blocks[-1])
         roles |= _claim(family, blocks, names)
         found += blocks
@@ -156,6 +158,7 @@ def _order(key: str) -> int:
 def _block(
     checkpoint: Checkpoint,
     family: Family,
+    own: OwnLayout,
     prefix: str,
     layout: Layout,
     names: dict[str, str],
@@ -165,8 +168,7 @@ def _block(
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
     mtp = is_mtp(prefix + "x", checkpoint.config)
     key = f"mtp.{index}" if MTP.search(prefix) else str(index)
-    counts, routes = family.layer_counts(checkpoint.config), family.layer_routes(checkpoint.config)
-    num_experts = counts[key] if key in counts else family.num_experts(checkpoint.config)
+    num_experts = own.counts[key] if key in own.counts else family.num_experts(checkpoint.config)
     numbered = re.compile(re.escape(layout.experts) + r"(\d{1,6})\.(.+)", re.DOTALL)
     experts: list[dict[str, str]] = [{} for _ in range(num_experts)]
     fused, shared, whole = [], [], []
@@ -197,8 +199,8 @@ def _block(
         fused=tuple(fused),
         shared=tuple(shared),
         whole=tuple(whole),
-        routes=() if attention else routes.get(key, ()),
-        constants=names.get(f"{layout.experts}{CONSTANTS}") if key in routes and not attention else None,
+        routes=() if attention else own.routes.get(key, ()),
+        constants=names.get(f"{layout.experts}{CONSTANTS}") if key in own.routes and not attention else None,
     )
 
 
@@ -268,7 +270,7 @@ def is_mtp(name: str, config: dict[str, Any]) -> bool:
     if MTP.search(name):
         return True
     match = LAYER.fullmatch(name)
-    num_layers = next((v for _, _, v in lookup(config, ("num_hidden_layers", "n_layers", "num_layers"))), 0)
+    num_layers = next((v for _, _, v in lookup(config, NUM_LAYERS)), 0)
     return match is not None and type(num_layers) is int and 0 < num_layers <= int(match["index"])
 
 

@@ -8,6 +8,7 @@ stored) is built from stock layers here.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -19,9 +20,11 @@ from typing import Any
 
 from coterie.checkpoint import Checkpoint, load_json, resolve
 from coterie.errors import CoterieError
-from coterie.family import detect, lookup
+from coterie.family import detect, lookup, num_layers
 from coterie.layer import LAYER, MoE, find_blocks, is_mtp
+from coterie.own import OWN, OwnLayout, is_own, own_layout
 
+FLOATS = ("float64", "float32", "bfloat16", "float16")  # what a model can be loaded as
 WIDTHS = ("hidden_size", "d_model", "vocab_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
 
@@ -58,6 +61,19 @@ def quiet_transformers() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def guarded(where: object, what: str, advice: str = "") -> Iterator[None]:
+    """Keeps transformers quiet, and makes a CoterieError of all that it raises: a checkpoint can provoke anything."""
+    try:
+        with quiet_transformers():
+            yield
+    except CoterieError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.400}"
+        raise CoterieError(f"{where}: transformers {what} ({reason}){advice}") from error
+
+
 def load(path: str | Path, *, dtype: str = "auto") -> Any:
     """The causal language model in a folder or on the hub, on the GPU if there is one.
 
@@ -78,7 +94,7 @@ def load(path: str | Path, *, dtype: str = "auto") -> Any:
 def is_ours(folder: Path) -> bool:
     """Whether a checkpoint is in our own layout, which stock transformers refuses by its model type."""
     config = folder / "config.json"
-    return config.is_file() and load_json(config).get("model_type") == "coterie"
+    return config.is_file() and is_own(load_json(config))
 
 
 def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, list[str]]]:
@@ -86,74 +102,100 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
 
     Raises: CoterieError when transformers does not load it at all.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     config = load_json(folder / "config.json")
     check_sizes(Checkpoint.open(folder))
-    architectures = config.get("architectures") or [""]
-    multimodal = str(architectures[0]).endswith("ForConditionalGeneration")
-    auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    try:
-        with quiet_transformers():
-            model, info = auto.from_pretrained(
-                str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-                use_safetensors=True, trust_remote_code=False, **how,
-            )  # fmt: skip
-    except Exception as error:  # a checkpoint can provoke anything in there
-        raise CoterieError(f"{folder}: transformers cannot load it: {type(error).__name__}: {error!s:.500}") from error
+    with guarded(folder, "cannot load it"):
+        model, info = auto_class(config).from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            use_safetensors=True, trust_remote_code=False, **how,
+        )  # fmt: skip
     faults = {kind: sorted(k if isinstance(k, str) else str(k[0]) for k in keys) for kind, keys in info.items()}
     faults["unexpected_keys"] = [k for k in faults.get("unexpected_keys", []) if not is_mtp(k, config)]
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
 
 
-@quiet_transformers()
+def auto_class(config: dict[str, Any]) -> Any:
+    """The library's own choice of model classes that a checkpoint is one of."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    return AutoModelForImageTextToText if str(first).endswith("ForConditionalGeneration") else AutoModelForCausalLM
+
+
 def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
     """A model whose layers keep different numbers of experts, or dense MLPs instead, and the keys that did not fit.
 
     The weights are read by the library's own loader.
+    Raises: CoterieError for a config that is not as we write it, and for all that the library raises.
     """
+    checkpoint = Checkpoint.open(path)
+    own, wanted = own_layout(checkpoint.config), _wanted(checkpoint, dtype)
+    routed = _routed_blocks(checkpoint, own)
+    with guarded(path, "cannot load it"):
+        model = _empty_ours(checkpoint, own, wanted)
+        slices = _slices(checkpoint)
+        constants = {block.key: slices.pop(block.constants)[:].to(wanted) for block in routed if block.constants}
+        faults = _fill(model, slices, wanted, checkpoint.config)
+        for block in routed:
+            _route(model, block, constants.get(block.key))
+    return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
+
+
+def _wanted(checkpoint: Checkpoint, dtype: str) -> Any:
+    """The dtype of that name; for "auto", what the config names. Raises: CoterieError for one that no model has."""
     import torch
+
+    said = next((v for _, _, v in lookup(checkpoint.config, ("dtype", "torch_dtype")) if v is not None), "float32")
+    name = said if dtype == "auto" else dtype
+    if name not in FLOATS:
+        raise CoterieError(f"{checkpoint.path}: dtype {name!r:.60}; expected one of {', '.join(FLOATS)}")
+    return getattr(torch, name)
+
+
+def _slices(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Every tensor, opened by the library's own reader."""
     from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for shard in checkpoint.shards:
+        file = safe_open(str(checkpoint.path / shard), "pt")
+        found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _fill(model: Any, slices: dict[str, Any], dtype: Any, config: dict[str, Any]) -> dict[str, list[str]]:
+    """Reads the weights into an empty model; what did not fit by kind."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    checkpoint = Checkpoint.open(path)
-    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-    wanted = getattr(torch, str(stored if dtype == "auto" else dtype))
-    model, routed = _empty_ours(checkpoint, wanted), _routed_blocks(checkpoint)
-    slices: dict[str, Any] = {}
-    for shard in checkpoint.shards:
-        file = safe_open(str(checkpoint.path / shard), "pt")
-        slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    constants = {block.key: slices.pop(block.constants)[:].to(wanted) for block in routed if block.constants}
     mapping: Any = get_model_conversion_mapping(model)
-    how = LoadStateDictConfig(weight_mapping=mapping, dtype=wanted, device_map={"": "cpu"})
+    how = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype, device_map={"": "cpu"})
     info, _ = convert_and_load_state_dict_in_model(model, slices, how, None)
     model.tie_weights()
-    faults = {
+    return {
         "missing_keys": sorted(n for n, p in model.named_parameters() if p.is_meta),
-        "unexpected_keys": sorted(k for k in map(str, info.unexpected_keys) if not is_mtp(k, checkpoint.config)),
+        "unexpected_keys": sorted(k for k in map(str, info.unexpected_keys) if not is_mtp(k, config)),
         "mismatched_keys": sorted(map(str, info.mismatched_keys)),
         "conversion_errors": sorted(map(str, info.conversion_errors)),
     }
-    for block in routed:
-        _route(model, block, constants.get(block.key))
-    return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
 
 
-def _routed_blocks(checkpoint: Checkpoint) -> list[MoE]:
+def _routed_blocks(checkpoint: Checkpoint, own: OwnLayout) -> list[MoE]:
     """The blocks whose router knows more experts than are stored."""
-    family = detect(checkpoint.config)
-    if not family.layer_routes(checkpoint.config):
-        return []
-    return [block for block in find_blocks(checkpoint, family).main if block.routes]
+    found = find_blocks(checkpoint, detect(checkpoint.config)).main if own.routes else []
+    return [block for block in found if block.routes]
 
 
 def _route(model: Any, block: MoE, constants: Any) -> None:
     """Leads what the block's router chooses to what is stored."""
     from coterie.routed import install
 
+    hidden = model.config.get_text_config().hidden_size
+    if constants is not None and constants.shape[1:] != (hidden,):
+        found = list(constants.shape)
+        raise CoterieError(f"tensor {block.constants!r}: shape {found}; expected rows of {hidden} values")
     install(model.get_decoder().layers[int(block.key)], block.routes, constants, block.name)
 
 
@@ -163,17 +205,10 @@ def check_routable(checkpoint: Checkpoint, keys: list[str]) -> None:
     Builds the model without its weights.
     """
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     from coterie.routed import shrink
 
-    try:
-        with quiet_transformers(), init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(stock_config(checkpoint.config), dtype=torch.float32)
-    except Exception as error:  # a config can provoke anything in there
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
-        raise CoterieError(f"{checkpoint.path}: transformers does not build it ({reason}); remove experts") from error
+    model = empty_stock(checkpoint, torch.float32, advice="; remove experts")
     layers = getattr(model.get_decoder(), "layers", ())
     for key in keys:
         if int(key) >= len(layers):
@@ -181,37 +216,45 @@ def check_routable(checkpoint: Checkpoint, keys: list[str]) -> None:
         shrink(layers[int(key)], 1, f"layer {key}")
 
 
-def _empty_ours(checkpoint: Checkpoint, dtype: Any) -> Any:
+def empty_stock(checkpoint: Checkpoint, dtype: Any, config: dict[str, Any] | None = None, *, advice: str = "") -> Any:
+    """transformers' model with its parameters on the meta device. Buffers are real: rotary ones are computed, not
+    loaded. By `config`, of the same sizes, or the checkpoint's own.
+
+    Raises: CoterieError for sizes that no file here has, and when transformers does not build it.
+    """
+    from accelerate import init_empty_weights
+
+    check_sizes(checkpoint)
+    said = checkpoint.config if config is None else config
+    with guarded(checkpoint.path, "does not build it", advice), init_empty_weights(include_buffers=False):
+        return auto_class(said).from_config(stock_config(said), dtype=dtype)
+
+
+def _empty_ours(checkpoint: Checkpoint, own: OwnLayout, dtype: Any) -> Any:
     """The model of our own layout on the meta device: each layer from a stock model of as many experts as its router
     knows, with room for those that are stored, and with a dense MLP in the place of a condensed block."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     from coterie.condensing.standin import replace_block
     from coterie.routed import shrink
 
-    layout, family = checkpoint.config["coterie"], detect(checkpoint.config)
-    stored, routes = family.layer_counts(checkpoint.config), family.layer_routes(checkpoint.config)
-    counts = {int(key): len(routes.get(key, ())) or n for key, n in stored.items() if key.isdigit()}
+    family = detect(checkpoint.config)
 
     def empty(num_experts: int) -> Any:
-        plain = {k: v for k, v in checkpoint.config.items() if k not in ("coterie", "model_type")}
+        plain = copy.deepcopy({k: v for k, v in checkpoint.config.items() if k != OWN}) | {"model_type": own.model_type}
         for key, holder, value in list(lookup(plain, family.count)):
             if value is not None and num_experts:
                 holder[key.rpartition(".")[2]] = num_experts
-        with init_empty_weights(include_buffers=False):
-            config = stock_config(plain | {"model_type": layout["model_type"]})
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return empty_stock(checkpoint, dtype, plain)
 
-    models = {n: empty(n) for n in set(counts.values()) or {0}}  # 0: as the config says, where no layer has experts
+    rows = {int(key): len(own.routes.get(key, ())) or n for key, n in own.counts.items() if key.isdecimal()}
+    rows = {index: n for index, n in rows.items() if index < num_layers(checkpoint.config)}  # the others: prediction
+    models = {n: empty(n) for n in set(rows.values()) or {0}}  # 0: as the config says, where no layer has experts
     model = models[max(models)]
     layers = model.get_decoder().layers
-    for index, n in counts.items():
-        if index < len(layers):
-            layers[index] = models[n].get_decoder().layers[index]
-    for key in routes:
-        shrink(layers[int(key)], stored[key], f"{checkpoint.path}: layer {key}")
-    for key, width in layout.get("dense", {}).items():
+    for index, n in rows.items():
+        layers[index] = models[n].get_decoder().layers[index]
+    for key in own.routes:
+        shrink(layers[int(key)], own.counts[key], f"{checkpoint.path}: layer {key}")
+    for key, width in own.dense.items():
         hidden = model.config.get_text_config().hidden_size
         replace_block(layers[int(key)], hidden, width, dtype, f"{checkpoint.path}: layer {key}")
     return model

@@ -18,6 +18,7 @@ from coterie.checkpoint import Checkpoint, load_json
 from coterie.errors import CoterieError
 from coterie.family import detect
 from coterie.layer import Model, find_blocks
+from coterie.own import is_own
 from coterie.plan import Plan, to_json
 from coterie.report import Progress, Report, Stopwatch, model_card, no_progress, versions
 from coterie.sparse import format as fmt
@@ -238,7 +239,7 @@ def _check_dense(checkpoint: Checkpoint) -> None:
         raise CoterieError(f"{checkpoint.path}: is packed already")
     if checkpoint.config.get("quantization_config"):
         raise CoterieError(f"{checkpoint.path}: is quantised; expected plain floats: dequantise it first")
-    if checkpoint.config.get("model_type") == "coterie":
+    if is_own(checkpoint.config):
         raise CoterieError(
             f"{checkpoint.path}: is in our own layout (layers that no stock config describes), which cannot be packed"
         )

@@ -20,6 +20,7 @@ from coterie.errors import CoterieError
 from coterie.experts import expert_shapes
 from coterie.family import lookup
 from coterie.layer import CONSTANTS, Model, MoE, expert_names
+from coterie.own import own_section
 from coterie.plan import Choice, Plan
 from coterie.stats import Stats, mean
 from coterie.writing.writer import Made, Output
@@ -91,10 +92,7 @@ def say_routes(config: dict[str, Any], model: Model, plan: Plan) -> None:
         return
     blocks = [b for b in model.moe if not b.attention and not (b.mtp and plan.drop_mtp)]
     stored = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in blocks}
-    model_type = next(v for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if isinstance(v, str))
-    ours = {"format": 1, "model_type": model_type, "num_experts": stored, "routes": routes}
-    config["coterie"] = config.get("coterie", {}) | ours
-    config["model_type"] = "coterie"
+    own_section(config, num_experts=stored, routes=routes)
 
 
 # --- constants ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from attacks.headers import hollow
 from coterie.reference_model import MODEL
 
 HUGE = 10**4000
+LOADING = ("eval", "generate", "bench")  # the verbs that load a model whole
 
 
 add_all(
@@ -121,6 +122,54 @@ add_all(
         "activation-unknown": ("An activation that does not exist.", loading(hidden_act="os.system")),
     },
 )
+OWN = {"format": 1, "model_type": "qwen2_moe", "num_experts": {}}
+
+
+def own_layout(section: Any = OWN, **changes: Any) -> Any:
+    """The shipped model in our own layout."""
+    return loading(model_type="coterie", **({} if section is None else {"coterie": section}), **changes)
+
+
+add_all(
+    "loaded",
+    {
+        "own-layout-missing": ("Our own layout by the model type alone.", own_layout(None)),
+        "own-layout-stranger": (
+            "Our own layout of a model type that is a list.",
+            own_layout(OWN | {"model_type": [1]}),
+        ),
+        "own-layout-dense-beyond": ("A dense layer beyond the model's.", own_layout(OWN | {"dense": {"99": 4}})),
+        "own-layout-dense-list": ("Dense layers that are a list.", own_layout(OWN | {"dense": []})),
+        "own-layout-dense-wide": ("A dense layer 10^15 wide.", own_layout(OWN | {"dense": {"0": 10**15}})),
+        "own-layout-routes-beyond": (
+            "Routes of a layer beyond the model's.",
+            own_layout(OWN | {"num_experts": {"99": 1}, "routes": {"99": [0, -1]}}),
+        ),
+        "own-layout-huge": (
+            "Our own layout of ten million layers.",
+            own_layout(num_hidden_layers=10**7, layer_types=None),
+        ),
+        "own-layout-hidden": ("Our own layout of a hidden size of 10^9.", own_layout(hidden_size=10**9)),
+        "own-layout-activation": (
+            "Our own layout, with an activation that does not exist.",
+            own_layout(hidden_act="os.system"),
+        ),
+    },
+)
+add_all(
+    "loaded",
+    {
+        "own-layout-dtype": ("Our own layout in a dtype that is no dtype.", own_layout(dtype="__builtins__")),
+    },
+    "verify",
+)  # which loads it as float32
+add_all(
+    "loaded",
+    {
+        "own-layout-stray": ("A section of our own layout beside a stock model type.", loading(coterie=OWN)),
+    },
+    *LOADING,
+)  # by the library, which sees a stock model
 add_all(
     "loaded",
     {
@@ -137,13 +186,13 @@ add_all(
         "dtype-escapes": ("A dtype that is no dtype.", loading(dtype="__builtins__")),
     },
     "verify",
-    "eval",
     "collect",
+    *LOADING,
 )  # the weights say what they are
 CODE = "import os\nos.mkdir('PWNED')\nclass Config: pass\nclass Model: pass\n"
 
 
-@attack("loaded", "Code beside the weights, which the config asks to run.", "verify", "eval", "collect", "prune")
+@attack("loaded", "Code beside the weights, which the config asks to run.", "verify", "collect", *LOADING)
 def remote_code(folder: Path) -> Path:
     auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     model = reference(folder, auto_map=auto)
@@ -159,6 +208,6 @@ def remote_code_alone(folder: Path) -> Path:
     return model
 
 
-@attack("loaded", "Attention by a kernel that would be downloaded and run.", "verify", "eval", "collect", "prune")
+@attack("loaded", "Attention by a kernel that would be downloaded and run.", "verify", "collect", *LOADING)
 def remote_kernel(folder: Path) -> Path:
     return reference(folder, attn_implementation="owner/kernel", _attn_implementation="owner/kernel")

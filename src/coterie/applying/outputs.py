@@ -19,6 +19,7 @@ from coterie.experts import expert_weights
 from coterie.family import lookup
 from coterie.layer import Model, MoE, expert_axis, find_blocks, mtp_names
 from coterie.merging import Members, mean
+from coterie.own import OWN, own_layout, own_section
 from coterie.plan import Choice, Plan
 from coterie.routes import (
     constants_output,
@@ -174,13 +175,14 @@ def patched_config(model: Model, plan: Plan) -> dict[str, Any]:
     for key, holder, value in list(lookup(config, model.family.count)):
         if value is not None and kept:
             holder[key.rpartition(".")[2]] = max(kept.values())
-    if len(set(kept.values())) > 1:
-        # Loud in stock software: an unknown model type, not a model with random weights.
-        model_type = next(v for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if isinstance(v, str))
-        config["coterie"] = {"format": 1, "model_type": model_type, "num_experts": kept}
-        config["model_type"] = "coterie"
+    own = own_layout(config)
+    if len(set(kept.values())) > 1 or own.dense or own.routes:
+        own_section(config, num_experts=kept)
+    elif own.model_type:  # a stock config can say it again
+        config["model_type"] = own.model_type
+        del config[OWN]
     say_routes(config, model, plan)
-    patch_dense(config, model, plan)
+    patch_dense(config, model, plan, kept)
     patch_dropped(config, model, plan)
     return config
 

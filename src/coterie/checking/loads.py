@@ -8,6 +8,7 @@ from coterie.checking.files import Answer, first
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.family import detect
+from coterie.own import is_own, own_layout
 from coterie.sparse.view import CLOSED, DenseView
 
 ALIGNMENT = 64  # bytes, of what torch allocates
@@ -16,12 +17,12 @@ ALIGNMENT = 64  # bytes, of what torch allocates
 def check_loads(out: Checkpoint) -> Answer:
     """Stock transformers fills its model from OUT exactly: nothing missing, unexpected or of another shape."""
     short = float32_short(out)
-    if _is_ours(out):
-        model = None if short else _own_model(out)
+    if is_own(out.config):
+        own, model = own_layout(out.config), None if short else _own_model(out)
         kind = "condensed layers in a family without dense ones"
-        if not out.config["coterie"].get("dense"):
+        if not own.dense:
             kind = "layers keep different numbers of experts"
-        if out.config["coterie"].get("routes"):
+        if own.routes:
             kind = "routers keep rows that lead to no expert of their own"
         return True, f"not loaded: {kind}, which only `coterie.load` reads", model
     family = detect(out.config, list(out.tensors))
@@ -42,10 +43,6 @@ def check_loads(out: Checkpoint) -> Answer:
         return False, "; ".join(f"{kind.replace('_', ' ')}: {first(keys)}" for kind, keys in faults.items()), None
     fits = f"{type(model).__name__}: no key missing, unexpected or of another shape"
     return True, fits + (f"; values were not read ({short})" if short else ""), None if short else model
-
-
-def _is_ours(out: Checkpoint) -> bool:
-    return out.config.get("model_type") == "coterie"
 
 
 def float32_short(checkpoint: Checkpoint) -> str:

@@ -14,21 +14,18 @@ import numpy as np
 from coterie.checkpoint import Checkpoint, Tensor
 from coterie.condensing.folding import DOWN, UP, check_condensed, folded, is_inside, natural_width, weights
 from coterie.errors import CoterieError
-from coterie.family import GATED, Dense, lookup
+from coterie.family import GATED, NUM_LAYERS, Dense, lookup
+from coterie.family import num_layers as layers_of
 from coterie.layer import Model, MoE, expert_names
 from coterie.numerics import encode
+from coterie.own import is_own, own_layout, own_section
 from coterie.plan import Condensed, Plan
 from coterie.writing.writer import Made, Output, Run
-
-NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 
 
 def num_layers(model: Model) -> int:
     """Decoder layers, from the config. Raises: CoterieError when no key says."""
-    found = next((v for _, _, v in lookup(model.checkpoint.config, NUM_LAYERS) if type(v) is int), None)
-    if found is None:
-        raise CoterieError(f"config.json: none of the keys {', '.join(NUM_LAYERS)}; expected the number of layers")
-    return found
+    return layers_of(model.checkpoint.config)
 
 
 def dense_layers(model: Model, plan: Plan) -> list[int]:
@@ -40,7 +37,7 @@ def dense_layers(model: Model, plan: Plan) -> list[int]:
 def is_stock(model: Model, plan: Plan) -> bool:
     """Whether the family's stock config can say which layers the plan leaves dense."""
     dense, layers = model.family.dense, dense_layers(model, plan)
-    if dense is None or model.checkpoint.config.get("model_type") == "coterie":
+    if dense is None or is_own(model.checkpoint.config):
         return False
     return dense.kind != "prefix" or layers == list(range(len(layers)))
 
@@ -130,24 +127,15 @@ def _num_bytes(shape: tuple[int, int], like: Tensor) -> int:
     return shape[0] * shape[1] * like.num_bytes // like.num_parameters
 
 
-def patch_dense(config: dict[str, Any], model: Model, plan: Plan) -> None:
-    """Says in `config` (in place) which layers are dense now, and how wide."""
+def patch_dense(config: dict[str, Any], model: Model, plan: Plan, counts: dict[str, int]) -> None:
+    """Says in `config` (in place) which layers are dense now, and how wide. `counts`: experts of the other layers."""
     wanted = widths(model, plan)
     if not wanted:
         return
     if is_stock(model, plan):
         _say_dense(config, model, plan, next(iter(wanted.values())))
         return
-    if config.get("model_type") != "coterie":
-        left = [b for b in model.moe if not b.attention and b.key not in wanted]
-        config["coterie"] = {
-            "format": 1,
-            "model_type": next(v for _, _, v in lookup(config, ("model_type",)) if isinstance(v, str)),
-            "num_experts": {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in left},
-        }
-        config["model_type"] = "coterie"
-    config["coterie"]["num_experts"] = {k: n for k, n in config["coterie"]["num_experts"].items() if k not in wanted}
-    config["coterie"]["dense"] = config["coterie"].get("dense", {}) | wanted
+    own_section(config, num_experts=counts, dense=own_layout(config).dense | wanted)
 
 
 def _say_dense(config: dict[str, Any], model: Model, plan: Plan, width: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from coterie.condensing.dense import NUM_LAYERS, num_layers
+from coterie.condensing.dense import num_layers
 from coterie.errors import CoterieError
-from coterie.family import lookup
+from coterie.family import NUM_LAYERS, lookup
 from coterie.layer import LAYER, Model
+from coterie.own import renumber
 from coterie.plan import Plan
 from coterie.writing.writer import Output, Run
 
@@ -75,6 +76,7 @@ def patch_dropped(config: dict[str, Any], model: Model, plan: Plan) -> None:
     for key, holder, value in list(lookup(config, LEADING)):
         if type(value) is int:
             holder[key] = sum(i < value for i in left)
+    renumber(config, plan.dropped)
 
 
 def _cut_lists(holder: dict[str, Any], left: list[int], total: int) -> None:

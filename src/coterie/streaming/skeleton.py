@@ -16,7 +16,7 @@ import torch
 from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.loading import check_sizes, quiet_transformers, stock_config
+from coterie.loading import empty_stock, guarded, quiet_transformers
 from coterie.streaming.opened import open_experts
 from coterie.streaming.tensors import Maps, read, trim
 
@@ -30,25 +30,11 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     Raises: CoterieError when transformers does not build it.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    check_sizes(checkpoint)
-    architectures = checkpoint.config.get("architectures") or [""]
-    multimodal = str(architectures[0]).endswith("ForConditionalGeneration")
-    auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    try:
-        config = stock_config(checkpoint.config)
-        # Buffers are real: rotary ones are computed, not loaded.
-        with quiet_transformers(), init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, dtype=dtype)
-            open_experts(model)
+    advice = f", so it cannot be calibrated; {NO_DATA}"
+    model = empty_stock(checkpoint, dtype, advice=advice)
+    open_experts(model)
+    with guarded(checkpoint.path, "does not take our experts", advice):
         model.set_experts_implementation(moe.IMPLEMENTATION)
-    except Exception as error:  # a config can provoke anything in there
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
-        raise CoterieError(
-            f"{checkpoint.path}: transformers does not build it ({reason}), so it cannot be calibrated; {NO_DATA}"
-        ) from error
     return model.eval()
 
 

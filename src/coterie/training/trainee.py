@@ -8,11 +8,10 @@ from typing import Any
 
 from coterie.applying.outputs import whole
 from coterie.checkpoint import Checkpoint, load_json
-from coterie.condensing.dense import NUM_LAYERS
 from coterie.condensing.folding import FOLDABLE, shared_names
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
-from coterie.family import GATED, detect, lookup, registry
+from coterie.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.layer import LAYER, Model, MoE, find_blocks
 from coterie.plan import Plan, read_plan
 from coterie.writing.writer import Output
