@@ -129,7 +129,7 @@ def test_equal_counts_are_stock_again(tiny_checkpoint, tmp_path):
     apply(tmp_path / "unequal", kept(4, 4, 4, 4), tmp_path / "out")
     assert section_of(tmp_path / "out") is None
     assert load_stock(tmp_path / "out", "float32")[1] == {}
-    assert verify(tmp_path / "out")["ok"]
+    assert verify(tmp_path / "out", against=tmp_path / "unequal")["ok"]
 
 
 def test_dense_layers_outlive_a_second_plan(tiny_checkpoint, tmp_path):

@@ -18,7 +18,10 @@ def check_loads(out: Checkpoint) -> Answer:
     """Stock transformers fills its model from OUT exactly: nothing missing, unexpected or of another shape."""
     short = float32_short(out)
     if is_own(out.config):
-        own, model = own_layout(out.config), None if short else _own_model(out)
+        own = own_layout(out.config)
+        model, faults = (None, {}) if short else load_float32(out)
+        if faults:
+            raise CoterieError(f"the weights do not fit the config: {first(next(iter(faults.values())))}")
         kind = "condensed layers in a family without dense ones"
         if not own.dense:
             kind = "layers keep different numbers of experts"
@@ -53,10 +56,18 @@ def float32_short(checkpoint: Checkpoint) -> str:
 
 
 def load_float32(checkpoint: Checkpoint, device: str = "cpu") -> tuple[Any, dict[str, list[str]]]:
-    """The stock model in float32, and what did not fit by kind; on the device "meta", names and shapes alone."""
-    from coterie.loading import load_stock
+    """The model in float32, and what did not fit by kind; of a stock one on the device "meta", names and shapes alone.
 
-    model, faults = load_stock(checkpoint.path, "float32", device_map=device, experts_implementation="eager")
+    The experts computation is the same for stock models and for our own layout.
+    """
+    from coterie.loading import load_ours, load_stock
+
+    if is_own(checkpoint.config):
+        model, faults = load_ours(checkpoint.path, "float32")
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")
+    else:
+        model, faults = load_stock(checkpoint.path, "float32", device_map=device, experts_implementation="eager")
     _align(model)
     return model, faults
 
@@ -67,16 +78,3 @@ def _align(model: Any) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
-
-
-def _own_model(out: Checkpoint) -> Any:
-    """A model in our own layout, with the same experts computation as `_load`'s."""
-    from coterie.loading import load_ours
-
-    model, faults = load_ours(out.path, "float32")
-    if faults:
-        raise CoterieError(f"the weights do not fit the config: {first(next(iter(faults.values())))}")
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-    _align(model)
-    return model
