@@ -10,12 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.collect import check_out
-from coterie.errors import CoterieError
 from coterie.experts import Experts, expert_shapes, read_layer
 from coterie.layer import Model
 from coterie.report import Progress, Stopwatch, no_progress, versions
 from coterie.streaming.samples import Data, compute_dtype, read_samples
+from coterie.writing.file import check_new_file, write_whole
 
 if TYPE_CHECKING:
     from coterie.layer import MoE
@@ -69,7 +68,7 @@ def analyze(
     """
     clock = Stopwatch()
     if out is not None:
-        check_out(Path(out), overwrite)
+        check_new_file(Path(out), overwrite)
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, data, samples=samples, seq_len=seq_len, seed=seed)
@@ -88,7 +87,9 @@ def analyze(
         **clock.read(),
     }
     if out is not None:
-        _write(result, Path(out))
+        from coterie.looking.shown import shown
+
+        write_whole(Path(out), lambda partial: partial.write_text(shown(result), encoding="utf-8"))
     return result
 
 
@@ -152,17 +153,3 @@ def _notes(source: Model, layers: list[dict[str, Any]]) -> list[str]:
     if any(entry["norms"]["score_norm"] is None for entry in layers):
         notes.append("some routers' logits could not be seen: what needs scores of experts not chosen is left out")
     return notes
-
-
-def _write(result: dict[str, Any], out: Path) -> None:
-    """The page; its name is absent, as it was, or complete."""
-    from coterie.looking.shown import shown
-
-    partial = out.with_name(out.name + ".partial")
-    try:
-        partial.write_text(shown(result), encoding="utf-8")
-        partial.rename(out)
-    except OSError as error:
-        raise CoterieError(f"{out}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)

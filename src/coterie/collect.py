@@ -6,7 +6,6 @@ its domain and half (of the domain's samples, every second one), and is added to
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +17,7 @@ from coterie.loading import quiet_transformers
 from coterie.report import Progress, Stopwatch, no_progress, versions
 from coterie.stats import HALVES, MERGING, Stats, joined
 from coterie.streaming.samples import Data, compute_dtype, read_samples
+from coterie.writing.file import check_new_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ def collect(
     Raises: CoterieError, before anything is written.
     """
     clock, out = Stopwatch(), Path(stats)
-    check_out(out, overwrite)
+    check_new_file(out, overwrite)
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, data, samples=samples, seq_len=seq_len, seed=seed)
@@ -70,22 +70,6 @@ def collect(
         "versions": versions(),
         **clock.read(),
     }
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raises: CoterieError unless the file can be written: better now than after the work."""
-    try:
-        out.lstat()
-        exists = True
-    except FileNotFoundError:
-        exists = False
-    except (OSError, ValueError) as error:  # too long, below a file, or with a null byte
-        raise CoterieError(f"{str(out)!r:.200}: not a file name ({error})") from error
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        fault = "a folder" if out.is_dir() else "its folder is missing, or may not be written to"
-        raise CoterieError(f"{out}: {fault}; expected a new file's name")
-    if exists and not overwrite:
-        raise CoterieError(f"{out}: exists already; give another name, or --overwrite")
 
 
 @quiet_transformers()

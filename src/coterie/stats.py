@@ -18,6 +18,7 @@ import numpy as np
 
 from coterie.checkpoint import check_cost, read_bytes, read_header
 from coterie.errors import CoterieError
+from coterie.writing.file import write_whole
 
 FORMAT = "coterie-stats-1"
 SUMS = {  # name: its axes, and what is summed
@@ -119,14 +120,8 @@ class Stats:
         tensors = {"/".join(key): np.ascontiguousarray(value) for key, value in self.sums.items()}
         metadata = {"format": FORMAT, "model": self.model, "samples": json.dumps(self.samples)}
         metadata["notes"] = json.dumps(self.notes)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_bytes(save(tensors, metadata))  # not by its save_file, which has errors of its own kind
-            partial.rename(path)
-        except OSError as error:
-            raise CoterieError(f"{path}: cannot be written ({error.strerror or error})") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        raw = save(tensors, metadata)  # not its save_file, which has errors of its own kind
+        write_whole(path, lambda partial: partial.write_bytes(raw))
 
     @classmethod
     def load(

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from coterie.pages.summary import render
 from coterie.reference_model import HELD_OUT
 from coterie.report import Progress, Stopwatch, no_progress, versions
 from coterie.sparse.view import dense_view
+from coterie.writing.file import check_new_file, write_whole
 
 LONGEST = 400  # characters of a command that are shown
 
@@ -62,7 +62,8 @@ def report(
     paths = [models] if isinstance(models, str | Path) else list(models)
     if not paths:
         raise CoterieError("no model was given; expected the original first, then what was made of it")
-    clock, target = Stopwatch(), _check_out(out, overwrite)
+    clock, target = Stopwatch(), Path(out)
+    check_new_file(target, overwrite)
     options = Options(
         window=window, stride=stride, batch_size=batch_size, max_new_tokens=max_new_tokens, dtype=dtype, seed=seed
     )
@@ -87,7 +88,7 @@ def report(
         "versions": versions(),
         **clock.read(),
     }
-    _write(target, render(found))
+    write_whole(target, lambda partial: partial.write_text(render(found), encoding="utf-8"))
     return {"out": str(out), **found}
 
 
@@ -285,38 +286,6 @@ def _object(value: Any) -> dict[str, Any]:
 def _number(value: Any) -> float | None:
     """A finite number, or nothing."""
     return float(value) if type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value) else None
-
-
-# Writing
-
-
-def _check_out(out: str | Path, overwrite: bool) -> Path:
-    """Raises: CoterieError where a page cannot be written, before anything is measured."""
-    path = Path(out)
-    if "\0" in str(out):
-        raise CoterieError(f"{str(out)!r:.200}: not a file name")
-    try:
-        exists, is_folder, has_parent = path.exists(), path.is_dir(), path.parent.is_dir()
-    except OSError as error:  # a name too long
-        raise CoterieError(f"{out}: cannot be written ({error.strerror or error})") from error
-    if is_folder:
-        raise CoterieError(f"{out}: is a folder; expected a file to write, such as report.html")
-    if exists and not overwrite:
-        raise CoterieError(f"{out}: exists; choose another name, or say --overwrite")
-    if not has_parent:
-        raise CoterieError(f"{out}: {path.parent} is no folder; make it first")
-    return path
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, path)  # noqa: PTH105 - as Path.replace, in one word
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CoterieError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager

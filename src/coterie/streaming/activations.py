@@ -16,9 +16,9 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from coterie import moe
-from coterie.errors import CoterieError
 from coterie.layer import MoE
 from coterie.streaming.tensors import Maps
+from coterie.writing.file import write_whole
 
 if TYPE_CHECKING:
     from coterie.checkpoint import Checkpoint
@@ -221,10 +221,10 @@ def plain_walk(checkpoint: Checkpoint, dtype: torch.dtype) -> Walk:
     return walk
 
 
-def save(batches: list[Batch], path: Path) -> None:
+def save(batches: list[Batch], path: Path, *, sync: bool = True) -> None:
     """Writes the batches' hidden states as a safetensors file, one after the other; the name is absent or complete.
 
-    Raises: CoterieError when they cannot be written.
+    sync: whether they outlive the machine. Raises: CoterieError when they cannot be written.
     """
     from safetensors.torch import _TYPES
 
@@ -236,17 +236,16 @@ def save(batches: list[Batch], path: Path) -> None:
         header[str(i)] = {"dtype": names[hidden.dtype], "shape": list(hidden.shape), "data_offsets": [start, end]}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    partial = path.with_suffix(".tmp")
-    try:
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for batch in batches:
                 file.write(batch.hidden.contiguous().view(-1).view(torch.uint8).numpy().data)
                 if batch.maps:
                     batch.maps.release()
-        partial.rename(path)
-    except OSError as error:
-        raise CoterieError(f"{path}: cannot be written ({error.strerror or error}); free some room") from error
+
+    write_whole(path, write, sync=sync, hint="; free some space and add --resume")
 
 
 def restore(batches: list[Batch], path: Path) -> None:

@@ -7,7 +7,6 @@ Importing this module imports torch.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,6 +19,7 @@ import torch
 from coterie.errors import CoterieError
 from coterie.training.objectives import Objective
 from coterie.training.trainable import Part
+from coterie.writing.file import write_whole
 
 WARMUP = 0.05  # share of the steps
 BETAS, EPSILON, CLIP = (0.9, 0.999), 1e-8, 1.0
@@ -146,17 +146,18 @@ class State:
 
     def save(self, learner: Learner, path: Path) -> None:
         """One file, absent or complete: masters, moments, and the rest of the state as JSON."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"master/{name}": master for name, master in learner.masters.items()} | learner.moments()
-        partial = path.with_suffix(".tmp")
-        try:
-            save_file(tensors, partial, metadata={"state": json.dumps(vars(self))})
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.rename(path)
-        except Exception as error:  # OSError, or what the library makes of one
-            raise CoterieError(f"{path}: cannot be written ({error}); free some space and add --resume") from error
+
+        def write(partial: Path) -> None:
+            try:
+                save_file(tensors, partial, metadata={"state": json.dumps(vars(self))})
+            except SafetensorError as error:  # what the library makes of an OSError
+                raise OSError(str(error)) from error
+
+        write_whole(path, write, hint="; free some space and add --resume")
 
     @classmethod
     def load(cls, learner: Learner, path: Path) -> State:

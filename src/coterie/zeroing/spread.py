@@ -114,7 +114,7 @@ def _save_inputs(routed: Routed, experts: list[tuple[int, torch.Tensor, torch.Te
     inputs.maps = routed.maps
     chosen = [(rows, gates) for _, rows, gates in experts if len(rows)]
     rows, gates = (torch.cat([pair[i] for pair in chosen]) for i in (0, 1))
-    save([inputs, Batch(rows, []), Batch(gates, [])], path)
+    save([inputs, Batch(rows, []), Batch(gates, [])], path, sync=False)
 
 
 def _load(path: Path) -> torch.Tensor:
@@ -202,7 +202,7 @@ def _on_tokens(
     total = routed.zeros()
     pruner.visit(routed, expert, torch.arange(len(rows)), gates, total)
     if len(rows):
-        save([Batch(total, [])], Path(outputs))
+        save([Batch(total, [])], Path(outputs), sync=False)
 
 
 class Places:
