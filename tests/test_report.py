@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coterie
+from coterie import summary
 from coterie.cli import main
 from coterie.errors import CoterieError
 from coterie.judging.rounding import round_experts, rounded, rounded_bytes
@@ -229,6 +231,21 @@ def test_records_are_not_trusted(folders, tmp_path):
     with pytest.raises(CoterieError, match="not valid JSON"):
         report([folders / "model", path], tmp_path / "s.html", data={"a": folders / "a.txt"}, speed=False)
     assert not list(tmp_path.glob("s.html*"))
+
+
+def test_files_that_a_record_names_are_read_only_where_they_may_be_the_judged_ones(tmp_path):
+    """A file larger than memory, devices, pipes and nonsense are not; the same content under another name is found."""
+    (tmp_path / "judged").write_text("four")
+    (tmp_path / "same").write_text("four")
+    (tmp_path / "other").write_text("five")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**42)
+    os.mkfifo(tmp_path / "pipe")
+    digests = {"a": summary._digest(tmp_path / "judged"), "b": summary._digest(tmp_path / "huge")}
+    named = [*(str(tmp_path / name) for name in ("huge", "pipe", "other", "none")), "/proc/kcore", "/dev/zero", "\0", 3]
+    assert summary._overlaps("m", dict(enumerate(named)), digests) == []
+    (note,) = summary._overlaps("m", dict(enumerate([*named, str(tmp_path / "same")])), digests)
+    assert "same, which it is judged on as 'a'" in note and digests["b"] is None
 
 
 def test_our_own_layout_is_read(folders, tmp_path):

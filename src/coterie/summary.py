@@ -10,13 +10,13 @@ import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from coterie.checkpoint import Checkpoint, resolve
-from coterie.data import Document, parse_data, read_documents
+from coterie.data import MAX_DATA, Document, parse_data, read_documents
 from coterie.errors import CoterieError
 from coterie.family import detect
 from coterie.layer import Model, find_blocks
@@ -28,6 +28,7 @@ from coterie.sparse.view import dense_view
 from coterie.writing.file import check_new_file, write_whole
 
 LONGEST = 400  # characters of a command that are shown
+Digest = tuple[int, str]  # bytes of a file, and their hash
 
 
 def report(
@@ -247,9 +248,10 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
     return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
 
 
-def _overlaps(name: str, calibrated: dict[str, Any], digests: dict[str, str | None]) -> list[str]:
+def _overlaps(name: str, calibrated: dict[str, Any], digests: dict[str, Digest | None]) -> list[str]:
     """A note for each file that the model was calibrated on and is judged on."""
-    seen = {_digest(file): file for file in calibrated.values() if isinstance(file, str)}
+    sizes = {digest[0] for digest in digests.values() if digest}
+    seen = {_digest(file, sizes): file for file in calibrated.values() if isinstance(file, str)}
     return [
         f"{name}: was calibrated on {seen[digest]}, which it is judged on as {data!r}: expect too good a result"
         for data, digest in digests.items()
@@ -270,11 +272,15 @@ def _grouped(notes: Sequence[str], prefixes: Sequence[str]) -> list[str]:
     ]
 
 
-def _digest(file: str | Path) -> str | None:
-    """Of a file's content; nothing for what is no file here, or no longer."""
+def _digest(file: str | Path, sizes: Container[int] = range(1, MAX_DATA + 1)) -> Digest | None:
+    """Size and hash of a regular file of such a size; nothing for anything else: a record may name any file here."""
     try:
         path = Path(file)
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        size = path.stat().st_size if path.is_file() else 0
+        if size not in sizes:
+            return None
+        with path.open("rb") as opened:
+            return size, hashlib.file_digest(opened, "sha256").hexdigest()
     except (OSError, ValueError):
         return None
 
