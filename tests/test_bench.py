@@ -9,6 +9,7 @@ import torch
 import coterie
 import tiny
 from coterie import bench as bench_verb
+from coterie import family
 from coterie.bench import bytes_per_token, kernel_rows, quantiles, read_bandwidth, subject
 from coterie.checkpoint import Checkpoint
 from coterie.cli import main
@@ -84,6 +85,27 @@ def test_bytes_of_packed_experts_are_those_stored(folders):
     view, dense = dense_view(Checkpoint.open(folders[1])), dense_view(Checkpoint.open(folders[0]))
     saved = sum(dense.tensors[n].num_bytes - entry.num_bytes for n, entry in view.packed.items())
     assert bytes_per_token(dense) - bytes_per_token(view) == saved * 2 // 8
+
+
+def test_what_one_token_reads_is_unknown_where_the_experts_are(folders, monkeypatch, capsys):
+    """Of a family that is not known: no number that counts all experts as read, and a note."""
+    monkeypatch.setattr(family, "registry", dict)
+    found = coterie.bench(folders[0], threads=1, batch=[1])
+    (model,) = found["models"]
+    assert model["bytes_per_token"] is None and model["bandwidth_share"] is None and found["kernels"] is None
+    kernels_note, read_note = found["notes"]
+    assert kernels_note.startswith("no kernels measured: config.json: 'qwen3_moe' is not a family we know")
+    assert "bytes read per token are unknown" in read_note and "not a family we know" in read_note
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", str(folders[0]), "--batch", "1"])
+    assert not stop.value.code and "bytes read per token  unknown" in capsys.readouterr().out
+
+
+def test_a_model_without_experts_is_read_whole(tmp_path):
+    """But for its input embedding."""
+    arrays = {"model.embed_tokens.weight": np.ones((8, 4), np.float32), "lm_head.weight": np.ones((8, 4), np.float32)}
+    tiny.write(tmp_path / "dense", arrays, {"model_type": "qwen3_moe"})
+    assert bytes_per_token(Checkpoint.open(tmp_path / "dense")) == 8 * 4 * 4
 
 
 def test_quantiles_are_of_single_calls():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coterie
-from coterie import summary
+from coterie import family, summary
 from coterie.cli import main
 from coterie.errors import CoterieError
 from coterie.judging.rounding import round_experts, rounded, rounded_bytes
@@ -246,6 +246,18 @@ def test_files_that_a_record_names_are_read_only_where_they_may_be_the_judged_on
     assert summary._overlaps("m", dict(enumerate(named)), digests) == []
     (note,) = summary._overlaps("m", dict(enumerate([*named, str(tmp_path / "same")])), digests)
     assert "same, which it is judged on as 'a'" in note and digests["b"] is None
+
+
+def test_a_family_that_is_not_known_has_an_unknown_number_of_experts(folders, tmp_path, monkeypatch):
+    """Not none, and a note says why; a dense model has none."""
+    monkeypatch.setattr(family, "registry", dict)
+    found = report(folders / "model", tmp_path / "r.html", data={"a": folders / "a.txt"}, window=32, speed=False)
+    assert found["models"][0]["experts"] is None and rows_of((tmp_path / "r.html").read_text(), 0)[0][4] == "unknown"
+    assert any(
+        "model: how many experts its layers have is unknown: config.json: 'qwen2_moe'" in n for n in found["notes"]
+    )
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    assert summary._facts(tmp_path / "dense")["experts"] == {}
 
 
 def test_our_own_layout_is_read(folders, tmp_path):

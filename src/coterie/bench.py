@@ -18,7 +18,7 @@ import numpy as np
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
-from coterie.family import detect
+from coterie.family import detect, names_experts
 from coterie.layer import Model, expert_names, find_blocks, mtp_names
 from coterie.numerics import encode
 from coterie.report import Progress, no_progress
@@ -52,7 +52,8 @@ def bench(
     torch's own number). dtype: as in `load`.
     Returns `{"machine", "clock", "bandwidth" (bytes/s), "models": [{"path", "bytes", "bytes_per_token", "prefill",
     "decode", "bandwidth_share"}], "kernels", "notes"}`. prefill and decode hold, per batch, tokens per second as
-    quantiles (10, 50, 90) over single calls; the share is of decoding one sequence, at the median. `kernels`: one
+    quantiles (10, 50, 90) over single calls; the share is of decoding one sequence, at the median; it and the bytes
+    per token are None where experts are of no family that we know. `kernels`: one
     expert matrix of MODEL by our sparse kernel, torch's and our dense ones, and dense int4: bytes, seconds of a call
     (20th percentile), share of bandwidth, and how often faster than each rival.
     Raises: CoterieError for a model that does not load or cannot run, and options out of range.
@@ -75,7 +76,7 @@ def bench(
         kernels = kernel_rows(views[0], number, notes)
         on_progress("measuring kernels", 1, 1)
         found = {"machine": cases.machine(number), "clock": _clock_name(number), "bandwidth": bandwidth}
-    entries = [_entry(str(p), v, s, bandwidth) for p, v, s in zip(paths, views, speeds, strict=True)]
+    entries = [_entry(str(p), v, s, bandwidth, notes) for p, v, s in zip(paths, views, speeds, strict=True)]
     return found | {"models": entries, "kernels": kernels, "notes": notes}
 
 
@@ -110,10 +111,17 @@ def _clock_name(threads: int) -> str:
     return "processor time of the one thread" if threads == 1 else "wall time"
 
 
-def _entry(path: str, view: Checkpoint, speeds: dict[str, Any], bandwidth: float | None) -> dict[str, Any]:
+def _entry(
+    path: str, view: Checkpoint, speeds: dict[str, Any], bandwidth: float | None, notes: list[str]
+) -> dict[str, Any]:
     """What is said of one model."""
-    read, single = bytes_per_token(view), speeds["decode"].get("1")
-    share = read * single["50"] / bandwidth if single and bandwidth else None
+    try:
+        read: int | None = bytes_per_token(view)
+    except CoterieError as error:
+        read = None
+        notes.append(f"{path}: bytes read per token are unknown, and so is the share of bandwidth: {error}")
+    single = speeds["decode"].get("1")
+    share = read * single["50"] / bandwidth if read and single and bandwidth else None
     stored = (view.source if isinstance(view, DenseView) else view).num_bytes
     return {"path": path, "bytes": stored, "bytes_per_token": read, **speeds, "bandwidth_share": share}
 
@@ -202,7 +210,10 @@ def quantiles(num_tokens: int, seconds: list[float]) -> dict[str, float]:
 
 def bytes_per_token(checkpoint: Checkpoint) -> int:
     """Bytes of weights, as stored, that one token of one sequence reads: everything but the experts not chosen, the
-    input embedding (of which it reads a row, unless it is the head too) and multi-token prediction."""
+    input embedding (of which it reads a row, unless it is the head too) and multi-token prediction.
+
+    Raises: CoterieError where there are experts, but of no family that we know.
+    """
     packed = checkpoint.packed if isinstance(checkpoint, DenseView) else {}
     sizes = {n: packed[n].num_bytes if n in packed else t.num_bytes for n, t in checkpoint.tensors.items()}
     model = _understood(checkpoint)
@@ -220,10 +231,9 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
 
 def _understood(checkpoint: Checkpoint) -> Model | None:
     """The checkpoint's experts; None for a model without any, such as one whose layers are all condensed."""
-    try:
-        return find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
-    except CoterieError:
+    if not names_experts(checkpoint.tensors):
         return None
+    return find_blocks(checkpoint, detect(checkpoint.config))
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------
@@ -284,9 +294,12 @@ def kernel_rows(view: Checkpoint, threads: int, notes: list[str]) -> dict[str, A
 
     from coterie.sparse import cases
 
-    found = subject(view)
+    try:
+        found, why = subject(view), "there is no expert matrix of plain floats"
+    except CoterieError as error:
+        found, why = None, str(error)
     if found is None:
-        notes.append("no kernels measured: there is no expert matrix of plain floats")
+        notes.append(f"no kernels measured: {why}")
         return None
     if found.bits.nbytes < SMALL:
         notes.append(f"the expert matrix has {found.bits.nbytes:,} bytes: a call's own cost outweighs reading it")

@@ -729,7 +729,7 @@ def bench(
     _table(about["processor"], [*rows, ("read bandwidth", read), ("clock", found["clock"])])
     for entry in found["models"]:
         share = entry["bandwidth_share"]
-        rows = [("bytes", f"{entry['bytes']:,}"), ("bytes read per token", f"{entry['bytes_per_token']:,}")]
+        rows = [("bytes", f"{entry['bytes']:,}"), ("bytes read per token", _known(entry["bytes_per_token"]))]
         rows += [("share of bandwidth", "unknown" if share is None else f"{100 * share:.0f} %")]
         for kind in ("prefill", "decode"):
             rows += [(f"{kind}, batch {b}", _speed(q)) for b, q in entry[kind].items()]

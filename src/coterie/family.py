@@ -11,7 +11,7 @@ import difflib
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -182,6 +182,11 @@ def registry() -> dict[str, Family]:
     return found
 
 
+def names_experts(names: Iterable[str]) -> bool:
+    """Whether any tensor's name is of a mixture of experts; else the model is dense, of whatever family."""
+    return any(re.search(r"experts?\b|router|moe", name) for name in names)
+
+
 def detect(config: dict[str, Any], names: Iterator[str] | list[str] | tuple[str, ...] = ()) -> Family:
     """The family of a checkpoint. Raises: CoterieError for a dense or an unknown one."""
     types = [v for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if isinstance(v, str)]
@@ -189,7 +194,7 @@ def detect(config: dict[str, Any], names: Iterator[str] | list[str] | tuple[str,
         if model_type in registry():
             return registry()[model_type]
     shown = repr(types[0])[:60] if types else "no model_type"
-    if names and not any(re.search(r"experts?\b|router|moe", name) for name in names):
+    if names and not names_experts(names):
         raise CoterieError(
             f"config.json: {shown} is dense (no tensor of an expert); expected a mixture-of-experts model"
         )

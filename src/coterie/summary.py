@@ -18,7 +18,7 @@ from typing import Any
 from coterie.checkpoint import Checkpoint, resolve
 from coterie.data import MAX_DATA, Document, parse_data, read_documents
 from coterie.errors import CoterieError
-from coterie.family import detect
+from coterie.family import detect, names_experts
 from coterie.layer import Model, find_blocks
 from coterie.lineage import record_of
 from coterie.pages.summary import render
@@ -52,10 +52,10 @@ def report(
     ship are judged. speed: whether to measure tokens per second, for which all models are in memory at once.
     Returns what the page shows: `{"models": [...], "references": [...], "options", "notes", "versions", "seconds",
     ...}`. A model has "name", "path", "bytes", "parameters", "bits_per_parameter" (8 bytes / the original's
-    parameters), "experts", "mean" (loss, nats per token, mean over data sets), "cut" (share of answers cut off),
-    "perplexity" and "exact_match" as `eval` has them; where it applies "paired" (as `eval --against` has it, with
-    "mean"), "fate" (of the original's experts), "kurtosis", "sparsity", "speed". `references` holds the original with
-    experts rounded to 4 bits.
+    parameters), "experts" (by layer; None: unknown), "mean" (loss, nats per token, mean over data sets), "cut" (share
+    of answers cut off), "perplexity" and "exact_match" as `eval` has them; where it applies "paired" (as `eval
+    --against` has it, with "mean"), "fate" (of the original's experts), "kurtosis", "sparsity", "speed". `references`
+    holds the original with experts rounded to 4 bits.
     Raises: CoterieError for bad options, data or models, and when `out` exists (unless `overwrite`) or is no place.
     """
     from coterie.evaluate import Options
@@ -114,6 +114,7 @@ class Work:
         self.parameters, digests = facts[0]["parameters"], {name: _digest(file) for name, file in files.items()}
         found = []
         for path, name, fact in zip(self.paths, names, facts, strict=True):
+            self.notes += [f"{name}: {note}" for note in fact.pop("notes")]
             self.notes += _overlaps(name, fact.pop("data"), digests)
             entry, kept = self._judged(path, documents)
             found.append({"name": name, **fact, "bits_per_parameter": self._bits(fact["bytes"]), **entry})
@@ -208,25 +209,29 @@ def _facts(path: str | Path) -> dict[str, Any]:
     record = record_of(folder) or {}
     made, options = _object(record.get("report")), _object(record.get("options"))
     sparsity = _number(_object(made.get("sparsity")).get("experts"))
+    experts, notes = _experts(view)
     kurtosis = {str(k): _number(v) for k, v in _object(made.get("kurtosis")).items()}
     return {
         "bytes": checkpoint.num_bytes,
         "parameters": view.num_parameters,
-        "experts": _experts(view),
+        "experts": experts,
         "hash": checkpoint.hash,
         "command": _command(record.get("command"), options),
         "sparsity": sparsity,
         "kurtosis": {key: value for key, value in kurtosis.items() if value is not None},
         "data": _object(options.get("data")),
+        "notes": notes,
     }
 
 
-def _experts(view: Checkpoint) -> dict[str, int]:
-    """Experts by layer; none where no layer has any left, or the family is unknown."""
+def _experts(view: Checkpoint) -> tuple[dict[str, int] | None, list[str]]:
+    """Experts by layer, none where no layer has any left; None, and a note, where they are not understood."""
+    if not names_experts(view.tensors):
+        return {}, []
     try:
-        return {b.key: b.num_experts for b in find_blocks(view, detect(view.config, list(view.tensors))).main}
-    except CoterieError:
-        return {}
+        return {b.key: b.num_experts for b in find_blocks(view, detect(view.config)).main}, []
+    except CoterieError as error:
+        return None, [f"how many experts its layers have is unknown: {error}"]
 
 
 def _command(command: Any, options: dict[str, Any]) -> str | None:

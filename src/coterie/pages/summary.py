@@ -59,9 +59,9 @@ def _glance(found: Found) -> tuple[str, list[Part]]:
 
 
 def _sizes(model: Found) -> tuple[Cell, ...]:
-    counts = sorted(set(model["experts"].values()))
-    span = " to ".join(map(str, sorted({counts[0], counts[-1]}))) if counts else "none"
-    experts = f"{span} in {len(model['experts'])} layers" if counts else span
+    counts, experts = sorted((model["experts"] or {}).values()), "unknown" if model["experts"] is None else "none"
+    if counts:
+        experts = f"{' to '.join(map(str, sorted({counts[0], counts[-1]})))} in {len(counts)} layers"
     bits = model["bits_per_parameter"]
     return model["bytes"], Number(bits, f"{bits:.2f}"), model["parameters"], experts
 
