@@ -11,7 +11,7 @@ from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.plan import command_of, read_plan
-from coterie.report import Progress, Report, Stopwatch, no_progress
+from coterie.report import OBJECT, Progress, Report, Stopwatch, no_progress
 from coterie.saving import savable
 from coterie.writing.in_place import check_in_place, went_on
 
@@ -42,7 +42,7 @@ def apply(
     Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
     """
     clock, read, where = Stopwatch(), read_plan(plan), Engine(engine, ray_address)
-    options = {"plan": str(plan) if not isinstance(plan, dict) else "(given as an object)", "save": save}
+    options = {"plan": str(plan) if not isinstance(plan, dict) else OBJECT, "save": save}
     if in_place:
         check_in_place(io=io, engine=engine, overwrite=overwrite)
         if resume and not dry_run and (report := went_on(Path(out), "apply", options, model, clock, on_progress)):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import resource
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from coterie.checkpoint import Tensor
+from coterie.errors import printable
 from coterie.layer import LAYER
 
 NO_MATRICES = ("table", "constant")  # roles of tensors with two axes that multiply nothing
+OBJECT = "(given as an object)"  # what is recorded of a plan that is no file
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 
 
@@ -85,7 +88,6 @@ def removed_shares(before: dict[str, int], after: dict[str, int]) -> dict[str, f
 def model_card(source: str, report: Report) -> str:
     """README.md of the result: what was done to what (`source`, a name), the numbers, and how to repeat it."""
     before, after = report.report["before"], report.report["after"]
-    options = " ".join(_typed(f"--{name.replace('_', '-')}", value) for name, value in report.options.items())
     rows = "\n".join(
         f"| {name} | {_show(before[key])} | {_show(after[key])} |"
         for name, key in (("parameters", "parameters"), ("bytes", "bytes"), ("routed experts per layer", "experts"))
@@ -105,7 +107,7 @@ tags: [mixture-of-experts, compressed]
 Made from `{report.source["path"]}` (fingerprint `{report.source["hash"][:16]}`) by
 
 ```
-coterie {report.command} MODEL OUT {" ".join(options.split())}
+{typed(report.command, report.options)}
 ```
 
 `coterie.json` holds every decision and number; {again}.
@@ -113,13 +115,20 @@ The licence is the source model's.
 """
 
 
-def _typed(flag: str, value: Any) -> str:
-    """An option as one would type it; nothing for one that was not given."""
-    if value is None or value is False or value in ("", {}):
-        return ""
-    if isinstance(value, dict):
-        return " ".join(f"{flag} {name}={file}" for name, file in value.items())
-    return flag if value is True else f"{flag} {value}"
+def typed(command: str, options: dict[str, Any]) -> str:
+    """The command as one would type it, in one line, from what it recorded; MODEL, OUT and PLAN stand for paths."""
+    words = ["coterie", command, "MODEL", "OUT"]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if command == "apply" and name == "plan":
+            words.insert(3, "PLAN" if value == OBJECT else str(value))
+        elif isinstance(value, dict):
+            words += [word for key, file in value.items() for word in (flag, f"{key}={file}")]
+        elif value is True:
+            words.append(flag)
+        elif value not in (None, "", []) and value is not False:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+    return printable(shlex.join(words))
 
 
 def _show(value: Any) -> str:

@@ -84,7 +84,7 @@ def sparsify(
     check_used(options)
     plan = Plan(layers={}, budget={"kind": "sparsity", "sparsity": float(share)})
     recorded = {k: v for k, v in vars(options).items() if k not in ("total", "weighted")} | {
-        "sparsity": float(share),
+        "sparsity": None if groups else float(share),  # one excludes the other
         "pattern": pattern,
         "also": also,
         "data": {name: str(file) for name, file in files.items()},

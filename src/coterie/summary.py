@@ -23,7 +23,7 @@ from coterie.layer import Model, find_blocks
 from coterie.lineage import record_of
 from coterie.pages.summary import render
 from coterie.reference_model import HELD_OUT
-from coterie.report import Progress, Stopwatch, no_progress, versions
+from coterie.report import Progress, Stopwatch, no_progress, typed, versions
 from coterie.sparse.view import dense_view
 from coterie.writing.file import check_new_file, write_whole
 
@@ -236,14 +236,8 @@ def _experts(view: Checkpoint) -> tuple[dict[str, int] | None, list[str]]:
 
 def _command(command: Any, options: dict[str, Any]) -> str | None:
     """The command as one would type it, from a record."""
-    if not isinstance(command, str):
-        return None
-    given = [
-        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
-        for key, value in options.items()
-        if value is not None and value is not False and value not in ("", {}, [])
-    ]
-    return " ".join(["coterie", command, *given])[:LONGEST]
+    text = typed(command, options) if isinstance(command, str) else None
+    return f"{text[:LONGEST]} [...]" if text and len(text) > LONGEST else text
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
