@@ -25,6 +25,7 @@ RANKS = [
     {
         "loading",
         "moe",
+        "streaming.opened",
         "condensing.standin",
         "engine",
         "plan",

@@ -201,7 +201,7 @@ STOCK = [
     "llama4",
     "llama4_text",
 ]
-OURS = ["deepseek_v2", "olmoe", "mixtral", "granitemoe", "jamba", "lfm2_moe", "granitemoehybrid"]
+OURS = ["dbrx", "deepseek_v2", "olmoe", "mixtral", "granitemoe", "jamba", "lfm2_moe", "granitemoehybrid"]
 
 
 @pytest.mark.parametrize("model_type", STOCK + OURS)

@@ -155,7 +155,8 @@ def check_kinds(model: Model, plan: Plan) -> None:
     """
     if not plan.dropped:
         return
-    from coterie.streaming.skeleton import decoder_layers, empty_model
+    from coterie.loading import decoder_layers
+    from coterie.streaming.skeleton import empty_model
 
     checkpoint = model.checkpoint
     changed = replace(checkpoint, config=patched_config(model, plan))

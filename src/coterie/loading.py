@@ -26,6 +26,7 @@ from coterie.own import OWN, OwnLayout, is_own, own_layout
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")  # what a model can be loaded as
 WIDTHS = ("hidden_size", "d_model", "vocab_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+NO_DATA = "use a method that needs no data"
 TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
 
 HEADROOM = 1.25  # loading holds some tensors twice
@@ -196,7 +197,7 @@ def _route(model: Any, block: MoE, constants: Any) -> None:
     if constants is not None and constants.shape[1:] != (hidden,):
         found = list(constants.shape)
         raise CoterieError(f"tensor {block.constants!r}: shape {found}; expected rows of {hidden} values")
-    install(model.get_decoder().layers[int(block.key)], block.routes, constants, block.name)
+    install(decoder_layers(model.get_decoder(), block.name)[int(block.key)], block.routes, constants, block.name)
 
 
 def check_routable(checkpoint: Checkpoint, keys: list[str]) -> None:
@@ -209,11 +210,21 @@ def check_routable(checkpoint: Checkpoint, keys: list[str]) -> None:
     from coterie.routed import shrink
 
     model = empty_stock(checkpoint, torch.float32, advice="; remove experts")
-    layers = getattr(model.get_decoder(), "layers", ())
+    layers = decoder_layers(model.get_decoder(), str(checkpoint.path))
     for key in keys:
         if int(key) >= len(layers):
             raise CoterieError(f"{checkpoint.path}: {type(model).__name__} has no decoder layer {key}; remove experts")
         shrink(layers[int(key)], 1, f"layer {key}")
+
+
+def decoder_layers(decoder: Any, where: str) -> Any:
+    """A decoder's list of layers. Raises: CoterieError where it has none."""
+    import torch
+
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] in ("layers", "blocks"):
+            return module
+    raise CoterieError(f"{where}: {type(decoder).__name__} has no list of layers; {NO_DATA}")
 
 
 def empty_stock(checkpoint: Checkpoint, dtype: Any, config: dict[str, Any] | None = None, *, advice: str = "") -> Any:
@@ -235,6 +246,7 @@ def _empty_ours(checkpoint: Checkpoint, own: OwnLayout, dtype: Any) -> Any:
     knows, with room for those that are stored, and with a dense MLP in the place of a condensed block."""
     from coterie.condensing.standin import replace_block
     from coterie.routed import shrink
+    from coterie.streaming.opened import open_experts
 
     family = detect(checkpoint.config)
 
@@ -249,14 +261,16 @@ def _empty_ours(checkpoint: Checkpoint, own: OwnLayout, dtype: Any) -> Any:
     rows = {index: n for index, n in rows.items() if index < num_layers(checkpoint.config)}  # the others: prediction
     models = {n: empty(n) for n in set(rows.values()) or {0}}  # 0: as the config says, where no layer has experts
     model = models[max(models)]
-    layers = model.get_decoder().layers
+    where = str(checkpoint.path)
+    layers = decoder_layers(model.get_decoder(), where)
     for index, n in rows.items():
-        layers[index] = models[n].get_decoder().layers[index]
+        layers[index] = decoder_layers(models[n].get_decoder(), where)[index]
     for key in own.routes:
-        shrink(layers[int(key)], own.counts[key], f"{checkpoint.path}: layer {key}")
+        shrink(layers[int(key)], own.counts[key], f"{where}: layer {key}")
     for key, width in own.dense.items():
         hidden = model.config.get_text_config().hidden_size
-        replace_block(layers[int(key)], hidden, width, dtype, f"{checkpoint.path}: layer {key}")
+        open_experts(layers[int(key)])
+        replace_block(layers[int(key)], hidden, width, dtype, f"{where}: layer {key}")
     return model
 
 

@@ -27,7 +27,6 @@ from coterie.layer import Model
 from coterie.lineage import Fate, fate, plans_between
 from coterie.moe import experts_modules
 from coterie.sparse.view import dense_view
-from coterie.streaming.skeleton import decoder_layers
 
 logger = logging.getLogger("coterie")
 
@@ -75,7 +74,7 @@ def routing_modules(model: Any) -> dict[str, tuple[torch.nn.Module, int]]:
     if decoder is None or not experts_modules(decoder):
         return {}
     routers = {}
-    for index, layer in enumerate(decoder_layers(decoder, type(model).__name__)):
+    for index, layer in enumerate(loading.decoder_layers(decoder, type(model).__name__)):
         found = experts_modules(layer)
         if len(found) != 1:
             continue

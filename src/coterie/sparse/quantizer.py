@@ -28,6 +28,7 @@ from coterie.errors import CoterieError
 from coterie.experts import expert_matrices
 from coterie.family import detect
 from coterie.layer import MoE, find_blocks
+from coterie.loading import decoder_layers
 from coterie.moe import experts_modules
 from coterie.numerics import encode as encode_values
 from coterie.sparse import experts as sparse_experts
@@ -46,7 +47,6 @@ from coterie.sparse.format import (
 )
 from coterie.sparse.memory import TORCH, Arena, Matrix, Stack, load
 from coterie.sparse.view import CLOSED, Entry, dense_view, entries
-from coterie.streaming.skeleton import decoder_layers
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # the parameters of an experts module that are left out
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from coterie import moe
+from coterie.errors import CoterieError
 from coterie.layer import MoE
 from coterie.streaming.tensors import Maps
 from coterie.writing.file import write_whole

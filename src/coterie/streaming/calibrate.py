@@ -26,11 +26,10 @@ from torch.utils._pytree import tree_leaves
 from coterie import moe
 from coterie.errors import CoterieError
 from coterie.layer import Model, MoE, expert_names
+from coterie.loading import NO_DATA, decoder_layers
 from coterie.streaming.activations import Arguments, Batch, Piece, Routed, Walk, plain_walk, restore, save, shared
 from coterie.streaming.replay import Recording, unobserved
 from coterie.streaming.skeleton import (
-    NO_DATA,
-    decoder_layers,
     empty_model,
     fill,
     free,

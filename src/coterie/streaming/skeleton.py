@@ -16,11 +16,10 @@ import torch
 from coterie import moe
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.loading import empty_stock, guarded, quiet_transformers
+from coterie.loading import NO_DATA, empty_stock, guarded, quiet_transformers
 from coterie.streaming.opened import open_experts
 from coterie.streaming.tensors import Maps, read, trim
 
-NO_DATA = "use a method that needs no data"
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAPPED = 2**26  # bytes: a table of embeddings larger than this is mapped, since few of its rows are touched
 
@@ -36,13 +35,6 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with guarded(checkpoint.path, "does not take our experts", advice):
         model.set_experts_implementation(moe.IMPLEMENTATION)
     return model.eval()
-
-
-def decoder_layers(decoder: Any, where: str) -> torch.nn.ModuleList:
-    for name, module in decoder.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] in ("layers", "blocks"):
-            return module
-    raise CoterieError(f"{where}: {type(decoder).__name__} has no list of layers; {NO_DATA}")
 
 
 class Target(NamedTuple):

@@ -20,7 +20,7 @@ from coterie import moe
 from coterie.condensing.refit import Sums
 from coterie.condensing.standin import block_of
 from coterie.errors import CoterieError
-from coterie.streaming.skeleton import decoder_layers
+from coterie.loading import decoder_layers
 
 Objective = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]

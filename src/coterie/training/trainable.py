@@ -19,8 +19,9 @@ from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_matrices, store_expert
 from coterie.layer import MoE
+from coterie.loading import decoder_layers
 from coterie.numerics import encode
-from coterie.streaming.skeleton import decoder_layers, targets
+from coterie.streaming.skeleton import targets
 
 Tensors = dict[str, torch.Tensor]
 Stored = Iterator[tuple[str, int, bytes]]  # (tensor, offset in it, bytes)
