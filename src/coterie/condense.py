@@ -95,12 +95,14 @@ def condense(
     target = target_type(original, options)
     source = converted(original, target)
     keep, notes = check_model(source, options)
-    _announce(original, source, options, keep)
+    by_domain, said = ({}, []) if dry_run or layers == 0 else _samples(source, options)
+    notes += said
+    _announce(original, source, options)
     if dry_run:
         plan, findings = _size_plan(source, options, keep, target), dict[str, Any]()
         notes.append("a dry run computes sizes; which layers, experts and gates comes from data")
     else:
-        plan, findings = decide(source, options, keep, target, Path(out).parent, on_progress)
+        plan, findings = decide(source, options, keep, target, by_domain, Path(out).parent, on_progress)
         notes += findings.pop("notes")
     if target:
         findings["converted"] = {"from": original.checkpoint.config["model_type"], "to": target}
@@ -220,7 +222,7 @@ def _size_plan(model: Model, options: Options, keep: int, target: str | None) ->
     return _plan_of(ids, Condensed(tuple(range(keep)), (1.0,) * keep), target)
 
 
-def _announce(original: Model, source: Model, options: Options, keep: int) -> None:
+def _announce(original: Model, source: Model, options: Options) -> None:
     """Says before the work starts what the result will be, where that is not the model's own type."""
     kind, target = original.checkpoint.config.get("model_type"), source.checkpoint.config.get("model_type")
     if kind != target:
@@ -241,8 +243,21 @@ def _announce(original: Model, source: Model, options: Options, keep: int) -> No
 # --- what is decided from data ---------------------------------------------------------------------------------
 
 
+def _samples(model: Model, options: Options) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
+    """The calibration data by domain, and what should be said aloud about it."""
+    usual = OFFICIAL_SAMPLES if options.select == "official" else SAMPLES
+    number = usual if options.samples is None else options.samples
+    return read_samples(model, options.data, samples=number, seq_len=options.seq_len, seed=options.seed)
+
+
 def decide(
-    model: Model, options: Options, keep: int, target: str | None, spill: Path, on_progress: Progress
+    model: Model,
+    options: Options,
+    keep: int,
+    target: str | None,
+    by_domain: dict[str, list[tuple[int, ...]]],
+    spill: Path,
+    on_progress: Progress,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan, and what was measured on the way: see `Decision.findings`.
 
@@ -252,12 +267,9 @@ def decide(
         return Plan({}, converted=target), {"notes": []}
     from coterie.condensing.decision import Decision
 
-    usual = OFFICIAL_SAMPLES if options.select == "official" else SAMPLES
-    number = usual if options.samples is None else options.samples
-    by_domain, notes = read_samples(model, options.data, samples=number, seq_len=options.seq_len, seed=options.seed)
     given = [s for samples in by_domain.values() for s in samples]
     decision = Decision(model, options, keep, given, spill, on_progress)
     condensed, findings = decision.make()
     findings["calibration"] = {"samples": {name: len(given) for name, given in by_domain.items()}}
     plan = Plan({}, condensed={str(i): condensed[i] for i in sorted(condensed)}, converted=target)
-    return plan, findings | {"notes": [*notes, *findings["notes"]]}
+    return plan, findings

@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from coterie import loading
+from coterie.checkpoint import Checkpoint
 from coterie.data import Document, encode, parse_data, read_documents
 from coterie.errors import CoterieError
+from coterie.family import lookup
 from coterie.judging import harness, paired
 from coterie.judging.paired import Kept, bootstrap_mean
 
@@ -134,6 +136,8 @@ def evaluate(
     if against is not None:
         paired.check_tokens(against, paths, documents)
     manager = harness.task_manager(names, task_path) if names else None
+    for path in paths if load is None else ():
+        _check_readable(path, documents)
     report = on_progress or (lambda what, done, total: None)
     load = load or (lambda path: loading.load(path, dtype=dtype))
     if against is None:
@@ -149,6 +153,15 @@ def evaluate(
             entry, kept = judge(path, documents, options, load, report, manager)
             entries.append({**entry, "paired": paired.compare(path, kept, against, original, seed=seed)})
     return {"models": entries}
+
+
+def _check_readable(path: str | Path, documents: dict[str, list[Document]]) -> None:
+    """Raises: CoterieError for no checkpoint, or token ids that its config does not know."""
+    config = Checkpoint.open(path).config
+    size = max((v for _, _, v in lookup(config, ("vocab_size",)) if type(v) is int), default=math.inf)
+    for document in (d for entries in documents.values() for d in entries):
+        if document.input_ids and max(document.input_ids) >= size:
+            raise CoterieError(f"{document.where}: token {max(document.input_ids)} is not among the model's {size}")
 
 
 def judge(

@@ -117,6 +117,9 @@ def check_options(options: Options) -> None:
     check_counts(Counting(ratio=options.ratio, experts=options.experts))
     default = Options()
     given = [n for n in ("data", "samples", "seq_len", "seed", "dtype") if getattr(options, n) != getattr(default, n)]
+    absent = set(options.weights) - set(options.data) if options.data else set()
+    if absent:
+        raise CoterieError(f"--weights: domain {sorted(absent)[0]!r} is not in the data: {', '.join(options.data)}")
     if options.stats and given:
         flag = f"--{given[0].replace('_', '-')}"
         raise CoterieError(f"{flag} is of calibration and would be ignored: --stats were measured already; give one")

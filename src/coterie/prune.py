@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -42,17 +41,15 @@ OURS = (
     "reads (--removed remove writes a stock checkpoint)"
 )
 READ_BY = {  # option: the NEEDS of the methods that read it
-    "stats": ("stats", "outputs"),
+    "stats": ("stats", "outputs", "base"),
     "weights": ("stats", "outputs"),
-    "no_guard": ("stats", "outputs"),
+    "no_guard": ("stats", "outputs", "base"),
     "base": ("base",),
     "data": ("outputs",),
     "samples": ("outputs",),
     "seq_len": ("outputs",),
     "dtype": ("outputs",),
 }
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def prune(
     the expert's mean output over the calibration tokens routed to it, weighted as the expert would be; the default of
     mone). Then neither top-k nor routing groups bind how many experts stay, and layers that calibration does not see
     stay whole.
-    base: the checkpoint before fine-tuning, for router-norm-change.
+    base: the checkpoint before fine-tuning, for router-norm-change, which knows super experts from stats if given.
     data, samples, seq_len, seed, dtype: what naee runs every expert on, as in `collect`; seed is also of random.
     drop_mtp: leave multi-token-prediction layers out instead of cutting them like the others.
     save: dense, or sparse: zeros take one bit each (see `pack`).
@@ -192,8 +189,6 @@ def prune(
         if resume and not dry_run and (report := went_on(Path(out), "prune", recorded, model, clock, on_progress)):
             return report
     source = Model.open(model)
-    if options.fate != "remove":
-        logger.warning(OURS)
     plan, warnings, findings = decided(
         source, options, dry_run=dry_run, spill=Path(out).parent, on_progress=on_progress
     )
@@ -201,6 +196,7 @@ def prune(
         source, plan, Path(out), command="prune", path=model,
         options=recorded, clock=clock, warnings=warnings, findings=findings, dry_run=dry_run, resume=resume,
         overwrite=overwrite, io=io, engine=where, in_place=in_place, on_progress=on_progress,
+        aloud=OURS if options.fate != "remove" else "",
     )  # fmt: skip
 
 
@@ -221,7 +217,7 @@ def check_options(options: Options) -> None:
         raise CoterieError(f"--min-experts {options.min_experts}: expected at least 1")
     default = Options()
     shaping: tuple[str, ...] = ("budget", "linkage", "distance", "kappa", "min_experts", "non_uniform", "threshold")
-    shaping += ("lambda1", "lambda2", *(("stats", "weights") if options.needs not in READ_BY["stats"] else ()))
+    shaping += ("lambda1", "lambda2")
     given = [n for n in shaping if getattr(options, n) != getattr(default, n)]
     if options.method != "stun" and given:
         flag = f"--{given[0].replace('_', '-')}"
@@ -245,10 +241,10 @@ def _check_needs(options: Options) -> None:
     default, method = Options(), options.method
     _check_removed(options)
     for name, needs in READ_BY.items():
-        elsewhere = name in ("stats", "weights") or (name == "no_guard" and method == "stun")
-        if not elsewhere and getattr(options, name) != getattr(default, name):
+        of_stun = name in ("stats", "weights", "no_guard")
+        if getattr(options, name) != getattr(default, name) and not (of_stun and method == "stun"):
             if options.needs not in needs:
-                readers = ", ".join(methods.names(*needs))
+                readers = ", ".join([*(("stun",) if of_stun else ()), *methods.names(*needs)])
                 raise CoterieError(f"--{name.replace('_', '-')} would be ignored by {method}; it is of {readers}")
     if options.needs == "stats" and not options.stats:
         raise CoterieError(
@@ -447,15 +443,17 @@ def _by_criterion(
         from coterie.selecting import reconstruct
 
         return reconstruct.decide(model, task, options, stats, spill, on_progress)
-    if stats and options.stats:
+    if options.needs == "stats":
+        assert stats and options.stats, "checked"
         decision = criteria.decide_by_stats(task, options.method, stats, options.stats, no_guard=options.no_guard)
         said = _never_chosen(decision.choices, task, stats) if options.fate == "constant" else ()
         return replace(decision, notes=(*decision.notes, *said))
     if options.base:
-        scores = criteria.by_base(task, options.method, Model.open(options.base), options.base)
-    else:
-        scores = criteria.by_weights(task, options.method, options.seed, on_progress)
-    return Decision(criteria.keep(task, scores))
+        scores = criteria.by_base(task, options.method, model, Model.open(options.base), options.base)
+        guarded = criteria.guard(task, stats) if stats and not options.no_guard else {}
+        listed = criteria.listed(guarded, stats) if stats else []
+        return Decision(criteria.keep(task, scores, guarded), findings={"guarded": listed})
+    return Decision(criteria.keep(task, criteria.by_weights(task, options.method, options.seed, on_progress)))
 
 
 def _never_chosen(choices: dict[MoE, Choice], task: criteria.Task, stats: Stats) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ MERGING = {  # measured only for `merge`: the first takes E / K times the work o
 }
 KNOWN = SUMS | MERGING
 MAXIMA = ("output_max",)  # of these, two values make the larger of them; a domain counts unless its weight is 0
+SIGNED = ("gates", "gated_output_norms", "outputs", "logits", "all_outputs", "logit_products")  # may be negative
 HALVES = 2
 LARGEST = 1e150  # beyond it squares and totals would overflow
 
@@ -141,6 +142,7 @@ class Stats:
         except ValueError as error:  # a null byte in the name
             raise CoterieError(f"{str(path)!r}: not a file name ({error})") from error
         result = cls._of_metadata(path, metadata)
+        result._check_complete(path, tensors)
         for name, tensor in tensors.items():
             key = tuple(name.rsplit("/", 2))  # a domain's name may hold slashes
             axes = KNOWN.get(key[-1], ("", ""))[0]
@@ -151,9 +153,18 @@ class Stats:
             if key[2] in only and (layers is None or key[1] in layers):
                 raw = read_bytes(path, tensor.start, tensor.num_bytes, name)
                 result.sums[key] = decode(raw, tensor.dtype, name).reshape(tensor.shape)  # type: ignore[index]
-                if not np.isfinite(result.sums[key]).all():  # type: ignore[index]
-                    raise CoterieError(f"{path}: {name!r} holds NaN or infinite values; collect the statistics again")
+                _check_values(path, name, result.sums[key])  # type: ignore[index]
         return result
+
+    def _check_complete(self, path: Path, names: Collection[str]) -> None:
+        """Raises: CoterieError where a domain lacks a sum that another has: its weight would change nothing."""
+        measured = {tuple(name.rsplit("/", 2)[1:]) for name in names}
+        for domain in self.samples:
+            gone = next((rest for rest in sorted(measured) if "/".join((domain, *rest)) not in names), None)
+            if gone:
+                raise CoterieError(
+                    f"{path}: domain {domain!r} has no {'/'.join(gone)!r}, which others have; collect again"
+                )
 
     @classmethod
     def _of_metadata(cls, path: Path, metadata: dict[str, str]) -> Stats:
@@ -183,6 +194,14 @@ def joined(name: str) -> np.ufunc:
 def _weighted(name: str, value: np.ndarray, weight: float) -> np.ndarray:
     """Both halves of a domain (2, *axes), as if its data were given `weight` times."""
     return value.max(0) * (weight > 0) if name in MAXIMA else value.sum(0) * weight
+
+
+def _check_values(path: Path, name: str, values: np.ndarray) -> None:
+    """Raises: CoterieError for what no sum of the kind can be."""
+    if not np.isfinite(values).all():
+        raise CoterieError(f"{path}: {name!r} holds NaN or infinite values; collect the statistics again")
+    if name.rpartition("/")[2] not in SIGNED and values.min(initial=0.0) < 0:
+        raise CoterieError(f"{path}: {name!r} holds negative values; collect the statistics again")
 
 
 def _is_shape(shape: tuple[int, ...], axes: str) -> bool:

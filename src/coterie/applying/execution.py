@@ -6,6 +6,7 @@ plan could get wrong is checked before a byte is written.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,8 @@ from coterie.writing.in_place import Recipe, consume
 from coterie.writing.spread import mover
 from coterie.writing.writer import Output, Writer, check_out, num_copied, partial_of, tidy
 
+logger = logging.getLogger(__name__)
+
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 MAX_COPIED = 2**30  # bytes of a file that travels along; a sparse one can claim any size
@@ -47,6 +50,7 @@ def execute(
     options: dict[str, Any],
     clock: Stopwatch,
     warnings: tuple[str, ...] = (),
+    aloud: str = "",
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -60,6 +64,7 @@ def execute(
     """Checks the plan against the checkpoint, writes OUT (unless dry_run), and reports.
 
     findings: what the decision measured, for the report.
+    aloud: what must be known before the work begins, if nothing is refused.
     prepare: given the model as planned, checks everything and returns what changes its weights once they are written.
     engine: where units of work run; not part of what a resume must repeat, since the bytes are the same.
     in_place: MODEL's files become OUT's (`in_place.py`).
@@ -93,6 +98,8 @@ def execute(
         },
         versions=versions(),
     )
+    if aloud:
+        logger.warning(aloud)
     if in_place:
         recipe = Recipe.of(checkpoint, outputs, report, out)
         notes.append(recipe.note)

@@ -80,11 +80,14 @@ def by_weights(task: Task, method: str, seed: int, on_progress: Progress = no_pr
     return found
 
 
-def by_base(task: Task, method: str, base: Model, where: str) -> Scores:
+def by_base(task: Task, method: str, model: Model, base: Model, where: str) -> Scores:
     """Scores of a criterion that compares with an earlier checkpoint of the same model.
 
-    Raises: CoterieError for a checkpoint that lacks a layer.
+    Raises: CoterieError for a checkpoint of another model type, or one that lacks a layer.
     """
+    kinds = [m.checkpoint.config.get("model_type") for m in (model, base)]
+    if kinds[0] != kinds[1]:
+        raise CoterieError(f"--base {where}: is {kinds[1]!r}, not {kinds[0]!r}; expected this model before fine-tuning")
     score, blocks = methods.load(method).score, {(b.key, b.attention): b for b in base.moe}
     found = {}
     for block, layer in task.layers.items():
