@@ -337,6 +337,8 @@ def test_statistics_that_hold_different_sums_are_not_merged(tiny_checkpoint):
         (lambda t, m: t.update({"x/1/tokens": np.ones((3, 8))}), "is not a statistic"),
         (lambda t, m: t.update({"x/1/tokens": np.ones((2, 8), np.float32)}), "is not a statistic"),
         (lambda t, m: t.update({"x/1/tokens": np.full((2, 8), np.nan)}), "NaN or infinite"),
+        (lambda t, m: t.update({"x/1/tokens": np.full((2, 8), -3.0)}), "negative values"),
+        (lambda t, m: m.update(samples='{"x": 1, "y": 1}'), "domain 'y' has no '1/tokens', which others have"),
     ],
 )
 def test_other_files_are_refused(tmp_path, change, message):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import coterie
 from coterie import family, summary
+from coterie.checkpoint import Checkpoint
 from coterie.cli import main
 from coterie.errors import CoterieError
 from coterie.judging.rounding import round_experts, rounded, rounded_bytes
@@ -212,6 +213,18 @@ def test_what_was_not_measured_is_said(folders, tmp_path):
     assert "speed was not measured" in notes and "no coterie.json leads back" in notes
     assert "other: was calibrated on" in notes and "judged on as 'b'" in notes
     assert "speed" not in found["models"][0] and "fate" not in found["models"][1]
+
+
+def test_every_model_has_a_kurtosis(folders, made):
+    """As it is, of all weights in its experts that are not zero; in the same section of the page."""
+    found, page = made
+    for entry, path in zip(found["models"], [folders / "model", folders / EVIL], strict=False):
+        checkpoint = Checkpoint.open(path)
+        weights = [checkpoint.read(n) for n, r in Model.open(path).roles.items() if r == "expert"]
+        values = np.concatenate([w.reshape(-1) for w in weights]).astype(np.float64)
+        values = values[values != 0] - values[values != 0].mean()
+        assert entry["kurtosis"] == {"as it is": pytest.approx((values**4).mean() / (values**2).mean() ** 2, rel=1e-4)}
+    assert "Kurtosis of expert weights" in page
 
 
 def test_records_are_not_trusted(folders, tmp_path):

@@ -26,6 +26,7 @@ from coterie.reference_model import HELD_OUT
 from coterie.report import Progress, Stopwatch, no_progress, typed, versions
 from coterie.sparse.view import dense_view
 from coterie.writing.file import check_new_file, write_whole
+from coterie.zeroing.kurtosis import of_experts
 
 LONGEST = 400  # characters of a command that are shown
 Digest = tuple[int, str]  # bytes of a file, and their hash
@@ -209,8 +210,9 @@ def _facts(path: str | Path) -> dict[str, Any]:
     record = record_of(folder) or {}
     made, options = _object(record.get("report")), _object(record.get("options"))
     sparsity = _number(_object(made.get("sparsity")).get("experts"))
-    experts, notes = _experts(view)
-    kurtosis = {str(k): _number(v) for k, v in _object(made.get("kurtosis")).items()}
+    experts, kurtosis, notes = _experts(view)
+    recorded = {str(k): _number(v) for k, v in _object(made.get("kurtosis")).items()}
+    recorded = {key: value for key, value in recorded.items() if value is not None}
     return {
         "bytes": checkpoint.num_bytes,
         "parameters": view.num_parameters,
@@ -218,20 +220,26 @@ def _facts(path: str | Path) -> dict[str, Any]:
         "hash": checkpoint.hash,
         "command": _command(record.get("command"), options),
         "sparsity": sparsity,
-        "kurtosis": {key: value for key, value in kurtosis.items() if value is not None},
+        "kurtosis": recorded or ({} if kurtosis is None else {"as it is": kurtosis}),
         "data": _object(options.get("data")),
         "notes": notes,
     }
 
 
-def _experts(view: Checkpoint) -> tuple[dict[str, int] | None, list[str]]:
-    """Experts by layer, none where no layer has any left; None, and a note, where they are not understood."""
+def _experts(view: Checkpoint) -> tuple[dict[str, int] | None, float | None, list[str]]:
+    """Experts by layer, none where no layer has any left, and the kurtosis of their weights; None, and a note, where
+    they are not understood."""
     if not names_experts(view.tensors):
-        return {}, []
+        return {}, None, []
     try:
-        return {b.key: b.num_experts for b in find_blocks(view, detect(view.config)).main}, []
+        model = find_blocks(view, detect(view.config))
     except CoterieError as error:
-        return None, [f"how many experts its layers have is unknown: {error}"]
+        return None, None, [f"how many experts its layers have is unknown: {error}"]
+    counts = {b.key: b.num_experts for b in model.main}
+    try:
+        return counts, of_experts(model), []
+    except CoterieError as error:  # rounded, or in a coding that is not read
+        return counts, None, [f"the kurtosis of its experts' weights is unknown: {error}"]
 
 
 def _command(command: Any, options: dict[str, Any]) -> str | None:

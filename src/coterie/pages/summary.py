@@ -245,7 +245,7 @@ def _tally(levels: Iterable[int]) -> list[int]:
 
 
 def _kurtosis(found: Found) -> tuple[str, list[Part]]:
-    """Of expert weights, where a command recorded it."""
+    """Of expert weights: as a command recorded it before, between and after its steps, or as it is."""
     entries = [m for m in found["models"] if m["kurtosis"]]
     if not entries:
         return "Kurtosis of expert weights", []

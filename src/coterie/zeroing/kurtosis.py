@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from coterie.experts import expert_matrices
+from coterie.layer import Model
+
 CHUNK = 1 << 16  # weights at a time: they stay in cache, and sums of so many float32 are still exact enough
 
 
@@ -44,3 +47,14 @@ class Moments:
         variance = m2 - mean**2
         fourth = m4 - 4 * mean * m3 + 6 * mean**2 * m2 - 3 * mean**4
         return fourth / variance**2 if variance > 0 else None
+
+
+def of_experts(model: Model) -> float | None:
+    """K of all weights in the ordinary layers' experts that are not zero, one expert after the other."""
+    found = Moments()
+    for block in model.main:
+        for e in range(block.num_experts):
+            for matrix in expert_matrices(model.checkpoint, block, e):
+                if matrix is not None:
+                    found.add(np.ascontiguousarray(matrix), int(np.count_nonzero(matrix)))
+    return found.kurtosis
