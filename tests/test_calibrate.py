@@ -240,6 +240,8 @@ def test_large_activations_spill_by_themselves(tiny_checkpoint):
     stream, size = open_stream(tiny_checkpoint("qwen2_moe")), 5 * sum(LENGTHS) * 32 * 4
     assert all(b.maps is None for b in stream.embed(samples(), budget=size))
     assert all(b.maps is not None for b in stream.embed(samples(), budget=size - 1))
+    assert all(b.maps is None for b in stream.embed(samples(), budget=3 * size, copies=3))
+    assert all(b.maps is not None for b in stream.embed(samples(), budget=3 * size - 1, copies=3))
     assert all(b.maps is None for b in stream.embed(samples()))
 
 

@@ -278,8 +278,17 @@ def check_sum(blocks: Blocks, index: int, x: torch.Tensor, y: torch.Tensor, rout
 
 
 def copies(batches: list[Batch]) -> list[Batch]:
-    """The same hidden states, to be advanced apart."""
-    return [Batch(batch.hidden.clone(), batch.arguments, batch.samples) for batch in batches]
+    """The same hidden states, to be advanced apart; where they are in maps, in one more of those."""
+    maps = batches[0].maps
+    if maps is None:
+        return [Batch(batch.hidden.clone(), batch.arguments, batch.samples) for batch in batches]
+    sizes, hidden = [batch.num_tokens for batch in batches], batches[0].hidden
+    places = maps.zeros((sum(sizes), *hidden.shape[2:]), hidden.dtype).split(sizes)
+    found = []
+    for batch, place in zip(batches, places, strict=True):
+        found.append(Batch(batch.loaded(), batch.arguments, batch.samples))
+        found[-1].move(maps, place)
+    return found
 
 
 def observe(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from coterie.condensing.always_on import Blocks, Work
 from coterie.condensing.choosing import Choice, by_divergence, by_least_squares, by_routing
-from coterie.condensing.sweep import Sweep, hidden_divergence, logit_divergence
+from coterie.condensing.sweep import BESIDE, Sweep, hidden_divergence, logit_divergence
 from coterie.layer import Model
 from coterie.methods.condense import layers as layer_search
 from coterie.plan import Condensed
@@ -84,8 +84,8 @@ class Decision:
         finally:
             self.seconds[kind] += time.monotonic() - began
 
-    def _embed(self, samples: Samples) -> list[Batch]:
-        return self.blocks.stream.embed(samples, spill=existing(self.spill))
+    def _embed(self, samples: Samples, copies: int = 1) -> list[Batch]:
+        return self.blocks.stream.embed(samples, spill=existing(self.spill), copies=copies)
 
     def _choose(self) -> Choice:
         """Experts and gates of every candidate layer, in the model as it is."""
@@ -111,9 +111,8 @@ class Decision:
     def _search(self, choice: Choice) -> tuple[list[int], list[float]]:
         assert self.options.layers is not None
         metric = hidden_divergence(self.blocks) if self.is_official else logit_divergence(self.blocks)
-        sweep = Sweep(
-            self.blocks, self._embed(self.judging), choice.condensed, metric, self.work["layers"], self.on_progress
-        )
+        embedded = self._embed(self.judging, len(self.indices) + BESIDE)
+        sweep = Sweep(self.blocks, embedded, choice.condensed, metric, self.work["layers"], self.on_progress)
         kind = self.options.layer_search or "greedy"
         return layer_search.search(kind, self.indices, self.options.layers, sweep.score)
 

@@ -18,6 +18,7 @@ from coterie.plan import Condensed
 from coterie.report import Progress
 from coterie.streaming.calibrate import Batch
 
+BESIDE = 4  # sets of hidden states, beside one of each candidate: embedded, before the first, base and original
 ROWS = 256  # tokens whose logits are compared at once, in float64
 
 Metric = Callable[[list[Batch], list[Batch]], float]  # last layer's outputs: (of the original, found) -> how far

@@ -144,13 +144,20 @@ class Stream:
 
     @torch.no_grad()
     def embed(
-        self, samples: Samples, tokens_per_batch: int = 2048, *, spill: Path | None = None, budget: int | None = None
+        self,
+        samples: Samples,
+        tokens_per_batch: int = 2048,
+        *,
+        spill: Path | None = None,
+        budget: int | None = None,
+        copies: int = 1,
     ) -> list[Batch]:
         """Token ids to the first layer's inputs; samples of equal length share batches.
 
         When all activations (about five times the hidden states of all samples) exceed `budget` bytes (`IN_MEMORY`
         unless given), they go to unnamed files in the folder `spill` (the system's temporary folder, which may be
         memory, unless given), which has to have room for as much; results are the same bit for bit.
+        copies: how many such sets of hidden states there will be, that pass through the layers together.
         Raises: CoterieError for token ids that the model does not have, for models whose layers pass each other more
         than hidden states, and when the folder has too little room.
         """
@@ -164,7 +171,7 @@ class Stream:
             batch = Batch(*self._capture(ids, changed=False), rows)
             if not batches:
                 self._check_arguments(ids, batch.arguments)
-                places = _places(samples, batch.hidden, spill, IN_MEMORY if budget is None else budget)
+                places = _places(samples, batch.hidden, spill, IN_MEMORY if budget is None else budget, copies)
             length = ids.shape[1]
             batch.arguments = arguments[length] = shared(batch.arguments, arguments.get(length, []))
             if places:
@@ -387,11 +394,11 @@ def _grouped(samples: Samples, tokens_per_batch: int) -> Iterator[tuple[int, ...
 
 
 def _places(
-    samples: Samples, hidden: torch.Tensor, spill: Path | None, budget: int
+    samples: Samples, hidden: torch.Tensor, spill: Path | None, budget: int, copies: int
 ) -> tuple[Maps, torch.Tensor] | None:
     """Where hidden states like the given ones (B, T, ...) go, token after token; None: they stay in memory."""
     num_tokens = sum(map(len, samples))
-    if AT_ONCE * num_tokens * hidden[0, 0].nbytes <= budget:
+    if AT_ONCE * copies * num_tokens * hidden[0, 0].nbytes <= budget:
         return None
     maps = Maps(spill, budget)
     return maps, maps.zeros((num_tokens, *hidden.shape[2:]), hidden.dtype)
