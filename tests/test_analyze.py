@@ -433,6 +433,7 @@ def test_the_page(tiny_checkpoint, data, tmp_path):
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
     carried = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
     assert carried["numbers"]["layers"] == result["layers"]
+    assert f"Rounded to {bits.LEVELS}, which makes 4 bits 4.5; those of coterie report are symmetric" in text
     kinds = [plot["kind"] for plot in carried["plots"]]
     assert kinds.count("heatmap") == 5 and {"scatter", "bars"} < set(kinds)
     assert len(carried["plots"][0]["views"]) == len(result["layers"])

@@ -56,7 +56,8 @@ def analyze(
     - "norms": "mean" by expert on the same tokens; Pearson's r of gate and norm of the chosen ("gate_norm"), of gate
       and gate times norm ("gate_contribution"), of softmax score and norm over all experts ("score_norm"); the share of
       chosen experts among the K of largest norm ("chosen_largest", by "chance" K / E); "points" [gate, norm].
-    - "bits": by number of bits, round-to-nearest: "stored" bits per weight, relative error of "weights", of the
+    - "bits": by number of bits, round-to-nearest on even levels from the lowest to the highest weight of each group of
+      64 (the reference of `report` is symmetric): "stored" bits per weight, relative error of "weights", of the
       "layer"'s sum, and of each of the "experts" on the probed tokens.
     - "condense": the K "experts" and "gates" that, always on, come nearest to the routed sum; the share "captured" of
       it, its energy in that of the hidden states that leave the layer ("routed"), and what is "lost" of those.

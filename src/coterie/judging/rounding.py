@@ -20,7 +20,7 @@ BITS, GROUP, SCALE_BYTES = 4, 64, 2
 MOST = 2 ** (BITS - 1) - 1  # 7: codes go from -8 to 7
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 STORED = ("F32", "BF16", "F16")
-DESCRIPTION = f"plain rounding of the experts to {BITS} bits, groups of {GROUP}, simulated"
+DESCRIPTION = f"plain rounding of the experts to {BITS} bits, symmetric, one scale per group of {GROUP}, simulated"
 
 
 def rounded(weights: torch.Tensor) -> torch.Tensor:

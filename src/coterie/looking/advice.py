@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from coterie.looking.bits import LEVELS
 from coterie.looking.numbers import correlation, number, pairs
 from coterie.methods.prune.stun import dendrogram
 
@@ -131,8 +132,8 @@ def _bits(layers: Layers) -> Advice:
     order = sorted(by_bits.items(), key=lambda item: item[0] or 99)
     named = "; ".join(f"{b or 'more than 8'} bits in {_count(len(keys), 'layer')}" for b, keys in order)
     text = (
-        f"Rounded to the nearest level in groups of 64, experts change their layer's sum by {shown} bits (norm over "
-        f"norm, mean of layers). Within an error of {TOLERATED} stay {named}. Errors add up over layers, and "
+        f"Rounded to the nearest of {LEVELS}, experts change their layer's sum by {shown} bits (norm over norm, mean "
+        f"of layers). Within an error of {TOLERATED} stay {named}. Errors add up over layers, and "
         "better rounding lowers them."
     )
     return {"about": "bits", "text": text, "numbers": {"fewest": fewest, "error": errors}}

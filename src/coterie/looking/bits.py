@@ -1,4 +1,8 @@
-"""Round-to-nearest: what weights become when stored with few bits. Simulated; nothing is packed here."""
+"""Round-to-nearest: what weights become when stored with few bits. Simulated; nothing is packed here.
+
+Levels lie between the extremes of a group, which suits 2 and 3 bits: 4.5 bits a weight at 4. The reference of `coterie
+report` (`judging/rounding.py`) is another: levels on both sides of zero and one scale per group, 4.25 bits a weight.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 BITS = (8, 4, 3, 2)
-GROUP = 64  # consecutive inputs that share a scale and a lowest value, 16 bits each
+GROUP = 64  # consecutive inputs that share a step and a lowest value, counted as 16 bits each
+LEVELS = f"even levels from the lowest to the highest weight of each group of {GROUP}"
 
 
 def rounded(weights: torch.Tensor, bits: int, group: int = GROUP) -> torch.Tensor:
