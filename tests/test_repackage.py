@@ -108,7 +108,8 @@ def test_doubling_is_exact_in_bfloat16(tmp_path):
 def test_sizes_before_are_the_originals(tmp_path):
     """What the conversion adds counts as after, not as before."""
     folder = slow_deepseek.save(tmp_path / "v1")
-    report = condense(folder, tmp_path / "out", layers=0).report
+    report = condense(folder, tmp_path / "out", layers=0, keep=1).report
+    assert "--keep had no effect: --layers 0 condenses none, it repackages" in report["warnings"]
     assert report["before"]["parameters"] == Checkpoint.open(folder).num_parameters
     added = 3 * 32 + 4 * (32 + 16 + 16)  # gates of shared experts, biases of queries, keys and values
     assert report["after"]["parameters"] == report["before"]["parameters"] + added

@@ -80,6 +80,20 @@ def test_bad_options_are_refused(tiny_checkpoint, tmp_path, data, options, says)
     assert not (tmp_path / "out").exists()
 
 
+def test_options_of_data_without_effect_are_said(tiny_checkpoint, tmp_path):
+    """Magnitude needs no data: how many samples there would be changes nothing."""
+    report = sparsify(tiny_checkpoint("qwen3_moe"), tmp_path / "out", method="magnitude", samples=8, seed=3).report
+    said = [w for w in report["warnings"] if "had no effect: magnitude needs no data" in w]
+    assert [w.split()[0] for w in said] == ["--samples", "--seed"]
+
+
+@pytest.mark.parametrize("share", [float("nan"), float("inf"), -0.1])
+def test_a_share_that_is_none_is_refused(tiny_checkpoint, tmp_path, share):
+    """Numbers that no fraction can hold among them."""
+    with pytest.raises(CoterieError, match=r"--sparsity .*: the share of zeros must be in \[0, 1\)"):
+        sparsify(tiny_checkpoint("qwen3_moe"), tmp_path / "out", method="magnitude", sparsity=share)
+
+
 def test_attention_experts_keep_their_weights(tiny_checkpoint, tmp_path):
     """Only the layers' own experts are zeroed: attention experts (jetmoe) are written as they were."""
     source, out = tiny_checkpoint("jetmoe"), tmp_path / "out"

@@ -96,7 +96,7 @@ def condense(
     source = converted(original, target)
     keep, notes = check_model(source, options)
     by_domain, said = ({}, []) if dry_run or layers == 0 else _samples(source, options)
-    notes += said
+    notes += [*said, *_unused(options)]
     _announce(original, source, options)
     if dry_run:
         plan, findings = _size_plan(source, options, keep, target), dict[str, Any]()
@@ -145,9 +145,13 @@ def check_options(options: Options) -> None:
         raise CoterieError(f"--layers {options.layers}: expected a number of layers, 0 or more")
     if options.keep is not None and options.keep < 0:
         raise CoterieError(f"--keep {options.keep}: expected a number of experts, 0 or more")
+
+
+def _unused(options: Options) -> list[str]:
+    """What to say of options that shape what `--layers 0` does not do."""
     given = [name for name, value in vars(options).items() if value != getattr(Options(), name) and name != "layers"]
-    if options.layers == 0 and given:
-        raise CoterieError(f"--{given[0].replace('_', '-')} would be ignored: --layers 0 condenses none, it repackages")
+    idle = given if options.layers == 0 else []
+    return [f"--{name.replace('_', '-')} had no effect: --layers 0 condenses none, it repackages" for name in idle]
 
 
 def target_type(model: Model, options: Options) -> str | None:

@@ -13,7 +13,7 @@ from coterie.plan import Plan
 from coterie.report import Progress, Report, Stopwatch, no_progress
 from coterie.saving import savable
 from coterie.zeroing import budget, linears
-from coterie.zeroing.job import Options, check_options, check_used, prepared
+from coterie.zeroing.job import Options, check_options, idle, prepared
 
 PER_ROW = ("magnitude", "wanda", "moe-pruner")  # as published: floor(S * I) zeros in every row
 
@@ -81,7 +81,7 @@ def sparsify(
         outliers, dtype,
     )  # fmt: skip
     check_options(options)
-    check_used(options)
+    unused = idle(options)
     plan = Plan(layers={}, budget={"kind": "sparsity", "sparsity": float(share)})
     recorded = {k: v for k, v in vars(options).items() if k not in ("total", "weighted")} | {
         "sparsity": None if groups else float(share),  # one excludes the other
@@ -91,7 +91,7 @@ def sparsify(
         "save": save,
     }
     return execute(
-        source, plan, Path(out), command="sparsify", path=model, options=recorded, clock=clock,
+        source, plan, Path(out), command="sparsify", path=model, options=recorded, clock=clock, warnings=unused,
         dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where,
         on_progress=on_progress,
         prepare=prepared(options, source, plan, Path(out).parent, on_progress, where),

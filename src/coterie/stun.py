@@ -29,7 +29,7 @@ from coterie.sparsify import parse_also
 from coterie.writing.copying import check_io
 from coterie.zeroing import linears
 from coterie.zeroing.budget import num_weights
-from coterie.zeroing.job import Calibration, Options, check_options, check_used, prepared, prune_layers, workers
+from coterie.zeroing.job import Calibration, Options, check_options, idle, prepared, prune_layers, workers
 
 PRESETS = ("recommended", "paper")
 SPLITS = (Fraction(0), Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(1))  # of S, tried by `auto`
@@ -96,8 +96,7 @@ def stun(
         samples, seq_len, seed, (1 if paper else 64) if min_tokens is None else min_tokens, outliers, dtype,
     )  # fmt: skip
     check_options(zeroing)
-    if expert_ratio != "auto":  # which is judged on data, whatever zeroes
-        check_used(zeroing)
+    unused = idle(zeroing) if expert_ratio != "auto" else ()  # auto judges on data, whatever zeroes
     check_io(io)
     source = Model.open(model)
     recipe = Recipe(
@@ -120,7 +119,7 @@ def stun(
         "seed": seed, "min_tokens": options.min_tokens, "outliers": outliers, "dtype": dtype, "save": save,
     }  # fmt: skip
     return execute(
-        source, plan, Path(out), command="stun", path=model, options=asked, clock=clock, warnings=warnings,
+        source, plan, Path(out), command="stun", path=model, options=asked, clock=clock, warnings=(*warnings, *unused),
         dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where, on_progress=on_progress,
         prepare=prepared(options, source, plan, Path(out).parent, on_progress, where), findings=findings,
     )  # fmt: skip

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from coterie.zeroing.spread import Spread
 
 Shares = dict[str, Fraction]  # sparsity by layer
-OF_CALIBRATION = ("data", "one_pass", "samples", "seq_len", "seed", "dtype")
+OF_SAMPLING = ("samples", "seq_len", "seed", "dtype")
 ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated on the driver's machine alone"
 
 
@@ -59,11 +59,14 @@ class Options:
     dtype: str = "auto"
 
 
-def check_used(options: Options) -> None:
-    """Raises: CoterieError for an option of calibration where the rule needs none."""
-    given = [name for name in OF_CALIBRATION if getattr(options, name) != getattr(Options(), name)]
-    if options.method == "magnitude" and given:
-        raise CoterieError(f"--{given[0].replace('_', '-')} would be ignored: magnitude needs no data")
+def idle(options: Options) -> tuple[str, ...]:
+    """What to say of options about data where the rule needs none. Raises: CoterieError for data themselves."""
+    if options.method != "magnitude":
+        return ()
+    if options.data or options.one_pass:
+        raise CoterieError("--data and --one-pass would be ignored: magnitude needs no data")
+    given = [name for name in OF_SAMPLING if getattr(options, name) != getattr(Options(), name)]
+    return tuple(f"--{name.replace('_', '-')} had no effect: magnitude needs no data" for name in given)
 
 
 def check_options(options: Options) -> None:
