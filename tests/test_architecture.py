@@ -21,7 +21,7 @@ RANKS = [
     {"family", "streaming.tensors", "sparse.format", "sparse.view"},
     {"families", "own"},
     {"layer"},
-    {"experts"},
+    {"experts", "scales"},
     {
         "loading",
         "moe",

@@ -116,7 +116,7 @@ def test_scales_per_block(blocks_down, blocks_right, height, width):
     draw = np.random.default_rng(0)
     values = draw.normal(size=(blocks_down * height, blocks_right * width)).astype(np.float32)
     scale = draw.normal(size=(blocks_down, blocks_right)).astype(np.float32)
-    found = dequantise(values, scale)
+    found = dequantise(values, scale, "x", (height, width))
     for (i, j), value in np.ndenumerate(values):
         assert found[i, j] == value * scale[i // height, j // width]
 
@@ -125,16 +125,44 @@ def test_scales_per_tensor_and_per_row():
     """One number for all, or one per row in either spelling."""
     values = np.array([[1, 2], [3, 4]], np.float32)
     for scale in (np.float32([2]), np.float32(2), np.float32([[2]])):
-        assert dequantise(values, np.asarray(scale)).tolist() == [[2, 4], [6, 8]]
+        assert dequantise(values, np.asarray(scale), "x").tolist() == [[2, 4], [6, 8]]
     for scale in (np.float32([2, 3]), np.float32([[2], [3]])):
-        assert dequantise(values, scale).tolist() == [[2, 4], [9, 12]]
+        assert dequantise(values, scale, "x").tolist() == [[2, 4], [9, 12]]
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 1, 1), (0,), (0, 2), (4, 4)])
 def test_scales_that_do_not_fit_are_refused(shape):
     """A scale of another shape is refused, not broadcast."""
-    with pytest.raises(CoterieError, match="does not divide"):
-        dequantise(np.ones((2, 2), np.float32), np.ones(shape, np.float32))
+    with pytest.raises(CoterieError, match=r"'x': scale of shape .* does not divide"):
+        dequantise(np.ones((2, 2), np.float32), np.ones(shape, np.float32), "x")
+
+
+def test_the_last_block_may_be_cut_short():
+    """Five rows in blocks of two: the third block has one; and the third column of blocks likewise."""
+    scale = np.float32([[1, 2], [3, 4], [5, 6]])
+    found = dequantise(np.ones((5, 3), np.float32), scale, "x", (2, 2))
+    assert found.tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4], [3, 3, 4], [5, 5, 6]]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 2), (4, 2), (5, 1)])
+def test_scales_must_fit_the_known_blocks(shape):
+    """Five rows in blocks of two take three scales: neither one for all, nor one per row."""
+    with pytest.raises(CoterieError, match=r"'x': scale of shape .* into blocks of 2 x 2"):
+        dequantise(np.ones((5, 3), np.float32), np.ones(shape, np.float32), "x", (2, 2))
+
+
+@pytest.mark.parametrize(("rows", "count", "size"), [(8, 2, 4), (5, 3, 2), (448, 7, 64), (450, 4, 128)])
+def test_unknown_blocks_are_powers_of_two(rows, count, size):
+    """Of those, one size at most gives the number of scales."""
+    found = dequantise(np.ones((rows, 2), np.float32), np.arange(count, dtype=np.float32)[:, None], "x")
+    assert found[:, 1].tolist() == [i // size for i in range(rows)]
+
+
+@pytest.mark.parametrize(("rows", "count"), [(448, 4), (6, 2), (9, 3), (7, 3)])
+def test_unknown_blocks_that_could_be_others_are_refused(rows, count):
+    """448 rows with 4 scales: blocks of 128, the last one short, or of 112?"""
+    with pytest.raises(CoterieError, match=r"a power of two"):
+        dequantise(np.ones((rows, 2), np.float32), np.ones((count, 1), np.float32), "x")
 
 
 def slow_e2m1(code):

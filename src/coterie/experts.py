@@ -14,7 +14,8 @@ import numpy as np
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.layer import MoE
-from coterie.numerics import dequantise, encode, mxfp4
+from coterie.numerics import encode, mxfp4
+from coterie.scales import stored_weight
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,8 @@ def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndar
     """(gate, up, down) of expert e as float32 (out, in) matrices, whatever the layout on disk."""
     layout = block.layout
     if block.experts:
-        names = block.experts[e]
-        up, down = (_matrix(checkpoint, names, part) for part in (layout.up, layout.down))
-        return (_matrix(checkpoint, names, layout.gate) if layout.gate else None), up, down
+        up, down = (_matrix(checkpoint, block, e, part) for part in (layout.up, layout.down))
+        return (_matrix(checkpoint, block, e, layout.gate) if layout.gate else None), up, down
     first, *rest = (_fused_slice(checkpoint, block, name, e) for name in _fused_weights(checkpoint, block))
     if len(rest) == 2:  # dbrx: gate (F, D), up (F, D), down stored (F, D)
         return first, rest[0], rest[1].T
@@ -125,19 +125,14 @@ def expert_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
     return _fused_weights(checkpoint, block)
 
 
-def _matrix(checkpoint: Checkpoint, names: dict[str, str], part: str) -> np.ndarray:
-    """A matrix stored under a number: `part.weight` or `part`, dequantised by the scale beside it."""
+def _matrix(checkpoint: Checkpoint, block: MoE, e: int, part: str) -> np.ndarray:
+    """A matrix stored under a number: `part.weight` or `part`."""
+    names = block.experts[e]
     key = next((k for k in (f"{part}.weight", part) if k in names), None)
     if key is None:
         known = ", ".join(sorted(names))
         raise CoterieError(f"expert tensors {known}: no plain {part!r} weight to read; dequantise the checkpoint first")
-    values = checkpoint.read(names[key]).astype(np.float32, copy=False)
-    scale = next((names[k] for k in (f"{key}_scale_inv", f"{key}_scale") if k in names), None)
-    if scale is None:
-        if checkpoint.tensors[names[key]].dtype in ("U8", "I8", "I32", "U32"):
-            raise CoterieError(f"tensor {names[key]!r}: packed integers without a scale we know; dequantise first")
-        return values
-    return dequantise(values, checkpoint.read(scale))
+    return stored_weight(checkpoint, block, e, key)
 
 
 def _fused_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
@@ -159,12 +154,7 @@ def _fused_slice(checkpoint: Checkpoint, block: MoE, name: str, e: int) -> np.nd
         blocks = checkpoint.read_rows(f"{name}_blocks", e, e + 1)[0]
         scales = checkpoint.read_rows(f"{name}_scales", e, e + 1)[0]
         return mxfp4(blocks, scales).T  # stored (out, in); the layout says transposed
-    shape = checkpoint.tensors[name].shape
-    if len(shape) != 2 and not (len(shape) == 3 and shape[0] == block.num_experts):
-        raise CoterieError(f"tensor {name!r}: shape {list(shape)}; expected one matrix per expert")
-    rows = checkpoint.tensors[name].shape[0] // block.num_experts
-    values = checkpoint.read_rows(name, e * rows, (e + 1) * rows).astype(np.float32, copy=False)
-    return values[0] if values.ndim == 3 else values
+    return stored_weight(checkpoint, block, e, name.removeprefix(block.prefix))
 
 
 def _check_mxfp4(checkpoint, block, name: str) -> None:

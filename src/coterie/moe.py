@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from coterie.errors import CoterieError
 from coterie.experts import expert_biases, expert_matrices
 from coterie.layer import MoE
+from coterie.scales import weight_scale
 from coterie.streaming.tensors import read, read_into, stored_dtype
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def _stored(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[torch.Tensor, t
     dtypes = {None if t is None else t.dtype for t in found}
     if len(dtypes) != 1 or not dtypes <= set(PLAIN):
         return None
+    if not block.experts and any(weight_scale(block, e, key) for key in block.layout.fused):
+        return None
     return _read_numbered(checkpoint, names) if block.experts else _read_fused(checkpoint, block, e, names)
 
 
@@ -96,7 +99,7 @@ def _numbered(block: MoE, e: int) -> list[str]:
     for part in (layout.gate, layout.up, layout.down):
         if part:
             key = f"{part}.weight" if f"{part}.weight" in stored else part
-            if f"{key}_scale_inv" in stored or f"{key}_scale" in stored:
+            if weight_scale(block, e, key):
                 return []
             found.append(stored.get(key, ""))
     return found

@@ -87,16 +87,38 @@ def _float8_values(dtype: str) -> np.ndarray:
     return np.where(exponent == 31, special, values).astype(np.float32)
 
 
-def dequantise(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """values (O, I) times their scale: one number, one per row (O, 1), or one per equal block (O/r, I/c)."""
-    if scale.size == 1:
-        return values * scale.reshape(()).astype(np.float32)
-    if scale.ndim == 1:
-        scale = scale[:, None]
-    if values.ndim != scale.ndim or any(s == 0 or n % s for n, s in zip(values.shape, scale.shape, strict=True)):
-        raise CoterieError(f"scale of shape {scale.shape} does not divide weights {values.shape}; dequantise first")
-    rows, columns = (n // s for n, s in zip(values.shape, scale.shape, strict=True))
-    return values * np.repeat(np.repeat(scale.astype(np.float32), rows, 0), columns, 1)
+def dequantise(values: np.ndarray, scale: np.ndarray, name: str, block: tuple[int, int] | None = None) -> np.ndarray:
+    """values (O, I) times their scale: one number, one per row (O, 1), or one per block (ceil(O/r), ceil(I/c)).
+
+    block: (r, c), where it is known; blocks at the end may be cut short. Where it is not, only sizes that are powers of
+    two are taken. Raises: CoterieError for scales that do not fit, or fit blocks of several sizes.
+    """
+    scale = scale.reshape(1, 1) if scale.size == 1 else scale[:, None] if scale.ndim == 1 else scale
+    sizes = [0]
+    if values.ndim == scale.ndim == 2:
+        sizes = list(map(_block_length, values.shape, scale.shape, block or (None, None)))
+    if not all(sizes):
+        expected = f"blocks of {block[0]} x {block[1]}" if block else "rows, or blocks of one size, a power of two"
+        raise CoterieError(
+            f"tensor {name!r}: scale of shape {scale.shape} does not divide weights {values.shape} into {expected}; "
+            "dequantise the checkpoint first"
+        )
+    factors = scale.astype(np.float32, copy=False)
+    for axis, size in enumerate(sizes):
+        if factors.shape[axis] > 1:
+            factors = np.repeat(factors, size, axis)
+    return values * factors[: values.shape[0], : values.shape[1]]
+
+
+def _block_length(length: int, count: int, known: int | None) -> int:
+    """How many weights along an axis share one of `count` scales; 0 where that is not certain."""
+    if known:
+        return known if -(-length // known) == count else 0
+    if count < 2:
+        return length * count
+    size = 1 << (-(-length // count) - 1).bit_length()
+    even, rest = divmod(length, count)
+    return size if -(-length // size) == count and (rest or even == size) else 0
 
 
 def mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
