@@ -107,6 +107,49 @@ def test_rounding_to_f16_agrees_with_numpy(values):
     assert encode(np.array(values), "F16", "x") == np.array(values).astype(np.float16).tobytes()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "largest", "beyond"),
+    [
+        ("F16", 65519.99, 65520.0),  # half a step above 65504 rounds to infinity
+        ("BF16", 3.3961e38, 3.3962e38),
+        ("F32", 3.40282356e38, 3.40282357e38),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_finite_values_never_become_infinite(dtype, largest, beyond, sign):
+    """Refused with the tensor's name, whatever stands beside them; what rounds to the largest number is fine."""
+    given = np.array([0, sign * largest, np.nan, np.inf, -np.inf])
+    found = decode(encode(given, dtype, "x"), dtype, "x")
+    assert np.isfinite(found[:2]).all() and np.isnan(found[2]) and found[3] == np.inf == -found[4]
+    for values in ([sign * beyond], [np.nan, np.inf, sign * beyond, -np.inf]):
+        with pytest.raises(CoterieError, match=f"tensor 'x': .* is beyond the range of {dtype}"):
+            encode(np.array(values), dtype, "x")
+
+
+def test_single_precision_beyond_halves_is_refused():
+    """As float32, which most weights come as."""
+    for dtype, value in (("F16", 1e5), ("BF16", 3.4e38)):
+        with pytest.raises(CoterieError, match=f"tensor 'x': .* is beyond the range of {dtype}"):
+            encode(np.float32([[1, value], [2, 3]]), dtype, "x")
+    for dtype in ("F16", "BF16", "F32", "F64"):
+        assert encode(np.zeros((0, 2), np.float32), dtype, "x") == b""
+        assert np.isinf(decode(encode(np.float16([np.inf]), dtype, "x"), dtype, "x")).all()
+
+
+def test_integers_beyond_halves_are_refused():
+    """70000 has no half; 65504 is the largest."""
+    assert decode(encode(np.array([65504]), "F16", "x"), "F16", "x") == [65504]
+    with pytest.raises(CoterieError, match="70000 is beyond the range of F16"):
+        encode(np.array([70000]), "F16", "x")
+
+
+def test_floats_are_not_cut_to_integers():
+    """Codes of quantised weights are not what their values round to."""
+    with pytest.raises(CoterieError, match="tensor 'x': cannot write values of dtype I8"):
+        encode(np.float32([0.5]), "I8", "x")
+    assert encode(np.array([3], np.int8), "I8", "x") == b"\x03"
+
+
 # --- dequantising ------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ PLAIN = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
     "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8",
 }  # fmt: skip
+BEYOND = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": (2 - 2**-24) * 2.0**127}  # from there: infinity
 CHUNK = 1 << 15  # values rounded at a time: their intermediate results stay in the processor's cache
 
 
@@ -28,12 +29,29 @@ def decode(raw: bytes, dtype: str, name: str) -> np.ndarray:
 
 
 def encode(values: np.ndarray, dtype: str, name: str) -> bytes:
-    """Stored bytes of `values`, rounded once, to nearest even."""
-    if dtype == "BF16":
-        return round_to_bf16(values).tobytes()
-    if dtype not in PLAIN:
+    """Stored bytes of `values`, rounded once, to nearest even.
+
+    Raises: CoterieError where a finite value would be stored as an infinity, or a float as an integer.
+    """
+    stored = np.dtype(PLAIN.get(dtype, "<f4"))
+    if (dtype not in PLAIN and dtype != "BF16") or (stored.kind != "f" and values.dtype.kind == "f"):
         raise CoterieError(f"tensor {name!r}: cannot write values of dtype {dtype}; dequantise the checkpoint first")
-    return values.astype(PLAIN[dtype], copy=False).tobytes()
+    _check_range(values, dtype, name)
+    return (round_to_bf16(values) if dtype == "BF16" else values.astype(stored, copy=False)).tobytes()
+
+
+def _check_range(values: np.ndarray, dtype: str, name: str) -> None:
+    """Raises: CoterieError for a finite value that rounds to an infinity. Two passes, no copy where all is well."""
+    limit = BEYOND.get(dtype, np.inf)
+    narrow = values.dtype.kind == "f" and float(np.finfo(values.dtype).max) < limit
+    if narrow or not values.size or (values.max() < limit and values.min() > -limit):
+        return
+    beyond = np.isfinite(values) & ((values >= limit) | (values <= -limit))
+    if beyond.any():
+        raise CoterieError(
+            f"tensor {name!r}: {values[beyond].flat[0]:.6g} is beyond the range of {dtype}; expected a number that it "
+            "can hold: convert the checkpoint to BF16 or F32 first"
+        )
 
 
 def round_to_bf16(values: np.ndarray) -> np.ndarray:

@@ -208,7 +208,11 @@ def is_official(lambda1: float, lambda2: float, *, normalise: bool) -> bool:
 def _rounded(value: np.float32, dtype: str) -> np.float32:
     from coterie.numerics import decode, encode
 
-    return decode(encode(np.array([value]), dtype, "router"), dtype, "router").astype(np.float32)[0]
+    try:
+        raw = encode(np.array([value]), dtype, "router")
+    except CoterieError:  # beyond the type's range
+        return np.float32(np.inf)
+    return decode(raw, dtype, "router").astype(np.float32)[0]
 
 
 def official_clusters(distance: np.ndarray, threshold: float, max_merges: int) -> Clusters:
