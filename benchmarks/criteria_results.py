@@ -96,7 +96,7 @@ def measure(file: Path, folder: Path, most: int | None) -> list[dict[str, Any]]:
 
 
 def cells(rows: list[dict[str, Any]]) -> str:
-    """One line of the table: means over draws, and the range of exact match."""
+    """One line of the table: means over draws, the range of exact match, and the time of the fastest."""
     exact = [100 * r["exact"] for r in rows]
     spread = f" ({min(exact):.1f} to {max(exact):.1f})" if len(rows) > 1 else ""
     perplexity = [statistics.mean(r["perplexity"][d] for r in rows) for d in DOMAINS]
@@ -106,7 +106,7 @@ def cells(rows: list[dict[str, Any]]) -> str:
     columns += [
         f"{statistics.mean(exact):.1f} %{spread}",
         f"{100 * statistics.mean(stability):.0f} %" if stability else "",
-        f"{statistics.mean(r['seconds'] for r in rows):.1f} s",
+        f"{min(r['seconds'] for r in rows):.1f} s",
     ]
     return "| " + " | ".join(columns) + " |"
 
