@@ -428,6 +428,10 @@ def test_the_tokenizer_is_loaded_for_text_only(tiny_checkpoint, tmp_path):
     model = Model.open(tiny_checkpoint("qwen2_moe"))
     found, notes = read_samples(model, files(tmp_path / "data", {"x": [(5, 6)]}), samples=1)
     assert (found, notes) == ({"x": [(5, 6)]}, [])
+    (tmp_path / "data" / "readme.rst").write_text("some words")
+    assert read_samples(model, {"x": tmp_path / "data"}, samples=1)[1] == [
+        f"{tmp_path / 'data'}: files of other kinds are left out: 1 (.rst)"
+    ]
     (tmp_path / "a.txt").write_text("some words")
     with pytest.raises(CoterieError, match="tokenizer"):
         read_samples(model, [f"x={tmp_path / 'a.txt'}"])

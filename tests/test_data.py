@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from coterie import sources
 from coterie.data import Document, calibration, encode, parse_data, read_documents
 from coterie.errors import CoterieError
 from coterie.reference_model import CALIBRATION
@@ -163,14 +164,29 @@ def test_a_folder_is_all_its_files(tmp_path):
     (tmp_path / "b" / ".git").mkdir(parents=True)
     for name in ("c.txt", "a.md", "b/x.py", "b/y.jsonl", "b/.git/z.txt", "b/empty.py", "b/image.png", ".hidden.txt"):
         write(tmp_path, name, "" if "empty" in name else '{"text": "t"}')
-    found = [d.where.removeprefix(f"{tmp_path}/") for d in read_documents(tmp_path)]
+    notes = []
+    found = [d.where.removeprefix(f"{tmp_path}/") for d in read_documents(tmp_path, notes)]
     assert found == ["a.md", "b/x.py", "b/y.jsonl:1", "c.txt"]
+    assert notes == [f"{tmp_path}: files of other kinds are left out: 1 (.png)"]
     assert parse_data([f"x={tmp_path}"], folders=True) == {"x": tmp_path}
     with pytest.raises(CoterieError, match="a folder; expected a text or JSONL file"):
         parse_data([f"x={tmp_path}"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(CoterieError, match="no file to read"):
         list(read_documents(tmp_path / "empty"))
+
+
+def test_a_folders_other_files_are_counted_aloud(tmp_path):
+    """Seven of three kinds, the most frequent first; four kinds are named at most."""
+    for name in ("a.txt", "1.json", "2.JSON", "3.json", "4.json", "LICENSE", "5.gz", "6.gz"):
+        write(tmp_path, name, "x")
+    notes = []
+    assert len(list(read_documents(tmp_path, notes))) == 1
+    assert notes == [f"{tmp_path}: files of other kinds are left out: 7 (.json, .gz, no suffix)"]
+    for suffix in "pqr":
+        write(tmp_path, f"b.{suffix}", "x")
+    list(read_documents(tmp_path, notes))
+    assert notes[1].endswith(" left out: 10 (.json, .gz, no suffix, .p, ...)")
 
 
 def parquet(path, **columns):
@@ -236,6 +252,16 @@ def test_the_hubs_data_sets(hub):
     assert [d.text for d in read_documents("hub:squad:test:body")] == ["a"]
     assert asked == [("allenai/c4", "en", "train"), ("o/n", "test"), ("squad", "test")]
     assert parse_data(["x=hub:o/n:test"], folders=True) == {"x": Path("hub:o/n:test")}
+
+
+def test_rows_of_the_hub_that_are_not_read_are_said_aloud(hub, monkeypatch):
+    """Two of three rows; with two there is nothing to say."""
+    monkeypatch.setattr(sources, "HUB_ROWS", 2)
+    notes = []
+    for last in ("b", "c"):
+        hub([{"text": text} for text in "abc"[: "abc".index(last) + 1]])
+        assert [d.text for d in read_documents("hub:o/n", notes)] == ["a", "b"]
+        assert notes == ["hub:o/n: its first 2 rows are read, and no more"] * (last == "c")
 
 
 def test_what_the_hub_does_not_give_is_refused(hub):

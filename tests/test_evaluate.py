@@ -183,6 +183,16 @@ def test_the_window_is_clamped_aloud(folder, tmp_path, caplog):
     assert long == evaluate([folder], data=data, window=64, stride=32)
 
 
+def test_files_of_a_folder_that_are_left_out_are_said_aloud(folder, tmp_path, caplog):
+    """One of two files is no data by its ending; the log says so once, whatever the number of models."""
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "a.jsonl", {"input_ids": [1, 2, 3]})
+    write(tmp_path / "data" / "b.json", {"input_ids": [1, 2, 3]})
+    with caplog.at_level(logging.WARNING, "coterie"):
+        evaluate([folder, folder], data={"a": tmp_path / "data"})
+    assert caplog.text.count("files of other kinds are left out: 1 (.json)") == 1
+
+
 def test_bootstrap_of_two_blocks():
     """Losses 1 and 3 a token in two blocks of four: the mean is 2 and draws of one block alone are its ends."""
     value, low, high = bootstrap_perplexity(np.array([4.0, 12.0]), np.array([4, 4]), seed=0)

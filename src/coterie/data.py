@@ -106,16 +106,17 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
-def read_documents(path: str | Path) -> Iterator[Document]:
+def read_documents(path: str | Path, notes: list[str] | None = None) -> Iterator[Document]:
     """The documents of a data file, in order; a line feed ends a line, a byte order mark is dropped.
 
+    What a folder or a data set of the hub holds beyond them is added to `notes`, for the caller to say aloud.
     Raises: CoterieError naming file and line where the content is not what the module's docstring describes.
     """
-    path = check_source(path)
+    path, notes = check_source(path), [] if notes is None else notes
     if str(path).startswith(sources.HUB):
-        yield from _uniform((_document(row, where) for where, row in sources.hub_rows(str(path))), path)
+        yield from _uniform((_document(row, where) for where, row in sources.hub_rows(str(path), notes)), path)
     elif path.is_dir():
-        for file in sources.files_below(path):
+        for file in sources.files_below(path, notes):
             yield from read_documents(file)
     elif path.suffix.lower() == ".parquet":
         yield from _uniform((_document(row, where) for where, row in sources.parquet_rows(path)), path)

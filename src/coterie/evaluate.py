@@ -132,12 +132,15 @@ def evaluate(
     if against is not None and not files:
         raise CoterieError(f"against is {against}, but tasks are not compared in pairs; give data as well")
     # All data is read, and every task found, before the first model: bad input should not cost an hour.
-    documents = {name: list(read_documents(file)) for name, file in files.items()}
+    notes: list[str] = []
+    documents = {name: list(read_documents(file, notes)) for name, file in files.items()}
     if against is not None:
         paired.check_tokens(against, paths, documents)
     manager = harness.task_manager(names, task_path) if names else None
     for path in paths if load is None else ():
         _check_readable(path, documents)
+    for note in notes:
+        logger.warning("%s", note)
     report = on_progress or (lambda what, done, total: None)
     load = load or (lambda path: loading.load(path, dtype=dtype))
     if against is None:

@@ -6,8 +6,8 @@ Parquet and the hub's data sets are an extra, imported when they are needed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,31 @@ from coterie.errors import CoterieError
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".ndjson", ".parquet")  # what is read of a folder
 HUB = "hub:"
 HUB_ROWS = 10_000  # of a data set on the hub at most: some hold terabytes
+KINDS = 4  # of files that are left out, named in a note
 COLUMNS = ("text", "input_ids", "messages", "prompt", "answer")
 EXTRA = "needs the extra: pip install 'coterie[data]'"
 
 Row = tuple[str, dict[str, Any]]  # its place, and its columns
 
 
-def files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path, notes: list[str]) -> list[Path]:
     """All files of a folder that can be data, at any depth, sorted; hidden and empty ones are left out.
 
+    How many others there are is added to `notes`.
     Raises: CoterieError if there is none, or the folder cannot be read.
     """
     try:
-        below = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        found = [p for p in below if p.stat().st_size and not any(s[0] == "." for s in p.relative_to(folder).parts)]
+        seen = [p for p in folder.rglob("*") if not any(s[0] == "." for s in p.relative_to(folder).parts)]
+        below = sorted(p for p in seen if p.is_file() and p.stat().st_size)
     except OSError as e:
         raise CoterieError(f"{folder}: cannot be read ({e})") from e
+    found = [p for p in below if p.suffix.lower() in SUFFIXES]
     if not found:
         raise CoterieError(f"{folder}: no file to read; expected some of {', '.join('*' + s for s in SUFFIXES)}")
+    if len(found) < len(below):
+        others = Counter(p.suffix.lower() or "no suffix" for p in below if p.suffix.lower() not in SUFFIXES)
+        kinds = ", ".join(kind for kind, _ in others.most_common(KINDS)) + ", ..." * (len(others) > KINDS)
+        notes.append(f"{folder}: files of other kinds are left out: {others.total()} ({kinds})")
     return found
 
 
@@ -63,9 +70,10 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         raise CoterieError(f"{path}: cannot be read as Parquet ({e!s:.200})") from e
 
 
-def hub_rows(source: str) -> Iterator[Row]:
+def hub_rows(source: str, notes: list[str]) -> Iterator[Row]:
     """The first rows of `hub:NAME[:SPLIT[:COLUMN]]`; NAME is owner/name, or owner/name/configuration.
 
+    Where there are more, `notes` says so in the end.
     Raises: CoterieError without the library, for another form, or when the hub does not give it.
     """
     name, split, column = _parse_hub(source)
@@ -81,7 +89,10 @@ def hub_rows(source: str) -> Iterator[Row]:
         data = datasets.load_dataset(
             "/".join(parts[:2]), *parts[2:], split=split, streaming=not HF_HUB_OFFLINE, verification_mode="no_checks"
         )
-        for number, row in enumerate(islice(data, HUB_ROWS), 1):
+        for number, row in enumerate(data, 1):
+            if number > HUB_ROWS:
+                notes.append(f"{source}: its first {HUB_ROWS:,} rows are read, and no more")
+                break
             yield f"{source}, row {number}", _row(row, column, source)
     except CoterieError:
         raise

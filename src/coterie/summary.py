@@ -74,7 +74,7 @@ def report(
     if not files:
         files = HELD_OUT
         work.notes.append(f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})")
-    documents = {name: list(read_documents(file)) for name, file in files.items()}
+    documents = {name: list(read_documents(file, work.notes)) for name, file in files.items()}
     with _warnings_to(work.notes):
         entries = work.entries(documents, files)
         references = work.references(documents)

@@ -30,12 +30,13 @@ def read_samples(
     Raises: CoterieError as `data.draw` and `data.calibration_files`.
     """
     files = calibration_files(data)
-    documents = {name: list(read_documents(file)) for name, file in (files or CALIBRATION).items()}
+    notes = [] if files else [SHIPPED]
+    documents = {name: list(read_documents(file, notes)) for name, file in (files or CALIBRATION).items()}
     is_text = any(d.input_ids is None for entries in documents.values() for d in entries)
     tokenizer = load_tokenizer(model.checkpoint.path) if is_text else None
     limit = max_positions(model.checkpoint.config)
-    drawn, notes = draw(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, max_positions=limit)
-    return drawn, notes if files else [SHIPPED, *notes]
+    drawn, more = draw(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, max_positions=limit)
+    return drawn, notes + more
 
 
 def max_positions(config: dict[str, Any]) -> int | None:
