@@ -20,7 +20,9 @@ from coterie.errors import CoterieError
 from coterie.experts import read_layer
 from coterie.layer import Model
 from coterie.loading import load_stock
+from coterie.reference_model import CALIBRATION
 from coterie.stats import SUMS, Stats, merge
+from coterie.streaming import samples as samples_module
 from coterie.streaming.samples import compute_dtype, max_positions, read_samples
 from test_calibrate import FOLLOWED
 
@@ -435,6 +437,24 @@ def test_the_tokenizer_is_loaded_for_text_only(tiny_checkpoint, tmp_path):
     (tmp_path / "a.txt").write_text("some words")
     with pytest.raises(CoterieError, match="tokenizer"):
         read_samples(model, [f"x={tmp_path / 'a.txt'}"])
+
+
+class Spaces:
+    """A tokenizer of any text: the length of each word."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens, verbose):
+        assert add_special_tokens is False
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+def test_without_data_the_shipped_texts_are_used(tiny_checkpoint, monkeypatch):
+    """One domain after the other, aloud."""
+    monkeypatch.setattr(samples_module, "load_tokenizer", lambda path: Spaces())
+    found, notes = read_samples(Model.open(tiny_checkpoint("qwen2_moe")), samples=5, seq_len=16)
+    assert list(found) == list(CALIBRATION) and all(len(s) == 1 for s in found.values())
+    assert notes == [f"no --data: calibrating on the texts that ship with coterie ({', '.join(CALIBRATION)})"]
 
 
 def test_lengths_are_clamped_to_the_config(tiny_checkpoint, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from coterie.condensing.always_on import Moments
 from coterie.methods.condense import layers, least_squares, official, routing
 
 # --- as published -------------------------------------------------------------------------------------------------
@@ -90,9 +91,8 @@ def test_pursuit_equals_solving_from_the_outputs(count, fixed, seed):
     assert chosen == expected
     np.testing.assert_allclose(gates, expected_gates, rtol=1e-9)
     members = [*chosen, *range(len(outputs) - fixed, len(outputs))]
-    full = np.zeros(len(outputs))
-    full[members] = gates
-    assert least_squares.squared_error(gram, products, total, full) == pytest.approx(expected_error, rel=1e-9)
+    share = Moments(gram, products, total).error(members, gates)
+    assert share * total == pytest.approx(expected_error, rel=1e-9)
 
 
 def test_no_gates_are_better_than_the_least_squares_ones():
@@ -100,12 +100,9 @@ def test_no_gates_are_better_than_the_least_squares_ones():
     outputs, target = problem()
     gram, products, total = outputs @ outputs.T, outputs @ target, float(target @ target)
     best = least_squares.solve(gram, products, [1, 4])
+    found = Moments(gram, products, total)
     for other in np.random.default_rng(1).normal(size=(50, 2)):
-        full, mine = np.zeros(6), np.zeros(6)
-        full[[1, 4]], mine[[1, 4]] = other, best
-        assert least_squares.squared_error(gram, products, total, mine) <= least_squares.squared_error(
-            gram, products, total, full
-        )
+        assert found.error([1, 4], best) <= found.error([1, 4], other)
 
 
 def test_an_expert_that_repeats_another_or_gives_nothing_is_no_trouble():

@@ -57,7 +57,7 @@ def task_of(folder, count=6, weights=None):
     """What a criterion is asked of every layer of a checkpoint."""
     model = Model.open(folder)
     num_groups = model.family.groups(model.checkpoint.config).num_groups
-    layers = {b: read_layer(model.checkpoint, b, num_groups) for b in model.main}
+    layers = {b: read_layer(model.checkpoint, b) for b in model.main}
     return criteria.Task(layers, count, num_groups, weights or {})
 
 

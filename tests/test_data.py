@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from coterie import sources
-from coterie.data import Document, calibration, encode, parse_data, read_documents
+from coterie.data import Document, draw, encode, parse_data, read_documents
 from coterie.errors import CoterieError
-from coterie.reference_model import CALIBRATION
 
 
 def write(folder, name, content):
@@ -295,6 +294,12 @@ class Letters:
         return {"input_ids": [1] * add_special_tokens + [ord(c) - ord("a") + 10 for c in text]}
 
 
+def drawn(data, tokenizer, *, samples=128, seq_len=2048, seed=0, max_positions=None):
+    """What `draw` gives of files."""
+    documents = {name: list(read_documents(file)) for name, file in data.items()}
+    return draw(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, max_positions=max_positions)
+
+
 def ids(text):
     return tuple(0 if c == "|" else ord(c) - ord("a") + 10 for c in text)
 
@@ -306,7 +311,7 @@ def text_file(folder, name, *texts):
 def test_texts_are_joined_and_cut(tmp_path):
     """End-of-text between texts, no special tokens, no padding, and what is left of the last block is dropped."""
     data = {"x": text_file(tmp_path, "x.jsonl", "abc", "", "defgh")}
-    found, notes = calibration(data, Letters(), samples=4, seq_len=2)
+    found, notes = drawn(data, Letters(), samples=4, seq_len=2)
     assert found == {"x": [ids("ab"), ids("c|"), ids("de"), ids("fg")]} and notes == []
 
 
@@ -314,29 +319,27 @@ def test_blocks_are_drawn_without_replacement_in_their_order(tmp_path):
     """By numpy's generator from the seed, the same each time; another seed, other blocks."""
     text = "".join(chr(ord("a") + i % 26) for i in range(300))
     data = {"x": write(tmp_path, "x.txt", text)}
-    found, notes = calibration(data, Letters(), samples=10, seq_len=3, seed=5)
+    found, notes = drawn(data, Letters(), samples=10, seq_len=3, seed=5)
     chosen = sorted(np.random.default_rng(5).choice(100, 10, replace=False).tolist())
     assert found["x"] == [ids(text[3 * i : 3 * i + 3]) for i in chosen] and notes == []
-    assert calibration(data, Letters(), samples=10, seq_len=3, seed=5)[0] == found
-    assert calibration(data, Letters(), samples=10, seq_len=3, seed=6)[0] != found
+    assert drawn(data, Letters(), samples=10, seq_len=3, seed=5)[0] == found
+    assert drawn(data, Letters(), samples=10, seq_len=3, seed=6)[0] != found
 
 
 def test_a_short_text_is_one_shorter_sample(tmp_path):
     """Said aloud where more were its share."""
     data = {"x": write(tmp_path, "x.txt", "abc")}
-    assert calibration(data, Letters(), samples=1, seq_len=8) == ({"x": [ids("abc")]}, [])
-    assert calibration(data, Letters(), samples=5, seq_len=8)[1] == [
-        "data 'x' gives 1 of the 5 samples that were its share"
-    ]
+    assert drawn(data, Letters(), samples=1, seq_len=8) == ({"x": [ids("abc")]}, [])
+    assert drawn(data, Letters(), samples=5, seq_len=8)[1] == ["data 'x' gives 1 of the 5 samples that were its share"]
 
 
 def test_samples_are_spread_over_the_names(tmp_path):
     """Eight over three names: 3, 3, 2."""
     data = {n: write(tmp_path, f"{n}.txt", 40 * n) for n in "abc"}
-    found, notes = calibration(data, Letters(), samples=8, seq_len=4)
+    found, notes = drawn(data, Letters(), samples=8, seq_len=4)
     assert [len(s) for s in found.values()] == [3, 3, 2] and list(found) == list("abc") and notes == []
     with pytest.raises(CoterieError, match="--samples 2: expected a whole number, at least 3"):
-        calibration(data, Letters(), samples=2)
+        drawn(data, Letters(), samples=2)
 
 
 def test_token_ids_are_used_as_given(tmp_path):
@@ -344,18 +347,18 @@ def test_token_ids_are_used_as_given(tmp_path):
     lines = [[5], [7, 6, 5, 4, 3, 2], [9, 9]]
     data = {"x": write(tmp_path, "x.jsonl", "\n".join(json.dumps({"input_ids": i}) for i in lines))}
     for seed in (0, 1):
-        found, notes = calibration(data, None, samples=2, seq_len=4, seed=seed, max_positions=6)
+        found, notes = drawn(data, None, samples=2, seq_len=4, seed=seed, max_positions=6)
         assert found == {"x": [(5,), (7, 6, 5, 4, 3, 2)]} and notes == []
-    found, notes = calibration(data, None, samples=9, seq_len=4)
+    found, notes = drawn(data, None, samples=9, seq_len=4)
     assert len(found["x"]) == 3 and notes == ["data 'x' gives 3 of the 9 samples that were its share"]
     with pytest.raises(CoterieError, match=r"x\.jsonl:2: 6 token ids; the model has 5 positions"):
-        calibration(data, None, samples=2, max_positions=5)
+        drawn(data, None, samples=2, max_positions=5)
 
 
 def test_blocks_fit_the_models_positions(tmp_path):
     """The length is clamped, aloud."""
     data = {"x": write(tmp_path, "x.txt", "abcdef")}
-    found, notes = calibration(data, Letters(), samples=3, seq_len=2048, max_positions=2)
+    found, notes = drawn(data, Letters(), samples=3, seq_len=2048, max_positions=2)
     assert found == {"x": [ids("ab"), ids("cd"), ids("ef")]}
     assert notes == ["--seq-len 2048 is more than the model's 2 positions: blocks have 2 tokens"]
 
@@ -370,13 +373,13 @@ def test_what_calibration_cannot_use_is_refused(tmp_path):
     }
     for content, message in cases.items():
         with pytest.raises(CoterieError, match=message):
-            calibration({"x": write(tmp_path, "x.jsonl", content)}, Letters(), samples=1)
+            drawn({"x": write(tmp_path, "x.jsonl", content)}, Letters(), samples=1)
     data = {"x": write(tmp_path, "x.txt", "abc")}
     with pytest.raises(CoterieError, match=r"x\.txt: text needs a tokenizer"):
-        calibration(data, None)
+        drawn(data, None)
     for option in ({"samples": 0}, {"samples": 1.5}, {"seq_len": 0}, {"seed": -1}):
         with pytest.raises(CoterieError, match="expected a whole number"):
-            calibration(data, Letters(), **option)
+            drawn(data, Letters(), **option)
 
 
 def test_texts_without_an_end_token_are_joined_aloud(tmp_path):
@@ -384,7 +387,7 @@ def test_texts_without_an_end_token_are_joined_aloud(tmp_path):
     tokenizer = Letters()
     tokenizer.eos_token_id = None
     data = {"x": text_file(tmp_path, "x.jsonl", "ab", "cd")}
-    found, notes = calibration(data, tokenizer, samples=1, seq_len=4)
+    found, notes = drawn(data, tokenizer, samples=1, seq_len=4)
     assert found == {"x": [ids("abcd")]}
     assert notes == ["the tokenizer has no end-of-text token: texts are joined without one"]
 
@@ -403,25 +406,8 @@ def test_conversations_go_through_the_chat_template(tmp_path):
     tokenizer.apply_chat_template = apply_chat_template
     line = '{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]}'
     data = {"x": write(tmp_path, "x.jsonl", f"{line}\n{line}")}
-    assert calibration(data, tokenizer, samples=1, seq_len=11)[0] == {"x": [ids("uabac|uabac")]}
+    assert drawn(data, tokenizer, samples=1, seq_len=11)[0] == {"x": [ids("uabac|uabac")]}
     assert encode(next(read_documents(data["x"])), tokenizer) == list(ids("uabac"))
     bad = {"x": write(tmp_path, "x.jsonl", line.replace("user", "tool"))}
     with pytest.raises(CoterieError, match=r"x\.jsonl:1: the chat template refuses the messages \(no such role\)"):
-        calibration(bad, tokenizer, samples=1)
-
-
-def test_without_data_the_shipped_texts_are_used():
-    """One domain after the other, aloud."""
-    found, notes = calibration({}, Spaces(), samples=5, seq_len=16)
-    assert list(found) == list(CALIBRATION) and all(len(s) == 1 for s in found.values())
-    assert notes == [f"no --data: calibrating on the texts that ship with coterie ({', '.join(CALIBRATION)})"]
-
-
-class Spaces:
-    """A tokenizer of any text: the length of each word."""
-
-    eos_token_id = 0
-
-    def __call__(self, text, add_special_tokens, verbose):
-        assert add_special_tokens is False
-        return {"input_ids": [len(word) for word in text.split()]}
+        drawn(bad, tokenizer, samples=1)

@@ -96,7 +96,7 @@ class Contest:
         """Raises: CoterieError for options that `prune` refuses, and for statistics of another model."""
         check_options(options)
         num_groups = model.family.groups(model.checkpoint.config).num_groups
-        layers = {b: read_layer(model.checkpoint, b, num_groups) for b in model.main}
+        layers = {b: read_layer(model.checkpoint, b) for b in model.main}
         task = Task(layers, count_kept(model, options, model.main), num_groups, options.weights)
         stats = criteria.read_stats(model, str(options.stats), methods.names("stats"))
         return cls(task, options, stats, {} if options.no_guard else criteria.guard(task, stats))

@@ -175,31 +175,6 @@ def _spelled_out(document: Document, tokenizer: Any) -> str:
         raise CoterieError(f"{document.where}: the chat template refuses the messages ({e!s:.200})") from e
 
 
-def calibration(
-    files: dict[str, Path],
-    tokenizer: Any,
-    *,
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    max_positions: int | None = None,
-) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
-    """Token sequences by name, and what should be said aloud about them; without files, of the shipped texts.
-
-    `samples` in all are spread evenly over the names, one more for the first where they do not divide. Lines of
-    token ids are a sample each, in order. Texts are tokenised without special tokens, joined by the end-of-text token
-    and cut into blocks of `seq_len` (at most `max_positions`), of which as many as are needed are drawn without
-    replacement, in their order; a text shorter than one block is one shorter sample.
-    Raises: CoterieError for what is no document, has no tokens, or does not fit the model.
-    """
-    notes = []
-    if not files:
-        files, notes = CALIBRATION, [SHIPPED]
-    documents = {name: list(read_documents(file)) for name, file in files.items()}
-    drawn, more = draw(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, max_positions=max_positions)
-    return drawn, notes + more
-
-
 def draw(
     documents: dict[str, list[Document]],
     tokenizer: Any,
@@ -209,7 +184,14 @@ def draw(
     seed: int,
     max_positions: int | None,
 ) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
-    """`calibration` of documents that are read already."""
+    """Token sequences by name, and what should be said aloud about them.
+
+    `samples` in all are spread evenly over the names, one more for the first where they do not divide. Lines of
+    token ids are a sample each, in order. Texts are tokenised without special tokens, joined by the end-of-text token
+    and cut into blocks of `seq_len` (at most `max_positions`), of which as many as are needed are drawn without
+    replacement, in their order; a text shorter than one block is one shorter sample.
+    Raises: CoterieError for what is no document, has no tokens, or does not fit the model.
+    """
     for option, value, least in (("samples", samples, len(documents)), ("seq-len", seq_len, 1), ("seed", seed, 0)):
         if type(value) is not int or value < least:
             raise CoterieError(f"--{option} {value!r}: expected a whole number, at least {least}")

@@ -54,14 +54,13 @@ class Layer:
     key: str
     router: np.ndarray  # (E, D) float32
     experts: Experts
-    num_groups: int = 1
 
     @property
     def num_experts(self) -> int:
         return len(self.router)
 
 
-def read_layer(checkpoint: Checkpoint, block: MoE, num_groups: int = 1) -> Layer:
+def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
     """Reads the block's router (and nothing else). Raises: CoterieError for NaN or infinite rows."""
     values = checkpoint.read(block.router).astype(np.float32, copy=False)
     if values.size == 0 or values.size != block.num_experts * values.shape[-1]:
@@ -72,7 +71,7 @@ def read_layer(checkpoint: Checkpoint, block: MoE, num_groups: int = 1) -> Layer
     router = values.reshape(block.num_experts, -1)
     if not np.isfinite(router).all():
         raise CoterieError(f"{checkpoint.path}: router {block.router!r} holds NaN or infinite values; expected finite")
-    return Layer(block.key, router, Experts(checkpoint, block), num_groups)
+    return Layer(block.key, router, Experts(checkpoint, block))
 
 
 def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:

@@ -9,16 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.family import NUM_LAYERS, Family, Layout, detect, lookup
 from coterie.own import OwnLayout, own_layout
 from coterie.sparse.view import is_sparse
-
-if TYPE_CHECKING:
-    pass
 
 LAYER = re.compile(r"(?P<prefix>(?:.+?\.)?(?:layers|blocks)\.(?P<index>[0-9]{1,6})\.)(?P<rest>.+)", re.DOTALL)
 MTP = re.compile(r"(^|[._])(mtp|nextn)")

@@ -138,7 +138,7 @@ def decided(
         check_routable(model.checkpoint, [block.key for block in model.main])
     else:
         kept = count_kept(model, counting, list(model.moe))
-    task = Task({b: read_layer(model.checkpoint, b, groups) for b in model.moe}, kept, groups, options.weights)
+    task = Task({b: read_layer(model.checkpoint, b) for b in model.moe}, kept, groups, options.weights)
     stats, notes = _read(model, options) if options.stats else _measured(model, options, spill, on_progress)
     decision = merging.decide(task, options.method, stats, align=options.align, alias=alias)
     origin = {"stats": {"path": options.stats, "model": stats.model, "samples": stats.samples}}

@@ -323,13 +323,6 @@ def count_kept(model: Model, options: Options, blocks: list[MoE]) -> int:
     return uniform
 
 
-def make_plan(
-    model: Model, options: Options, *, dry_run: bool = False, on_progress: Progress = no_progress
-) -> tuple[Plan, tuple[str, ...]]:
-    """The plan, and what should be said aloud about it. Reads routers, and weights only where a method needs them."""
-    return decided(model, options, dry_run=dry_run, on_progress=on_progress)[:2]
-
-
 def decided(
     model: Model,
     options: Options,
@@ -338,8 +331,9 @@ def decided(
     spill: Path | None = None,
     on_progress: Progress = no_progress,
 ) -> tuple[Plan, tuple[str, ...], dict[str, Any]]:
-    """As `make_plan`, with what the decision found, for the report.
+    """The plan, what should be said aloud about it, and what the decision found, for the report.
 
+    Reads routers, and weights only where a method needs them.
     spill: the folder for activations that are too large for memory (default: the system's temporary folder).
     """
     family, config = model.family, model.checkpoint.config
@@ -350,7 +344,7 @@ def decided(
     chosen = [b for b in model.moe if not (b.mtp and options.drop_mtp)] if remove else model.main
     uniform = count_kept(model, options, chosen)
     num_groups = groups.num_groups if remove else 1
-    layers = {b: read_layer(model.checkpoint, b, num_groups) for b in chosen}
+    layers = {b: read_layer(model.checkpoint, b) for b in chosen}
     budget: dict[str, Any] = {"kind": options.budget, "experts": uniform}
     if options.method == "stun":
         floor = _floor(options, uniform, top_k, groups)

@@ -107,7 +107,7 @@ def _qwen2_config(config: Config, model: Model, theta: float) -> None:
     config.pop("layer_types", None)
 
 
-def _biased(checkpoint: Checkpoint, tensor: Tensor) -> tuple[Output, ...]:
+def _biased(tensor: Tensor) -> tuple[Output, ...]:
     """A projection to queries, keys or values, and the zero bias that qwen2_moe adds to it."""
     bias = tensor.name.removesuffix("weight") + "bias"
     size = tensor.num_bytes // tensor.num_parameters
@@ -150,7 +150,7 @@ PARTS = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
 def _mixtral_tensors(model: Model, tensor: Tensor) -> tuple[Output, ...]:
     name = tensor.name
     if _is_qkv(name):
-        return _biased(model.checkpoint, tensor)
+        return _biased(tensor)
     if not LAYER.fullmatch(name):
         return (same(tensor),)
     name = name.replace(".block_sparse_moe.", ".mlp.")
@@ -201,7 +201,7 @@ def _deepseek_config(config: Config, model: Model) -> Config:
 def _deepseek_tensors(model: Model, tensor: Tensor) -> tuple[Output, ...]:
     name = tensor.name.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
     if _is_qkv(name):
-        return _biased(model.checkpoint, tensor)
+        return _biased(tensor)
     if name.endswith(".mlp.shared_expert.down_proj.weight"):
         return (_doubled(model.checkpoint, tensor, name),)
     if not name.endswith(".mlp.gate.weight"):

@@ -72,12 +72,6 @@ class Sweep:
                 self.blocks.run(go, index, batches, self.condensed[index] if index in chosen else None, self.work)
         return batches
 
-    def distance(self, chosen: tuple[int, ...]) -> float:
-        """How far the model with these layers condensed is from the original."""
-        first = min(chosen, default=self.blocks.num_layers)
-        found = self._advanced(copies(self._before(first, ())), first, self.blocks.num_layers, chosen)
-        return self.metric(self.original, found)
-
 
 def hidden_divergence(blocks: Blocks) -> Metric:
     """The published metric: of the last hidden states after the final norm, as right after a layer."""

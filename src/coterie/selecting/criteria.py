@@ -94,7 +94,7 @@ def by_base(task: Task, method: str, model: Model, base: Model, where: str) -> S
         other = blocks.get((block.key, block.attention))
         if other is None:
             raise CoterieError(f"--base {where}: has no {block.name}; expected this model before its fine-tuning")
-        found[block] = score(layer, read_layer(base.checkpoint, other, task.num_groups))
+        found[block] = score(layer, read_layer(base.checkpoint, other))
     return found
 
 

@@ -48,8 +48,3 @@ def solve(gram: np.ndarray, target: np.ndarray, members: list[int]) -> np.ndarra
 def explained(gram: np.ndarray, target: np.ndarray, members: list[int]) -> float:
     """How much of |y|^2 the set explains with its best gates: w b_S."""
     return float(solve(gram, target, members) @ target[members])
-
-
-def squared_error(gram: np.ndarray, target: np.ndarray, total: float, gates: np.ndarray) -> float:
-    """|y - sum_i w_i E_i|^2 for any gates (n,), from the sums alone; `total` is |y|^2."""
-    return float(total - 2 * gates @ target + gates @ gram @ gates)
