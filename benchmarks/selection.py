@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from coterie.methods.sparsify import magnitude, wanda
-from coterie.methods.sparsify.select import choose, lowest_per_group, lowest_per_row, row_counts, zero
+from coterie.methods.sparsify.select import choose, lowest_per_group, lowest_per_row, zero
 from coterie.numerics import decode, encode
+from coterie.zeroing.budget import row_zeros
 from tables import markdown
 
 SHAPES = ((768, 2048), (2048, 768), (4864, 7168), (14336, 4096))
@@ -45,8 +46,8 @@ def selections(weight: np.ndarray, sparsity: float) -> Candidates:
     """Ways to find each row's lowest: others stop at a threshold or an order, ours go on to the mask."""
     norms = np.random.default_rng(1).random(weight.shape[1]) + 0.1
     scores = wanda.score(weight, norms)
-    counts = row_counts(*weight.shape, sparsity, exact=True)
-    k, tensor, kept = int(counts[-1]), torch.from_numpy(scores), weight.copy()
+    counts = row_zeros(len(weight), round(sparsity * weight.size))
+    k, tensor = int(counts[-1]), torch.from_numpy(scores)
     return {
         "np.sort": lambda: np.sort(scores, axis=1),
         "np.argpartition": lambda: np.argpartition(scores, k - 1, axis=1),
@@ -54,14 +55,16 @@ def selections(weight: np.ndarray, sparsity: float) -> Candidates:
         "torch.topk": lambda: torch.topk(tensor, k, dim=1, largest=False, sorted=False),
         "lowest_per_row": lambda: lowest_per_row(scores, counts),
         "lowest_per_group 2:4": lambda: lowest_per_group(scores, 2, 4),
-        PIPELINE: lambda: pipeline(weight, kept, lambda part: wanda.score(part, norms), counts),
-        "score, select, zero: magnitude": lambda: pipeline(weight, kept, magnitude.score, counts),
+        PIPELINE: lambda: pipeline(weight, lambda part: wanda.score(part, norms), counts),
+        "score, select, zero: magnitude": lambda: pipeline(weight, magnitude.score, counts),
     }
 
 
-def pipeline(weight: np.ndarray, kept: np.ndarray, score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray):
-    """What pruning does to a matrix; scores come from weights that were not zeroed in an earlier round."""
+def pipeline(weight: np.ndarray, score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray) -> np.ndarray:
+    """What pruning does to a matrix (`zeroing/pruner.py`): the copy that it zeroes is part of it."""
+    kept = weight.copy()
     zero(kept, choose(weight, score, counts))
+    return kept
 
 
 def codecs(weight: np.ndarray) -> Candidates:

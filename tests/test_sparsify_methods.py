@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from coterie.errors import CoterieError
 from coterie.methods import sparsify
 from coterie.methods.sparsify import magnitude, moe_pruner, owl, select, sparsegpt, wanda
-from coterie.methods.sparsify.select import choose, lowest_per_group, lowest_per_row, row_counts, zero
+from coterie.methods.sparsify.select import choose, lowest_per_group, lowest_per_row, zero
+from coterie.zeroing.budget import row_zeros
 
 # --- rules by name ------------------------------------------------------------------------------------------------
 
@@ -158,29 +159,18 @@ def test_groups_may_be_long():
 
 @given(st.integers(1, 50), st.integers(1, 50), st.decimals(0, 1, places=3))
 def test_counts_per_row(rows, columns, sparsity):
-    """floor(S * C) in every row as published; exact adds one to the first rows until round(S * R * C) is met."""
-    share = Fraction(str(sparsity))
-    published = row_counts(rows, columns, float(sparsity), exact=False)
-    assert published.tolist() == [int(share * columns)] * rows
-    exact = row_counts(rows, columns, float(sparsity), exact=True)
-    assert exact.sum() == round(share * rows * columns)
-    assert exact.max() - exact.min() <= 1 and exact.max() <= columns
-    assert exact.tolist() == sorted(exact.tolist(), reverse=True)
+    """All zeros of a matrix over its rows as evenly as can be: the first rows take one more."""
+    num_zeros = round(Fraction(str(sparsity)) * rows * columns)
+    counts = row_zeros(rows, num_zeros)
+    assert counts.sum() == num_zeros and counts.max() - counts.min() <= 1 and counts.max() <= columns
+    assert counts.tolist() == sorted(counts.tolist(), reverse=True)
 
 
-def test_a_decimal_sparsity_means_the_decimal():
-    """0.29 of 100 columns is 29, though the nearest float times 100 is less."""
-    assert int(0.29 * 100) == 28
-    assert row_counts(1, 100, 0.29, exact=False).tolist() == [29]
-    assert row_counts(2, 3, Fraction(1, 3), exact=False).tolist() == [1, 1]
-
-
-@pytest.mark.parametrize("exact", [False, True])
-def test_none_and_all(exact):
-    """Sparsity 0 takes nothing and 1 takes all."""
+def test_none_and_all():
+    """No zeros take nothing and six of six weights take all."""
     scores = np.arange(6, dtype=np.float32).reshape(2, 3)
-    assert not lowest_per_row(scores, row_counts(2, 3, 0.0, exact=exact)).any()
-    assert lowest_per_row(scores, row_counts(2, 3, 1.0, exact=exact)).all()
+    assert not lowest_per_row(scores, row_zeros(2, 0)).any()
+    assert lowest_per_row(scores, row_zeros(2, 6)).all()
 
 
 # --- scores -------------------------------------------------------------------------------------------------------

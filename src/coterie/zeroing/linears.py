@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import numpy as np
 from coterie.errors import CoterieError
 from coterie.experts import zeroed
 from coterie.layer import LAYER, Model, is_mtp
-from coterie.methods.sparsify.select import lowest_per_row
+from coterie.methods.sparsify.select import choose
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ class Linears:
             raise CoterieError(f"tensor {name!r}: weights or activations are NaN or infinite; expected finite")
         rows, columns = weight.shape
         count = int(self.shares[layer] * columns)
-        mask = lowest_per_row(self.method.score(weight, norms), np.full(rows, count))
+        mask = choose(weight, partial(self.method.score, norms=norms), np.full(rows, count))
         self.put(name, 0, zeroed(checkpoint.raw(name), mask, name))
         self.zeros[layer, kind] += weight.size - int(np.count_nonzero(np.where(mask, 0, weight)))
         return mask

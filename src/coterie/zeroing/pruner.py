@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ from coterie.errors import CoterieError
 from coterie.experts import expert_biases, expert_matrices, expert_weights, store_expert, zero_expert
 from coterie.layer import Model, MoE
 from coterie.methods.sparsify import magnitude
-from coterie.methods.sparsify.select import lowest_per_group, lowest_per_row
+from coterie.methods.sparsify.select import choose, zero
 from coterie.numerics import decode, encode
 from coterie.report import Progress
 from coterie.streaming.activations import Piece, Routed, weighted_sums
@@ -77,12 +78,6 @@ class Seen:
             raise CoterieError(f"{where}: activations are NaN or infinite; the weights are damaged, or need float32")
         hessians = (self._hessians[0].numpy(), self._hessians[1].numpy()) if self.needs == "hessian" else None
         return Norms(inputs, hidden, self.num_tokens, hessians)
-
-
-def zero_mask(scores: np.ndarray, num_zeros: int, pattern: tuple[int, int] | None) -> np.ndarray:
-    if pattern:
-        return lowest_per_group(scores, *pattern)
-    return lowest_per_row(scores, row_zeros(len(scores), num_zeros))
 
 
 @dataclass
@@ -224,9 +219,11 @@ class Pruner:
             name = expert_weights(self.checkpoint, block)[0]
             dtype = self.checkpoint.tensors[name].dtype  # what computes from here on is what is written
             return decode(encode(kept, dtype, name), dtype, name).astype(np.float32).reshape(kept.shape), None
-        scores = self.method.score(weight, norms.of(part)) if norms else magnitude.score(weight)
-        mask = zero_mask(scores, num_zeros, self.pattern)
-        return np.where(mask, np.float32(0), weight), mask
+        score = partial(self.method.score, norms=norms.of(part)) if norms else magnitude.score
+        mask = choose(weight, score, row_zeros(len(weight), num_zeros), self.pattern)
+        kept = weight.copy()
+        zero(kept, mask)
+        return kept, mask
 
     def prune_all(self, model: Model, on_progress: Progress) -> None:
         """Every expert of every block, without data."""

@@ -1,5 +1,6 @@
 """Which weights inside an expert become zero. A rule is a file here with `score(weight, norms) -> scores`, one per
-weight: the lowest of each output row go (`select.py`). The command's `--method moe-pruner` is the file `moe_pruner.py`.
+weight: the lowest of each output row go (`select.py`). It is called with a few rows at a time, so the scores of a row
+depend on that row alone. The command's `--method moe-pruner` is the file `moe_pruner.py`.
 
 A rule says in `NEEDS` what it wants to know of an expert's tokens: "nothing", "norms" (||X_j|| of each input channel),
 "gated norms" (tokens multiplied by the router's weight), or "hessian" (sum x x^T); a rule of the last kind also

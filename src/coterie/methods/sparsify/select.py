@@ -7,7 +7,6 @@ A matrix is taken a few rows at a time, so that weights, scores and keys stay in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -17,17 +16,6 @@ from coterie.errors import CoterieError
 CHUNK = 1 << 16  # weights at a time: in float32, with their scores and two copies, they fill a megabyte
 
 Score = Callable[[np.ndarray], np.ndarray]  # weights of some rows -> their scores
-
-
-def row_counts(rows: int, columns: int, sparsity: float | Fraction, *, exact: bool) -> np.ndarray:
-    """Zeros per row (rows,): `floor(S * C)` each, as published; exact spreads the remainder over the first rows so
-    that the matrix has round(S * R * C) zeros."""
-    share = Fraction(str(sparsity)) if isinstance(sparsity, float) else sparsity
-    counts = np.full(rows, int(share * columns), dtype=np.int64)
-    if exact:
-        missing = round(share * rows * columns) - int(counts.sum())
-        counts[:missing] += 1
-    return counts
 
 
 def choose(weight: np.ndarray, score: Score, counts: np.ndarray, pattern: tuple[int, int] | None = None) -> np.ndarray:
