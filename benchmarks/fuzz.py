@@ -33,9 +33,8 @@ from coterie.applying.checks import check_plan
 from coterie.applying.outputs import patched_config, plan_outputs
 from coterie.checkpoint import INDEX, Checkpoint, parse_json, read_header
 from coterie.errors import CoterieError
-from coterie.family import detect
 from coterie.inspect import inspect
-from coterie.layer import Model, find_blocks
+from coterie.layer import Model
 from coterie.pack import pack
 from coterie.plan import read_plan
 from coterie.prune import prune
@@ -119,7 +118,7 @@ def _names(*models: Path) -> tuple[Target, list[bytes]]:
         tensors, metadata = read_header(path)
         for config in configs:
             opened = Checkpoint(path.parent, config, (path.name,), tensors, {path.name: metadata})
-            found = _accepted(lambda opened=opened: find_blocks(opened, detect(opened.config, list(opened.tensors))))
+            found = _accepted(lambda opened=opened: Model.of(opened))
             if found:
                 _execute(found, {"layers": {b.key: {"kept": [0, 1, 2, 3]} for b in found.main}})
 
@@ -203,9 +202,7 @@ def _config(*models: Path) -> tuple[Target, list[bytes]]:
         config = parse_json(raw, "config.json")
         for c in opened:
             changed = Checkpoint(c.path, config, c.shards, c.tensors, c.metadata)
-            found = _accepted(
-                lambda changed=changed: find_blocks(changed, detect(changed.config, list(changed.tensors)))
-            )
+            found = _accepted(lambda changed=changed: Model.of(changed))
             if found:
                 _accepted(
                     lambda found=found: _execute(found, {"layers": {b.key: {"kept": [0, 1, 2, 3]} for b in found.main}})

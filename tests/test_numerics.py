@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import Experts
-from coterie.family import detect
-from coterie.layer import find_blocks
+from coterie.layer import Model
 from coterie.numerics import decode, dequantise, encode, mxfp4, round_to_bf16
 from handmade import save
 
@@ -243,7 +242,7 @@ def config(model_type, **rest):
 
 def experts_of(folder):
     checkpoint = Checkpoint.open(folder)
-    blocks = find_blocks(checkpoint, detect(checkpoint.config))
+    blocks = Model.of(checkpoint)
     return Experts(checkpoint, blocks.moe[0])
 
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.family import detect
-from coterie.layer import find_blocks
+from coterie.layer import Model
 from coterie.methods.prune import stun
 from coterie.prune import Options, num_kept, prune
 from handmade import HIDDEN, MLP, WIDTH, block, deepseek, qwen, qwen_config, read_all, save
@@ -170,7 +169,7 @@ def test_unequal_counts_in_our_own_layout(tmp_path):
     assert config["coterie"]["num_experts"] == {"0": 4, "1": 8}
     assert report.report["after"]["experts"] == {"0": 4, "1": 8}
     checkpoint = Checkpoint.open(tmp_path / "out")
-    blocks = find_blocks(checkpoint, detect(checkpoint.config))
+    blocks = Model.of(checkpoint)
     assert [b.num_experts for b in blocks.moe] == [4, 8]
     with pytest.raises(CoterieError, match="layer 0 has 4; keep fewer"):
         prune(tmp_path / "out", tmp_path / "again", experts=6)

@@ -18,8 +18,8 @@ import numpy as np
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
-from coterie.family import detect, names_experts
-from coterie.layer import Model, expert_names, find_blocks, mtp_names
+from coterie.family import names_experts
+from coterie.layer import Model, expert_names, mtp_names
 from coterie.numerics import encode
 from coterie.report import Progress, no_progress
 from coterie.sparse import format as fmt
@@ -233,7 +233,7 @@ def _understood(checkpoint: Checkpoint) -> Model | None:
     """The checkpoint's experts; None for a model without any, such as one whose layers are all condensed."""
     if not names_experts(checkpoint.tensors):
         return None
-    return find_blocks(checkpoint, detect(checkpoint.config))
+    return Model.of(checkpoint)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------

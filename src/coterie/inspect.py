@@ -9,8 +9,7 @@ from coterie.checkpoint import Checkpoint
 from coterie.condensing.folding import check_foldable
 from coterie.condensing.repackage import conversion
 from coterie.errors import CoterieError
-from coterie.family import detect
-from coterie.layer import ROLES, Model, find_blocks
+from coterie.layer import ROLES, Model
 from coterie.sparse.view import DenseView, dense_view
 
 
@@ -24,7 +23,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     Raises: CoterieError for a dense, unknown or damaged checkpoint.
     """
     checkpoint = dense_view(Checkpoint.open(model))
-    source = find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
+    source = Model.of(checkpoint)
     family, packed = source.family, checkpoint.packed if isinstance(checkpoint, DenseView) else {}
     groups = family.groups(checkpoint.config)
     roles = {role: {"tensors": 0, "parameters": 0, "bytes": 0} for role in ROLES}

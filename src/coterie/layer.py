@@ -51,6 +51,11 @@ class MoE:
         return len(self.routes) or self.num_experts
 
     @property
+    def stack(self) -> str:
+        """What stands before the layer's number: "model.layers"."""
+        return stack_of(self.prefix)
+
+    @property
     def name(self) -> str:
         return f"layer {self.key}" + (" (attention)" if self.attention else "")
 
@@ -72,7 +77,11 @@ class Model:
     @classmethod
     def open(cls, model: str | Path) -> Model:
         """MODEL, a folder or a hub id. Raises: CoterieError for what is damaged, dense, unknown or not whole."""
-        checkpoint = Checkpoint.open(model)
+        return cls.of(Checkpoint.open(model))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Model:
+        """A checkpoint that is open already, or a view of one. Raises: CoterieError as `open`."""
         return find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
 
 
@@ -247,18 +256,18 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
 
 def mtp_names(model: Model) -> list[str]:
     """All tensors of the multi-token-prediction layers, with what stands beside them (`mtp.fc.weight`)."""
-    roots = {_root(block.prefix) for block in model.moe if not block.mtp}  # other stacks, such as vision, are longer
+    stacks = {block.stack for block in model.moe if not block.mtp}  # other stacks, such as vision, are longer
     found = []
     for name in model.checkpoint.tensors:
         match = LAYER.fullmatch(name)
-        beyond = match is not None and _root(match["prefix"]) in roots
+        beyond = match is not None and stack_of(match["prefix"]) in stacks
         if is_mtp(name, model.checkpoint.config if beyond else {}):
             found.append(name)
     return found
 
 
-def _root(prefix: str) -> str:
-    """What stands before the layer's number: `model.layers.`."""
+def stack_of(prefix: str) -> str:
+    """`model.layers` of a layer's prefix `model.layers.3.`."""
     return prefix.rstrip(".").rpartition(".")[0]
 
 

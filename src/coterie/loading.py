@@ -21,7 +21,7 @@ from typing import Any
 from coterie.checkpoint import Checkpoint, load_json, resolve
 from coterie.errors import CoterieError
 from coterie.family import detect, lookup, num_layers
-from coterie.layer import LAYER, MoE, find_blocks, is_mtp
+from coterie.layer import LAYER, Model, MoE, is_mtp
 from coterie.own import OWN, OwnLayout, is_own, own_layout
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")  # what a model can be loaded as
@@ -185,7 +185,7 @@ def _fill(model: Any, slices: dict[str, Any], dtype: Any, config: dict[str, Any]
 
 def _routed_blocks(checkpoint: Checkpoint, own: OwnLayout) -> list[MoE]:
     """The blocks whose router knows more experts than are stored."""
-    found = find_blocks(checkpoint, detect(checkpoint.config)).main if own.routes else []
+    found = Model.of(checkpoint).main if own.routes else []
     return [block for block in found if block.routes]
 
 

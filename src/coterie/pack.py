@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from coterie.applying.execution import finished, left_behind, write
-from coterie.applying.outputs import whole
 from coterie.checkpoint import Checkpoint, load_json
 from coterie.errors import CoterieError
-from coterie.family import detect
-from coterie.layer import Model, find_blocks
+from coterie.layer import Model
 from coterie.own import is_own
 from coterie.plan import Plan, to_json
 from coterie.report import Progress, Report, Stopwatch, model_card, no_progress, versions
 from coterie.sparse import format as fmt
 from coterie.sparse.coding import Coding, candidates, counted, fill, sizes
 from coterie.sparse.view import DenseView, Entry, dense_view, is_sparse
-from coterie.writing.writer import Hole, Made, Output, Writer, check_out, partial_of
+from coterie.writing.writer import Hole, Made, Output, Writer, check_out, partial_of, whole
 
 VALUES = ("as stored", "int8")
 OURS = ("pack", "unpack")  # commands that decide nothing about a model
@@ -53,7 +51,7 @@ def pack(
     if values not in VALUES:
         raise CoterieError(f"--values {values!r:.40}: expected one of {', '.join(VALUES)}")
     check_out(Path(out), checkpoint.path, resume=resume, overwrite=overwrite)
-    model = find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
+    model = Model.of(checkpoint)
     coding, chosen = _choose(model, values, on_progress)
     outputs = {shard: list(_packed_outputs(coding, shard, chosen)) for shard in checkpoint.shards}
     packed = sizes(coding, chosen) | {"values": values}

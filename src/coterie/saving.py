@@ -18,8 +18,7 @@ from typing import Any, ParamSpec
 
 from coterie.checkpoint import Checkpoint, load_json
 from coterie.errors import CoterieError
-from coterie.family import detect
-from coterie.layer import find_blocks
+from coterie.layer import Model
 from coterie.pack import pack
 from coterie.report import Progress, Report
 from coterie.sparse.coding import some_shrink
@@ -141,7 +140,7 @@ def _is_ours(dense: Path) -> bool:
 
 def _check_zeros(command: str, source: Checkpoint, on_progress: Progress) -> None:
     """Raises: CoterieError where the command would make nothing that packing shrinks."""
-    model = find_blocks(source, detect(source.config, list(source.tensors)))
+    model = Model.of(source)
     if not some_shrink(model, on_progress):
         raise CoterieError(
             f"--save sparse: `coterie {command}` makes no zeros, and {source.path} has no matrix with enough of them "

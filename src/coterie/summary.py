@@ -18,8 +18,8 @@ from typing import Any
 from coterie.checkpoint import Checkpoint, resolve
 from coterie.data import MAX_DATA, Document, parse_data, read_documents
 from coterie.errors import CoterieError
-from coterie.family import detect, names_experts
-from coterie.layer import Model, find_blocks
+from coterie.family import names_experts
+from coterie.layer import Model
 from coterie.lineage import record_of
 from coterie.pages.summary import render
 from coterie.reference_model import HELD_OUT
@@ -232,7 +232,7 @@ def _experts(view: Checkpoint) -> tuple[dict[str, int] | None, float | None, lis
     if not names_experts(view.tensors):
         return {}, None, []
     try:
-        model = find_blocks(view, detect(view.config))
+        model = Model.of(view)
     except CoterieError as error:
         return None, None, [f"how many experts its layers have is unknown: {error}"]
     counts = {b.key: b.num_experts for b in model.main}

@@ -28,7 +28,7 @@ from coterie.routes import (
     say_routes,
 )
 from coterie.view import resolved, view
-from coterie.writing.writer import Hole, Made, Output, Run
+from coterie.writing.writer import Hole, Made, Output, Run, whole
 
 
 def plan_outputs(model: Model, plan: Plan) -> dict[str, list[Output]]:
@@ -50,11 +50,6 @@ def plan_outputs(model: Model, plan: Plan) -> dict[str, list[Output]]:
     for name, tensor in checkpoint.tensors.items():
         shards[tensor.file] += by_name.get(name, (whole(tensor),))
     return resolved(checkpoint, {shard: outputs for shard, outputs in shards.items() if outputs})
-
-
-def whole(tensor: Tensor, name: str | None = None) -> Output:
-    """The tensor as it is, perhaps under another name."""
-    return Output(name or tensor.name, tensor.dtype, tensor.shape, (Run(tensor.file, tensor.start, tensor.end),))
 
 
 def block_outputs(checkpoint: Checkpoint, block: MoE, choice: Choice) -> dict[str, Output | None]:

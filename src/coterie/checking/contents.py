@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.applying.checks import check_plan
-from coterie.applying.outputs import patched_config, plan_outputs, whole
+from coterie.applying.outputs import patched_config, plan_outputs
 from coterie.checking.files import Answer, first
 from coterie.checkpoint import Checkpoint
 from coterie.condensing.repackage import converted
@@ -20,7 +20,7 @@ from coterie.lineage import plan_of, record_of
 from coterie.report import Progress, no_progress
 from coterie.routes import compared_constants, constants_name, routed_blocks
 from coterie.sparse.view import DenseView
-from coterie.writing.writer import Hole, Made, Output, Run
+from coterie.writing.writer import Hole, Made, Output, Run, whole
 from coterie.zeroing.check import zero_faults
 
 CHUNK = 4 << 20  # bytes compared at a time

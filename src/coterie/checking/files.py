@@ -8,7 +8,7 @@ from typing import Any
 from coterie.checkpoint import INDEX, Checkpoint, load_json
 from coterie.errors import CoterieError
 from coterie.family import detect
-from coterie.layer import LAYER, MoE, find_blocks
+from coterie.layer import LAYER, Model, MoE
 from coterie.lineage import plan_of, record_of
 from coterie.plan import Plan
 from coterie.report import Progress, no_progress
@@ -41,7 +41,7 @@ def check_files(out: Checkpoint) -> tuple[bool, str, Checkpoint | None]:
         if out.indexed:
             _check_index(out.source if isinstance(out, DenseView) else out)
         plan = plan_of(out) if record_of(out.path) is not None else Plan({})
-        blocks = () if _all_condensed(out, plan) else find_blocks(out, detect(out.config, list(out.tensors))).moe
+        blocks = () if _all_condensed(out, plan) else Model.of(out).moe
         planned = _check_counts(blocks, plan) if record_of(out.path) is not None else "no coterie.json"
     except CoterieError as error:
         return False, str(error), out

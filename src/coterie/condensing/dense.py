@@ -20,7 +20,7 @@ from coterie.layer import Model, MoE, expert_names
 from coterie.numerics import encode
 from coterie.own import is_own, own_layout, own_section
 from coterie.plan import Condensed, Plan
-from coterie.writing.writer import Made, Output, Run
+from coterie.writing.writer import Made, Output, whole
 
 
 def num_layers(model: Model) -> int:
@@ -56,7 +56,7 @@ def dense_mlps(model: Model) -> list[tuple[str, str, str]]:
     """The (gate, up, down) tensors of the decoder layers that are dense already, as the stock config has them."""
     tensors, dense = model.checkpoint.tensors, model.family.dense
     assert dense
-    root, found = model.main[0].prefix.rstrip(".").rpartition(".")[0], []
+    root, found = model.main[0].stack, []
     places = {dense.mlp, model.main[0].layout.blocks[0]}  # some files say "block_sparse_moe." of dense layers as well
     for index in range(num_layers(model)):
         for place in places if all(b.key != str(index) for b in model.main) else ():
@@ -113,7 +113,7 @@ def _padded(checkpoint: Checkpoint, tensor: Tensor, which: int, width: int) -> O
     rows, columns = tensor.shape
     shape = (rows, width) if which == DOWN else (width, columns)
     if shape == tensor.shape:
-        return Output(tensor.name, tensor.dtype, shape, (Run(tensor.file, tensor.start, tensor.end),))
+        return whole(tensor)
 
     def make() -> bytes:
         values = np.zeros(shape, np.float32)

@@ -7,10 +7,10 @@ from typing import Any
 from coterie.condensing.dense import num_layers
 from coterie.errors import CoterieError
 from coterie.family import NUM_LAYERS, lookup
-from coterie.layer import LAYER, Model
+from coterie.layer import LAYER, Model, stack_of
 from coterie.own import renumber
 from coterie.plan import Plan
-from coterie.writing.writer import Output, Run
+from coterie.writing.writer import Output, whole
 
 INDICES = ("mlp_only_layers",)  # lists of layer numbers
 LEADING = ("first_k_dense_replace", "num_dense_layers")  # how many of the first layers are of a kind
@@ -48,16 +48,15 @@ def dropped_outputs(model: Model, plan: Plan) -> dict[str, tuple[Output, ...]]:
     """Source tensor -> nothing, or the same bytes under the number that its layer has then."""
     if not plan.dropped:
         return {}
-    stack = model.main[0].prefix.rstrip(".").rpartition(".")[0]
+    stack = model.main[0].stack
     result: dict[str, tuple[Output, ...]] = {}
-    for name, t in model.checkpoint.tensors.items():
+    for name, tensor in model.checkpoint.tensors.items():
         match = LAYER.fullmatch(name)
-        if not match or match["prefix"].rstrip(".").rpartition(".")[0] != stack:
+        if not match or stack_of(match["prefix"]) != stack:
             continue
         index = int(match["index"])
         renamed = f"{stack}.{index - sum(d < index for d in plan.dropped)}.{match['rest']}"
-        same = Output(renamed, t.dtype, t.shape, (Run(t.file, t.start, t.end),))
-        result[name] = () if index in plan.dropped else (same,)
+        result[name] = () if index in plan.dropped else (whole(tensor, renamed),)
     return result
 
 

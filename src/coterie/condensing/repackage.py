@@ -21,7 +21,7 @@ from coterie.errors import CoterieError
 from coterie.family import registry
 from coterie.layer import LAYER, Model, find_blocks
 from coterie.view import view
-from coterie.writing.writer import Made, Output, Run
+from coterie.writing.writer import Made, Output, whole
 
 Config = dict[str, Any]
 
@@ -62,11 +62,6 @@ def converted(model: Model, target: str | None) -> Model:
     changed |= {"model_type": target, "architectures": [found.architecture]}
     changed.pop("auto_map", None)  # names code that we neither run nor copy
     return find_blocks(view(model.checkpoint, shards, changed, found.shared_scale), registry()[target])
-
-
-def same(tensor: Tensor, name: str | None = None) -> Output:
-    """The tensor's bytes, perhaps under another name."""
-    return Output(name or tensor.name, tensor.dtype, tensor.shape, (Run(tensor.file, tensor.start, tensor.end),))
 
 
 def zeros(name: str, dtype: str, shape: tuple[int, ...], num_bytes: int) -> Output:
@@ -111,7 +106,7 @@ def _biased(tensor: Tensor) -> tuple[Output, ...]:
     """A projection to queries, keys or values, and the zero bias that qwen2_moe adds to it."""
     bias = tensor.name.removesuffix("weight") + "bias"
     size = tensor.num_bytes // tensor.num_parameters
-    return same(tensor), zeros(bias, tensor.dtype, tensor.shape[:1], tensor.shape[0] * size)
+    return whole(tensor), zeros(bias, tensor.dtype, tensor.shape[:1], tensor.shape[0] * size)
 
 
 def _is_qkv(name: str) -> bool:
@@ -152,13 +147,13 @@ def _mixtral_tensors(model: Model, tensor: Tensor) -> tuple[Output, ...]:
     if _is_qkv(name):
         return _biased(tensor)
     if not LAYER.fullmatch(name):
-        return (same(tensor),)
+        return (whole(tensor),)
     name = name.replace(".block_sparse_moe.", ".mlp.")
     if ".experts." in name:
         name = next((name.replace(old, new) for old, new in PARTS.items() if old in name), name)
     if name.endswith(".mlp.gate.weight"):
-        return same(tensor, name), *_no_shared_expert(tensor, name.removesuffix("gate.weight"))
-    return (same(tensor, name),)
+        return whole(tensor, name), *_no_shared_expert(tensor, name.removesuffix("gate.weight"))
+    return (whole(tensor, name),)
 
 
 def _no_shared_expert(router: Tensor, mlp: str) -> tuple[Output, ...]:
@@ -205,13 +200,13 @@ def _deepseek_tensors(model: Model, tensor: Tensor) -> tuple[Output, ...]:
     if name.endswith(".mlp.shared_expert.down_proj.weight"):
         return (_doubled(model.checkpoint, tensor, name),)
     if not name.endswith(".mlp.gate.weight"):
-        return (same(tensor, name),)
+        return (whole(tensor, name),)
     mlp = name.removesuffix("gate.weight")
     block = next(b for b in model.moe if b.router == tensor.name)
     if not block.shared:
-        return same(tensor), *_no_shared_expert(tensor, mlp)
+        return whole(tensor), *_no_shared_expert(tensor, mlp)
     num_bytes = tensor.num_bytes // tensor.shape[0]
-    return same(tensor), zeros(f"{mlp}shared_expert_gate.weight", tensor.dtype, (1, tensor.shape[1]), num_bytes)
+    return whole(tensor), zeros(f"{mlp}shared_expert_gate.weight", tensor.dtype, (1, tensor.shape[1]), num_bytes)
 
 
 def _doubled(checkpoint: Checkpoint, tensor: Tensor, name: str) -> Output:
@@ -249,6 +244,6 @@ CONVERSIONS = {
         "qwen2_moe", "Qwen2MoeForCausalLM", _deepseek_obstacle, _deepseek_config, _deepseek_tensors, shared_scale=0.5
     ),
     "deepseek_v3": Conversion(
-        "glm4_moe_lite", "Glm4MoeLiteForCausalLM", _v3_obstacle, _v3_config, lambda model, tensor: (same(tensor),)
+        "glm4_moe_lite", "Glm4MoeLiteForCausalLM", _v3_obstacle, _v3_config, lambda model, tensor: (whole(tensor),)
     ),
 }

@@ -263,8 +263,6 @@ def experts_fate(path: str | Path, against: str | Path) -> Fate | None:
 
 
 def _opened(checkpoint: Checkpoint) -> Model:
-    from coterie.family import detect
-    from coterie.layer import find_blocks
+    from coterie.layer import Model
 
-    view = dense_view(checkpoint)
-    return find_blocks(view, detect(view.config, list(view.tensors)))
+    return Model.of(dense_view(checkpoint))

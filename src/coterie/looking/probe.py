@@ -28,7 +28,7 @@ from coterie.looking.locality import Tokens
 from coterie.looking.numbers import correlation, listed, number, pairs, ratio
 from coterie.methods.condense.least_squares import explained, pursue
 from coterie.report import Progress, no_progress
-from coterie.streaming.activations import Batch, Routed
+from coterie.streaming.activations import Batch, Routed, dense_weights
 from coterie.streaming.calibrate import Stream
 
 PROBED = 512  # tokens at most
@@ -121,7 +121,7 @@ def watch(routed: Routed, model: Model, dtype: torch.dtype, rows: torch.Tensor) 
     """The experts' weighted sum over all tokens, and what all experts do on the probed rows."""
     routed.check_linear()
     block, total, num_experts = routed.block, routed.zeros(), routed.block.num_experts
-    weights = dense(routed.chosen[rows], routed.weights[rows], num_experts)
+    weights = dense_weights(routed.chosen[rows], routed.weights[rows], num_experts)
     outputs = torch.zeros(len(rows), num_experts, routed.x.shape[1])
     seen = Seen(routed.chosen.numpy(), weights, outputs, np.zeros(0), np.zeros(0))
     theirs = {e: (places, gates) for e, places, gates in routed.by_expert()}
@@ -158,12 +158,6 @@ def _round(seen: Seen, routed: Routed, rows: torch.Tensor, e: int, expert: moe.E
     seen.changes.setdefault(bits, torch.zeros_like(gap)).add_(seen.weights[:, e, None] * gap)
     sums = seen.squares.setdefault(bits, [0.0, 0.0])
     sums[0], sums[1] = sums[0] + change, sums[1] + whole
-
-
-def dense(chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Weights (P, E) in float32 of ids and weights (P, K); ids beyond the experts stand for none."""
-    width = max(num_experts, int(chosen.max()) + 1)
-    return torch.zeros(len(chosen), width).scatter_add_(1, chosen, weights.float())[:, :num_experts]
 
 
 # --- once it is through -------------------------------------------------------------------------------------------

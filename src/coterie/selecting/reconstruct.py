@@ -32,7 +32,7 @@ from coterie.plan import Choice
 from coterie.report import Progress
 from coterie.selecting.criteria import UNMEASURED, Decision, Guarded, Task, by_weights, guard, keep, listed
 from coterie.stats import HALVES, Stats, agreement
-from coterie.streaming.activations import Batch, Routed, Walk, plain_walk
+from coterie.streaming.activations import Batch, Routed, Walk, dense_weights, plain_walk
 from coterie.streaming.calibrate import Stream, advance
 from coterie.streaming.samples import compute_dtype, read_samples
 from coterie.writing.writer import existing
@@ -203,7 +203,7 @@ class Sets:
         def walk(routed: Routed) -> torch.Tensor:
             routed.check_linear()
             num_experts, total = routed.block.num_experts, routed.zeros()
-            self._weights = _dense(routed.chosen, routed.weights, num_experts)
+            self._weights = dense_weights(routed.chosen, routed.weights, num_experts)
             self._products = torch.empty(len(routed.x), num_experts, num_experts)
             size = max(1, MOST_OUTPUTS // (num_experts * routed.x.shape[1]))
             for rows in torch.arange(len(routed.x)).split(size):
@@ -262,7 +262,7 @@ class Sets:
                 "tried; give --dtype float32"
             )
         chosen, weights = (torch.cat([t.reshape(-1, t.shape[-1]) for t in ts]) for ts in zip(*asked, strict=True))
-        return _dense(chosen, weights, self._block.num_experts)
+        return dense_weights(chosen, weights, self._block.num_experts)
 
     @contextmanager
     def _asked(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -303,12 +303,6 @@ def _lowered(biases: list[torch.Tensor], dropped: list[int]) -> Iterator[None]:
     finally:
         for bias, values in zip(biases, before, strict=True):
             bias.copy_(values)
-
-
-def _dense(chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Weights (T, E) in float32 of ids and weights (T, K); ids beyond the experts stand for none."""
-    width = max(num_experts, int(chosen.max()) + 1)
-    return torch.zeros(len(chosen), width).scatter_add_(1, chosen, weights.float())[:, :num_experts]
 
 
 def _remember(module: torch.nn.Module, experts: torch.nn.Module, routing: list[torch.Tensor]) -> None:

@@ -26,8 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_matrices
-from coterie.family import detect
-from coterie.layer import MoE, find_blocks
+from coterie.layer import Model, MoE
 from coterie.loading import decoder_layers
 from coterie.moe import experts_modules
 from coterie.numerics import encode as encode_values
@@ -98,8 +97,7 @@ class CoterieQuantizer(HfQuantizer):
 
     def _place_experts(self, model: Any) -> set[str]:
         """Finds the experts modules of blocks with packed weights; returns the names of all their weights."""
-        view = dense_view(self.checkpoint)
-        found = find_blocks(view, detect(view.config, list(view.tensors)))
+        found = Model.of(dense_view(self.checkpoint))
         layers = decoder_layers(model.get_decoder(), str(self.checkpoint.path))
         paths = {id(m): n for n, m in model.named_modules()}
         claimed = {name for block in found.moe for name in _tensors(block)}

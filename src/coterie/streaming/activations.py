@@ -191,6 +191,12 @@ class Routed:
             self.maps.touched(tensor, len(rows))
 
 
+def dense_weights(chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Weights (T, E) in float32 of ids and weights (T, K); ids beyond the experts stand for none."""
+    width = max(num_experts, int(chosen.max()) + 1)
+    return torch.zeros(len(chosen), width).scatter_add_(1, chosen, weights.float())[:, :num_experts]
+
+
 def weighted_sums(weights: torch.Tensor, values: torch.Tensor, *, squared: bool = False) -> torch.Tensor:
     """Sums over tokens: weights (G, T) times values (T, C), or times their squares, in float64.
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.applying.outputs import whole
 from coterie.checkpoint import Checkpoint, load_json
 from coterie.condensing.folding import FOLDABLE, shared_names
 from coterie.errors import CoterieError
@@ -14,7 +13,7 @@ from coterie.experts import expert_weights
 from coterie.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.layer import LAYER, Model, MoE, find_blocks
 from coterie.plan import Plan, read_plan
-from coterie.writing.writer import Output
+from coterie.writing.writer import Output, whole
 
 STAGES = {"all": ("local", "distill"), "local": ("local",), "lm": ("lm",), "distill": ("distill",)}
 SIZES = {"vocabulary": ("vocab_size",), "hidden size": ("hidden_size", "d_model"), "number of layers": NUM_LAYERS}
@@ -127,7 +126,7 @@ def chosen_layers(model: Model, plan: Plan, options: Options) -> tuple[list[int]
 def stacks(model: Model) -> dict[int, list[str]]:
     """Layer number -> what its tensors' names begin with: of the decoder, or of any stack where no router tells it."""
     found = {m["prefix"]: int(m["index"]) for name in model.checkpoint.tensors if (m := LAYER.fullmatch(name))}
-    decoder = model.main[0].prefix.rstrip(".").rpartition(".")[0] if model.main else ""
+    decoder = model.main[0].stack if model.main else ""
     result: dict[int, list[str]] = {}
     for prefix, index in sorted(found.items()):
         if not decoder or prefix == f"{decoder}.{index}.":

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from coterie.checkpoint import INDEX, MAX_HEADER, read_header
+from coterie.checkpoint import INDEX, MAX_HEADER, Tensor, read_header
 from coterie.errors import CoterieError
 from coterie.writing.copying import PAGE, Copier, Move, can_share, joined, shareable, write_at
 from coterie.writing.journal import JOURNAL, Journal, guarded, held_by_another, is_held, read_journal, shards_of
@@ -71,6 +71,11 @@ class Output:
     @property
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self.parts)
+
+
+def whole(tensor: Tensor, name: str | None = None) -> Output:
+    """The tensor as it is, perhaps under another name."""
+    return Output(name or tensor.name, tensor.dtype, tensor.shape, (Run(tensor.file, tensor.start, tensor.end),))
 
 
 class Source(Protocol):

@@ -11,6 +11,7 @@ import numpy as np
 
 from coterie.errors import CoterieError
 from coterie.experts import Layer
+from coterie.methods.prune.router_norm import norms
 
 NEEDS = "base"
 
@@ -29,8 +30,3 @@ def score(layer: Layer, base: Layer) -> np.ndarray:
             "adapters), so nothing can be told from it; use another method"
         )
     return change
-
-
-def norms(layer: Layer) -> np.ndarray:
-    """||w_e||_2 in float64, (E,)."""
-    return np.linalg.norm(layer.router.astype(np.float64), axis=1)
