@@ -17,7 +17,7 @@ RANKS = [
     {"errors", "reference_model"},
     {"sources"},
     {"data", "numerics", "writing.copying"},
-    {"checkpoint", "writing.journal"},
+    {"checkpoint", "record", "writing.journal"},
     {"family", "streaming.tensors", "sparse.format", "sparse.view"},
     {"families", "own"},
     {"layer"},

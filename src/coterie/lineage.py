@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie.checkpoint import Checkpoint, load_json, resolve
+from coterie.checkpoint import Checkpoint, resolve
 from coterie.errors import CoterieError
 from coterie.plan import Plan, read_plan
+from coterie.record import record_of
 
 LEVELS = ("removed", "kept", "average of a cluster", "always on (condensed)")
 REMOVED, KEPT, MERGED, CONDENSED = range(len(LEVELS))
@@ -31,12 +32,6 @@ class Fate:
 
     levels: dict[str, tuple[int, ...]]
     routed: dict[str, tuple[str, tuple[int, ...]]]
-
-
-def record_of(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's coterie.json; nothing where there is none. Raises: CoterieError for a damaged one."""
-    file = folder / "coterie.json"
-    return load_json(file) if file.is_file() else None
 
 
 def plan_of(out: Checkpoint) -> Plan:

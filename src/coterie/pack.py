@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from coterie.applying.execution import finished, left_behind, write
-from coterie.checkpoint import Checkpoint, load_json
+from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.own import is_own
 from coterie.plan import Plan, to_json
+from coterie.record import object_at, record_of
 from coterie.report import Progress, Report, Stopwatch, model_card, no_progress, versions
 from coterie.sparse import format as fmt
 from coterie.sparse.coding import Coding, candidates, counted, fill, sizes
@@ -163,14 +164,14 @@ def _made_by(source: Checkpoint) -> Report | None:
 
     Raises: CoterieError for a coterie.json that is no record: what it meant would be lost.
     """
-    path = source.path / "coterie.json"
-    if not path.is_file():
+    found = record_of(source.path)
+    if found is None:
         return None
-    found = load_json(path)
     objects = {key: found.get(key) for key in ("options", "source", "plan", "report", "versions")}
-    warnings = found["report"].get("warnings", []) if isinstance(found.get("report"), dict) else []
+    warnings = object_at(found, "report").get("warnings", [])
     whole = all(isinstance(value, dict) for value in objects.values()) and isinstance(warnings, list)
     if not whole or not isinstance(found.get("command"), str):
+        path = source.path / "coterie.json"
         raise CoterieError(f"{path}: is not a record of coterie (no command, plan or report); remove it, or restore it")
     return None if found["command"] in OURS else Report(found["command"], **objects)  # type: ignore[arg-type]
 
@@ -185,8 +186,7 @@ def _kept(job: _Job, made: Report, fingerprint: str | None) -> Report:
     """The report of the command that made the checkpoint, with the bytes that it has now."""
     earlier = ("packed", "packed_from", "unpacked", "unpacked_from")
     found = {key: value for key, value in made.report.items() if key not in earlier}
-    after = found["after"] if isinstance(found.get("after"), dict) else {}
-    found["after"] = after | {"bytes": job.numbers["after"]["bytes"]}
+    found["after"] = object_at(found, "after") | {"bytes": job.numbers["after"]["bytes"]}
     found |= {key: job.numbers[key] for key in ("packed", "unpacked") if key in job.numbers}
     found[f"{job.command}ed_from"] = {"path": job.path, "hash": fingerprint}
     return Report(made.command, made.options, made.source, made.plan, found, made.versions)
@@ -195,11 +195,10 @@ def _kept(job: _Job, made: Report, fingerprint: str | None) -> Report:
 def _repeated(out: Path, job: _Job, fingerprint: str | None) -> Report:
     """The report of a complete OUT, if it was made from this very checkpoint with these options."""
     found = _made_by(Checkpoint.open(out))
-    at = found.report.get(f"{job.command}ed_from") if found else None
-    packed = found.report.get("packed") if found else None
-    same = isinstance(at, dict) and at.get("hash") == fingerprint
+    report = found.report if found else {}
+    same = object_at(report, f"{job.command}ed_from").get("hash") == fingerprint
     if job.command == "pack":
-        same = same and isinstance(packed, dict) and packed.get("values") == job.options["values"]
+        same = same and object_at(report, "packed").get("values") == job.options["values"]
     if found is None or not same:
         raise CoterieError(f"{out}: is complete, but was made with another source, plan or option; choose another OUT")
     return found

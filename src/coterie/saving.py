@@ -16,10 +16,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from coterie.checkpoint import Checkpoint, load_json
+from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.pack import pack
+from coterie.record import object_at, record_of
 from coterie.report import Progress, Report
 from coterie.sparse.coding import some_shrink
 from coterie.writing.writer import check_out, partial_of
@@ -133,9 +134,7 @@ def _check_folders(folders: Folders, source: Checkpoint, given: dict[str, Any]) 
 
 def _is_ours(dense: Path) -> bool:
     """Whether a folder is the first step's: a dense checkpoint that was asked to become sparse."""
-    record = dense / "coterie.json"
-    options = load_json(record).get("options") if record.is_file() else None
-    return isinstance(options, dict) and options.get("save") == "sparse"
+    return object_at(record_of(dense), "options").get("save") == "sparse"
 
 
 def _check_zeros(command: str, source: Checkpoint, on_progress: Progress) -> None:

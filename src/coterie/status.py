@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coterie.checkpoint import load_json
 from coterie.errors import CoterieError
+from coterie.record import object_at, record_of
 from coterie.writing.journal import is_held, read_journal, shards_of, stamp
 from coterie.writing.writer import partial_of
 
@@ -38,8 +38,8 @@ def status(out: str | Path) -> dict[str, Any]:
         for folder in (given,) if named else steps:
             if folder.is_dir():
                 return _run(folder, read_journal(folder))
-        if (given / "coterie.json").is_file():
-            return _complete(given)
+        if (found := record_of(given)) is not None:
+            return _complete(given, found)
     except (OSError, ValueError) as error:
         if isinstance(error, CoterieError):
             raise
@@ -47,21 +47,20 @@ def status(out: str | Path) -> dict[str, Any]:
     raise CoterieError(f"{given}: neither a result of coterie (no coterie.json) nor a run (no {given.name}.partial)")
 
 
-def _complete(out: Path) -> dict[str, Any]:
-    found = load_json(out / "coterie.json")
+def _complete(out: Path, found: dict[str, Any]) -> dict[str, Any]:
     return {
         "path": str(out),
         "state": "complete",
         "command": found.get("command"),
-        "options": _dict(found.get("options")),
+        "options": object_at(found, "options"),
         "alive": False,
-        "seconds": _number(_dict(found.get("report")).get("seconds")),
+        "seconds": _number(object_at(found, "report").get("seconds")),
     }
 
 
 def _run(folder: Path, entries: Entries) -> dict[str, Any]:
     """Of a folder that is being written, or that an ended run left."""
-    asked = _dict(entries[0].get("asked")) if entries else {}
+    asked = object_at(entries[0], "asked") if entries else {}
     begun = [i for i, e in enumerate(entries) if _number(e.get("began")) is not None]
     last = entries[begun[-1]] if begun else {}
     alive = is_held(folder)
@@ -75,7 +74,7 @@ def _run(folder: Path, entries: Entries) -> dict[str, Any]:
         "path": str(folder),
         "state": "running" if alive else "interrupted",
         "command": asked.get("command"),
-        "options": _dict(asked.get("options")),
+        "options": object_at(asked, "options"),
         "alive": alive,
         "pid": last.get("pid"),
         "began": _shown(last.get("began")),
@@ -145,10 +144,6 @@ def _last(entries: Entries) -> float | None:
 def _number(value: Any) -> Any:
     """A sensible number, or nothing: a journal may have been damaged."""
     return value if type(value) in (int, float) and 0 <= value < 2**63 else None
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _shown(seconds: Any) -> str | None:

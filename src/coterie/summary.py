@@ -20,8 +20,8 @@ from coterie.data import MAX_DATA, Document, parse_data, read_documents
 from coterie.errors import CoterieError
 from coterie.family import names_experts
 from coterie.layer import Model
-from coterie.lineage import record_of
 from coterie.pages.summary import render
+from coterie.record import object_at, record_of
 from coterie.reference_model import HELD_OUT
 from coterie.report import Progress, Stopwatch, no_progress, typed, versions
 from coterie.sparse.view import dense_view
@@ -208,10 +208,10 @@ def _facts(path: str | Path) -> dict[str, Any]:
     checkpoint = Checkpoint.open(folder)
     view = dense_view(checkpoint)
     record = record_of(folder) or {}
-    made, options = _object(record.get("report")), _object(record.get("options"))
-    sparsity = _number(_object(made.get("sparsity")).get("experts"))
+    made, options = object_at(record, "report"), object_at(record, "options")
+    sparsity = _number(object_at(made, "sparsity").get("experts"))
     experts, kurtosis, notes = _experts(view)
-    recorded = {str(k): _number(v) for k, v in _object(made.get("kurtosis")).items()}
+    recorded = {str(k): _number(v) for k, v in object_at(made, "kurtosis").items()}
     recorded = {key: value for key, value in recorded.items() if value is not None}
     return {
         "bytes": checkpoint.num_bytes,
@@ -221,7 +221,7 @@ def _facts(path: str | Path) -> dict[str, Any]:
         "command": _command(record.get("command"), options),
         "sparsity": sparsity,
         "kurtosis": recorded or ({} if kurtosis is None else {"as it is": kurtosis}),
-        "data": _object(options.get("data")),
+        "data": object_at(options, "data"),
         "notes": notes,
     }
 
@@ -290,10 +290,6 @@ def _digest(file: str | Path, sizes: Container[int] = range(1, MAX_DATA + 1)) ->
             return size, hashlib.file_digest(opened, "sha256").hexdigest()
     except (OSError, ValueError):
         return None
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any) -> float | None:

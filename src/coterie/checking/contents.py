@@ -16,7 +16,8 @@ from coterie.checkpoint import Checkpoint
 from coterie.condensing.repackage import converted
 from coterie.errors import CoterieError
 from coterie.layer import Model
-from coterie.lineage import plan_of, record_of
+from coterie.lineage import plan_of
+from coterie.record import object_at, record_of
 from coterie.report import Progress, no_progress
 from coterie.routes import compared_constants, constants_name, routed_blocks
 from coterie.sparse.view import DenseView
@@ -31,8 +32,7 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
     plan, record = plan_of(out), record_of(out.path)
     if _was_packed_from(record, source.checkpoint):
         return _check_same(out, source.checkpoint, on_progress)
-    recorded = record.get("source") if record else None
-    if not isinstance(recorded, dict) or recorded.get("hash") != source.checkpoint.hash:
+    if object_at(record, "source").get("hash") != source.checkpoint.hash:
         return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
     source = converted(source, plan.converted)
     check_plan(source, plan)
@@ -70,9 +70,7 @@ def _said_of(rounded: set[str]) -> str:
 
 def _was_packed_from(record: dict[str, Any] | None, source: Checkpoint) -> bool:
     """Whether `coterie pack` (or unpack) made OUT from this very checkpoint, rather than a command before it."""
-    report = record.get("report") if record else None
-    ends = [report.get(key) for key in ("packed_from", "unpacked_from")] if isinstance(report, dict) else []
-    return any(isinstance(end, dict) and end.get("hash") == source.hash for end in ends)
+    return source.hash in (object_at(record, "report", f"{done}_from").get("hash") for done in ("packed", "unpacked"))
 
 
 def _check_same(out: Checkpoint, source: Checkpoint, on_progress: Progress) -> Answer:
@@ -86,18 +84,12 @@ def _check_same(out: Checkpoint, source: Checkpoint, on_progress: Progress) -> A
     return not faults, "; ".join(faults) or f"{len(outputs):,} kept as is" + _said_of(rounded), None
 
 
-def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
-    """The object under a key of a file that may hold anything."""
-    found = record.get(key)
-    return found if isinstance(found, dict) else {}
-
-
 def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = no_progress) -> Answer:
     """Every tensor of the model that `recover` was given is in OUT, and only those recorded as trained differ."""
-    record = record_of(out.path) or {}
+    record = record_of(out.path)
     if _was_packed_from(record, source):
         return _check_same(out, source, on_progress)
-    recorded, trained = _object(record, "source"), _object(_object(record, "report"), "trained")
+    recorded, trained = object_at(record, "source"), object_at(record, "report", "trained")
     if recorded.get("hash") != source.hash:
         return False, f"{source.path} is not the model that was trained, {recorded.get('path')!s:.200}", None
     listed = trained.get("tensors")
@@ -121,8 +113,8 @@ def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = n
 
 def _corrected(record: dict[str, Any] | None) -> bool:
     """Whether the rule also changed the weights that stayed."""
-    options = record.get("options") if record else None
-    return isinstance(options, dict) and "sparsegpt" in (options.get("method"), options.get("second"))
+    options = object_at(record, "options")
+    return "sparsegpt" in (options.get("method"), options.get("second"))
 
 
 def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:

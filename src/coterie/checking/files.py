@@ -9,8 +9,8 @@ from coterie.checkpoint import INDEX, Checkpoint, load_json
 from coterie.errors import CoterieError
 from coterie.family import detect
 from coterie.layer import LAYER, Model, MoE
-from coterie.lineage import plan_of, record_of
-from coterie.plan import Plan
+from coterie.plan import Plan, read_plan
+from coterie.record import record_of
 from coterie.report import Progress, no_progress
 from coterie.sparse.view import DenseView, dense_view, is_sparse
 
@@ -40,9 +40,10 @@ def check_files(out: Checkpoint) -> tuple[bool, str, Checkpoint | None]:
     try:
         if out.indexed:
             _check_index(out.source if isinstance(out, DenseView) else out)
-        plan = plan_of(out) if record_of(out.path) is not None else Plan({})
+        record = record_of(out.path)
+        plan = Plan({}) if record is None else read_plan(record)
         blocks = () if _all_condensed(out, plan) else Model.of(out).moe
-        planned = _check_counts(blocks, plan) if record_of(out.path) is not None else "no coterie.json"
+        planned = "no coterie.json" if record is None else _check_counts(blocks, plan)
     except CoterieError as error:
         return False, str(error), out
     counts = sorted({block.num_experts for block in blocks}) or [0]
@@ -87,9 +88,8 @@ def _check_counts(blocks: tuple[MoE, ...], plan: Plan) -> str:
 
 def was_trained(folder: Path) -> bool:
     """Whether the folder says that `recover` wrote it; what cannot be read is a fault that the checks find."""
-    record = folder / "coterie.json"
     try:
-        return record.is_file() and load_json(record).get("command") == "recover"
+        return (record_of(folder) or {}).get("command") == "recover"
     except CoterieError:
         return False
 

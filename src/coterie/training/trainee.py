@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.checkpoint import Checkpoint, load_json
+from coterie.checkpoint import Checkpoint
 from coterie.condensing.folding import FOLDABLE, shared_names
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
 from coterie.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.layer import LAYER, Model, MoE, find_blocks
 from coterie.plan import Plan, read_plan
+from coterie.record import record_of
 from coterie.writing.writer import Output, whole
 
 STAGES = {"all": ("local", "distill"), "local": ("local",), "lm": ("lm",), "distill": ("distill",)}
@@ -67,8 +68,7 @@ class Job:
 
 def make_job(checkpoint: Checkpoint, options: Options) -> Job:
     """Raises: CoterieError for layers that do not exist, weights that cannot be trained, or a teacher that differs."""
-    place = checkpoint.path / "coterie.json"
-    record = load_json(place) if place.is_file() else {}
+    record = record_of(checkpoint.path) or {}
     plan = read_plan(record) if record else Plan({})
     model = open_model(checkpoint)
     layers, notes = chosen_layers(model, plan, options)

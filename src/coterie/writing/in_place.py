@@ -30,6 +30,7 @@ from typing import Any
 from coterie.checkpoint import BITS, Checkpoint, load_json
 from coterie.errors import CoterieError
 from coterie.plan import to_json
+from coterie.record import record_of
 from coterie.report import Progress, Report, Stopwatch, model_card
 from coterie.view import root
 from coterie.writing.copying import write_at
@@ -253,9 +254,8 @@ def went_on(
         recipe = Recipe.read(record)
         _check_same(recipe.report, recipe.path, command, options, model, record)
         return consume(recipe, out, clock, resume=True, prepare=None, on_progress=on_progress)
-    if not (out / "coterie.json").is_file() or partial_of(out).exists():
+    if partial_of(out).exists() or (found := record_of(out)) is None:
         return None
-    found = load_json(out / "coterie.json")
     try:
         report = _report(found)
         _demand(report.report["io"]["asked"] == "in-place")
