@@ -3,6 +3,7 @@ under the other commands."""
 
 import inspect
 import json
+import os
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from coterie.checkpoint import Checkpoint
 from coterie.cli import main
 from coterie.errors import CoterieError
 from coterie.sparse.view import dense_view
+from coterie.status import status
 
 VERBS = ("prune", "merge", "stun", "sparsify", "condense", "recover", "drop", "apply")
 NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -137,6 +139,14 @@ def stopping(number):
     return on_progress, calls
 
 
+def first_step(home, folder):
+    """What the first step leaves: the dense checkpoint, with a record that asks for a sparse one."""
+    shutil.copytree(home / "dense", folder)
+    content = record(folder)
+    content["options"]["save"] = "sparse"
+    (folder / "coterie.json").write_text(json.dumps(content))
+
+
 def test_a_run_killed_anywhere_resumes_to_the_same_bytes(tiny_checkpoint, home, tmp_path):
     """In the first step, between the two, and in the second."""
     model = tiny_checkpoint("qwen3_moe")
@@ -160,16 +170,118 @@ def test_a_run_killed_before_it_tidied_up_is_finished_by_resume(tiny_checkpoint,
     model, out = tiny_checkpoint("qwen3_moe"), tmp_path / "out"
     half(model, out, save="sparse")
     before = weights(out)
-    (tmp_path / "kept").mkdir()
-    half(model, tmp_path / "kept" / "dense")
-    shutil.move(tmp_path / "kept" / "dense", tmp_path / "out.dense")
-    content = record(tmp_path / "out.dense")
-    content["options"]["save"] = "sparse"
-    (tmp_path / "out.dense" / "coterie.json").write_text(json.dumps(content))
+    first_step(home, tmp_path / "out.dense")
     report = half(model, out, save="sparse", resume=True)
     assert weights(out) == before and not (tmp_path / "out.dense").exists()
     again = half(model, out, save="sparse", resume=True)
     assert again.report["packed"] == report.report["packed"] and weights(out) == before
+
+
+def stopping_removal(patch, number):
+    """Once packing is done, Ctrl-C comes instead of the removal of that number."""
+    pack, left = coterie.pack, [number]
+
+    def counted(remove):
+        def act(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stop
+            return remove(*args, **kwargs)
+
+        return act
+
+    def packed(*args, **kwargs):
+        report = pack(*args, **kwargs)
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        return report
+
+    patch.setattr("coterie.saving.pack", packed)
+
+
+def test_a_run_killed_while_it_tidies_up_leaves_nothing_for_ever(tiny_checkpoint, home, tmp_path, monkeypatch):
+    """Whichever file it had come to: OUT is complete, nothing is named as a checkpoint, and resume removes the rest."""
+    model, out = tiny_checkpoint("qwen3_moe"), tmp_path / "out"
+    shutil.copytree(home / "saved", out)
+    files = len(left(home / "dense"))
+    for number in range(files + 1):
+        first_step(home, tmp_path / "out.dense")
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stopping_removal(patch, number)
+            half(model, out, save="sparse", resume=True)
+        assert left(tmp_path) == ["out", "out.dense.old"] and len(left(tmp_path / "out.dense.old")) == files - number
+        half(model, out, save="sparse", resume=True)
+        assert left(tmp_path) == ["out"] and weights(out) == weights(home / "saved")
+
+
+def test_what_tidying_up_left_is_removed_when_asked_and_only_if_it_is_ours(tiny_checkpoint, home, tmp_path):
+    """By --overwrite too; not by a dry run, not without either option, and no folder of somebody else's."""
+    model, out, old = tiny_checkpoint("qwen3_moe"), tmp_path / "out", tmp_path / "out.dense.old"
+    first_step(home, old)
+    with pytest.raises(CoterieError, match=r"out\.dense\.old: left by an interrupted run; add --resume"):
+        half(model, out, save="sparse")
+    half(model, out, save="sparse", resume=True, dry_run=True)
+    assert left(tmp_path) == ["out.dense.old"] and weights(old) == weights(home / "dense")
+    half(model, out, save="sparse", overwrite=True)
+    assert left(tmp_path) == ["out"]
+    shutil.copytree(home / "dense", old)
+    with pytest.raises(CoterieError, match=r"out\.dense\.old: in the way, and not left by --save sparse"):
+        half(model, out, save="sparse", resume=True)
+    assert weights(old) == weights(home / "dense")
+
+
+def test_between_the_steps_status_tells_of_the_dense_checkpoint(tiny_checkpoint, home, tmp_path, monkeypatch, capsys):
+    """While zeros are counted there is no journal; a folder of that name that is no first step says nothing."""
+    out = tmp_path / "out"
+
+    def pack(*args, **kwargs):
+        raise Stop
+
+    monkeypatch.setattr("coterie.saving.pack", pack)
+    with pytest.raises(Stop):
+        half(tiny_checkpoint("qwen3_moe"), out, save="sparse")
+    found = status(out)
+    assert (found["path"], found["state"], found["alive"]) == (str(tmp_path / "out.dense"), "interrupted", None)
+    assert (found["command"], found["options"]["save"]) == ("sparsify", "sparse")
+    assert "complete, and not packed yet" in found["note"] and found["note"] in code(capsys, "status", out)[1]
+    shutil.rmtree(tmp_path / "out.dense")
+    shutil.copytree(home / "dense", tmp_path / "out.dense")
+    with pytest.raises(CoterieError, match="neither a result of coterie"):
+        status(out)
+
+
+def test_saving_dense_names_what_saving_sparse_left(tiny_checkpoint, home, tmp_path):
+    """Both folders and an unfinished one, in the record too, all left alone; somebody else's are not named."""
+    model, out = tiny_checkpoint("qwen3_moe"), tmp_path / "out"
+    with pytest.raises(Stop):
+        half(model, out, save="sparse", on_progress=stopping(1)[0])
+    for name in ("out.dense", "out.dense.old"):
+        first_step(home, tmp_path / name)
+    beside = [tmp_path / f"out.dense{end}" for end in ("", ".old", ".partial")]
+    note = half(model, out).report["warnings"][-1]
+    assert note.startswith(", ".join(map(str, beside)) + ": of --save sparse")
+    assert note in record(out)["report"]["warnings"] and all(path.is_dir() for path in beside)
+    for path in beside[1:]:
+        shutil.rmtree(path)
+    shutil.copytree(home / "dense", beside[0], dirs_exist_ok=True)
+    assert not any("--save sparse" in said for said in half(model, out, overwrite=True).report["warnings"])
+
+
+def test_recover_names_what_saving_sparse_left(tiny_checkpoint, home, ids, tmp_path):
+    """It writes its report by itself."""
+    first_step(home, tmp_path / "out.dense")
+    how = {"data": {"d": ids}, "samples": 4, "stage": "lm", "layer_ids": "1", "steps": 1, "batch_size": 2}
+    for save in ("dense", "sparse"):
+        model, how["save"] = tiny_checkpoint("qwen3_moe"), save
+        found = coterie.recover(model, tmp_path / "out", overwrite=True, dry_run=True, **how).report
+        assert any(f"{tmp_path / 'out.dense'}: of --save sparse" in n for n in found["warnings"]) == (save == "dense")
+
+
+def test_a_name_that_leaves_no_room_for_the_other_folders_is_refused(tiny_checkpoint, tmp_path):
+    """244 letters are a name, and 258 are none."""
+    with pytest.raises(CoterieError, match="File name too long"):
+        half(tiny_checkpoint("qwen3_moe"), tmp_path / ("x" * 244), save="sparse")
+    assert left(tmp_path) == []
 
 
 def test_resume_with_other_options_is_refused(tiny_checkpoint, tmp_path):

@@ -661,6 +661,7 @@ def status(
         rows += [("layers", f"{found['layers']['done']:,} of {_known(found['layers']['all'])}")]
         rows += [("MB per second", _known(found["bytes_per_second"], 1e6))]
         rows += [("seconds left", _known(found["seconds_left"]))]
+    rows += [("note", found["note"])] if "note" in found else []
     _table(f"{found['path']}: {found['state']}", rows)
 
 

@@ -28,6 +28,7 @@ from coterie.saving import savable
 from coterie.streaming.samples import DTYPES, Data
 from coterie.training.trainee import STAGES, Job, Options, make_job, memory_bytes, num_trained
 from coterie.writing.copying import check_io
+from coterie.writing.steps import left_over
 from coterie.writing.writer import Writer, check_out, partial_of
 
 
@@ -85,6 +86,7 @@ def recover(
     job = make_job(checkpoint, options)
     report = started(job, str(model), clock, dry_run=dry_run)
     report.options["save"] = save
+    report.report["warnings"] += left_over(Path(out)) if save == "dense" else []
     if dry_run:
         return report
     if resume and Path(out).exists() and not partial_of(Path(out)).exists():

@@ -1,17 +1,15 @@
 """`--save dense|sparse`, the same for every command that writes a checkpoint.
 
 Sparse takes two steps: the command writes the dense checkpoint to OUT.dense, then that is packed into OUT with the
-command's own record, and deleted. A killed run leaves OUT.dense or the partial folder of either step, and --resume goes
-on from it. Until the end the disk holds both.
+command's own record, and deleted under the name OUT.dense.old. A killed run leaves OUT.dense or the partial folder of
+either step, and --resume goes on from it; or OUT.dense.old, and --resume deletes it. Until the end the disk holds both.
 """
 
 from __future__ import annotations
 
 import inspect
 import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -20,30 +18,14 @@ from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.layer import Model
 from coterie.pack import pack
-from coterie.record import object_at, record_of
 from coterie.report import Progress, Report
 from coterie.sparse.coding import some_shrink
+from coterie.writing.steps import Folders, is_first
 from coterie.writing.writer import check_out, partial_of
 
 SAVES = ("dense", "sparse")
 MAKE_NO_ZEROS = ("prune", "merge", "recover")  # what they write holds no more zeros than what they read
 P = ParamSpec("P")
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where the two steps write."""
-
-    out: Path
-
-    @property
-    def dense(self) -> Path:
-        return self.out.with_name(self.out.name + ".dense")
-
-    @property
-    def begun(self) -> list[Path]:
-        """What an interrupted run left."""
-        return [path for path in (self.dense, partial_of(self.dense), partial_of(self.out)) if path.exists()]
 
 
 def savable(verb: Callable[P, Report]) -> Callable[P, Report]:
@@ -74,13 +56,20 @@ def savable(verb: Callable[P, Report]) -> Callable[P, Report]:
 def _sparse(command: str, into: Callable[[Path], Report], folders: Folders, given: dict[str, Any]) -> Report:
     """Both steps, or those that an interrupted run left to do. `into` runs the command into a folder."""
     source = Checkpoint.open(given["model"])
-    _check_folders(folders, source, given)
+    try:
+        _check_folders(folders, source, given)
+    except OSError as error:  # such as names that are too long with what is added to them
+        raise CoterieError(
+            f"{folders.out}: cannot be written ({error.strerror or error}); choose another OUT"
+        ) from error
     if given.get("in_place"):
         raise CoterieError("--save sparse: packing needs the dense checkpoint beside it; leave --in-place out")
     if given.get("router") == "alias":
         raise CoterieError("--save sparse: --router alias is written in our own layout, which cannot be packed")
     if given["dry_run"]:
         return _planned(into(folders.out))
+    if folders.old.exists():
+        _remove(folders.old)
     if given["resume"] and folders.out.exists() and not folders.begun:
         return into(folders.out)  # complete: the command compares it with what is asked, and says what it holds
     if command in MAKE_NO_ZEROS and not folders.begun:
@@ -95,19 +84,26 @@ def _sparse(command: str, into: Callable[[Path], Report], folders: Folders, give
         raise CoterieError(
             f"{error}. The dense checkpoint is complete in {folders.dense}: use it as it is, or go on with --resume"
         ) from error
-    _remove(folders.dense)
+    _remove(folders.dense, folders.old)
     return report
 
 
-def _remove(dense: Path) -> None:
-    """Under another name, so that a kill in the middle leaves nothing that looks like a checkpoint.
+def _remove(dense: Path, old: Path | None = None) -> None:
+    """Under the name `old`, so that a kill in the middle leaves nothing that looks like a checkpoint. The record goes
+    last: it says whose the folder is.
 
     Raises: CoterieError where it cannot be removed; OUT is complete then.
     """
     try:
-        old = tempfile.mkdtemp(prefix=f"{dense.name}.old-", dir=dense.parent)
-        dense.rename(old)
-        shutil.rmtree(old)
+        dense = dense.rename(old) if old else dense
+        for path in dense.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "coterie.json":
+                path.unlink(missing_ok=True)
+        shutil.rmtree(dense)
+    except FileNotFoundError:  # another process tidies up too
+        return
     except OSError as error:
         raise CoterieError(
             f"{dense}: is packed, but cannot be removed ({error.strerror or error}); delete it"
@@ -119,10 +115,14 @@ def _check_folders(folders: Folders, source: Checkpoint, given: dict[str, Any]) 
     out, dense = folders.out, folders.dense
     resume, overwrite = given["resume"], given["overwrite"]
     check_out(out, source.path, resume=resume, overwrite=overwrite)
-    if dense.exists() and not _is_ours(dense):
-        raise CoterieError(f"{dense}: in the way, and not left by --save sparse; move it, or choose another OUT")
-    if dense.exists() and not resume and not overwrite:
-        raise CoterieError(f"{dense}: left by an interrupted run; add --resume to go on, or --overwrite to start anew")
+    emptied = folders.old.is_dir() and not any(folders.old.iterdir())  # where a kill came before the very end
+    for left in (folder for folder in (dense, folders.old) if folder.exists()):
+        if not (is_first(left) or (emptied and left == folders.old)):
+            raise CoterieError(f"{left}: in the way, and not left by --save sparse; move it, or choose another OUT")
+        if not resume and not overwrite:
+            raise CoterieError(
+                f"{left}: left by an interrupted run; add --resume to go on, or --overwrite to start anew"
+            )
     unfinished = partial_of(dense).exists() or (partial_of(out).exists() and not dense.exists())
     if resume and unfinished and (out.exists() or partial_of(out).exists()):
         # The dense checkpoint comes first, so that these were made by something else.
@@ -130,11 +130,6 @@ def _check_folders(folders: Folders, source: Checkpoint, given: dict[str, Any]) 
         raise CoterieError(
             f"{other}: not of the run that left {folders.begun[0]}; move it away, or start anew with --overwrite"
         )
-
-
-def _is_ours(dense: Path) -> bool:
-    """Whether a folder is the first step's: a dense checkpoint that was asked to become sparse."""
-    return object_at(record_of(dense), "options").get("save") == "sparse"
 
 
 def _check_zeros(command: str, source: Checkpoint, on_progress: Progress) -> None:

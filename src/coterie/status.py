@@ -1,4 +1,4 @@
-"""`coterie status`: how far a run is, or was when it ended. Reads the journal of OUT.partial alone.
+"""`coterie status`: how far a run is, or was when it ended. Reads the journal of OUT.partial, or a record.
 
 Everything here is what the run itself wrote down (`journal.py`), so it can be asked for at any time, from anywhere.
 """
@@ -12,8 +12,12 @@ from typing import Any
 from coterie.errors import CoterieError
 from coterie.record import object_at, record_of
 from coterie.writing.journal import is_held, read_journal, shards_of, stamp
+from coterie.writing.steps import Folders, is_first
 from coterie.writing.writer import partial_of
 
+UNPACKED = (
+    "the dense checkpoint is complete, and not packed yet; unless a process counts its zeros, add --resume to go on"
+)
 Entries = list[dict[str, Any]]
 
 
@@ -28,18 +32,23 @@ def status(out: str | Path) -> dict[str, Any]:
         bytes             {"done", "all"}: what is copied or computed at once; layers come on top
         bytes_per_second  of the process that wrote last, while it copied; null before the first byte
         seconds_left      at the rate so far; null where nothing can be said yet
+    Between the two steps of --save sparse nothing is written down: OUT.dense, complete, is then said to be interrupted,
+    with a `note` of why, and `alive` is null.
     Raises: CoterieError when there is neither.
     """
     given = Path(out)
     try:
         named = given.name.endswith(".partial") and given.is_dir() and not partial_of(given).is_dir()
         # With --save sparse, the dense checkpoint is made first, beside OUT.
-        steps = (partial_of(given), partial_of(given.with_name(f"{given.name}.dense")))
+        dense = Folders(given).dense
+        steps = (partial_of(given), partial_of(dense))
         for folder in (given,) if named else steps:
             if folder.is_dir():
                 return _run(folder, read_journal(folder))
         if (found := record_of(given)) is not None:
             return _complete(given, found)
+        if is_first(dense) and (found := record_of(dense)):
+            return _complete(dense, found) | {"state": "interrupted", "alive": None, "note": UNPACKED}
     except (OSError, ValueError) as error:
         if isinstance(error, CoterieError):
             raise

@@ -30,6 +30,7 @@ from coterie.view import root
 from coterie.writing.copying import check_io
 from coterie.writing.in_place import Recipe, consume
 from coterie.writing.spread import mover
+from coterie.writing.steps import left_over
 from coterie.writing.writer import Output, Writer, check_out, num_copied, partial_of, tidy
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def execute(
         plan = sealed(model, plan)
     outputs = plan_outputs(model, plan)
     numbers, notes = _numbers(model, plan, outputs), [*warnings, *left_behind(checkpoint)]
+    notes += left_over(out) if options.get("save") == "dense" else []
     view = planned(model, plan, outputs) if prepare else model
     fill = prepare(view) if prepare else None
     report = Report(
