@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -100,11 +101,23 @@ def test_the_map_shows_what_the_plan_kept(made, folders):
 
 
 def test_speed_is_measured_in_tokens_per_second(made):
-    """Of every model, medians between the extremes; the original is as fast as itself."""
+    """Of every model, medians between the percentiles; the original is as fast as itself; 64 positions are filled."""
     speeds = [m["speed"] for m in made[0]["models"]]
     assert all(0 < s[k]["low"] <= s[k]["value"] <= s[k]["high"] for s in speeds for k in ("prefill", "decode"))
     assert speeds[0]["relative_decode"] == 1
-    assert speeds[0]["prompt"] + speeds[0]["new"] < 64  # the model's positions
+    assert [(s["prompt"], s["new"]) for s in speeds] == [(56, 8)] * 3
+
+
+def test_speed_is_what_bench_measures(folders, tmp_path, monkeypatch):
+    """Calls of 7, 8 and 14 seconds for 56 tokens: 8, 7 and 4 a second; steps of half the seconds are twice as fast."""
+    module = sys.modules[coterie.bench.__module__]
+    times = [([14.0, 8.0, 7.0], [1.0, 2.0, 4.0]), ([7.0], [1.0])]
+    monkeypatch.setattr(module, "_times", lambda runners, size, length: times)
+    paths = [folders / "model", folders / EVIL]
+    found = report(paths, tmp_path / "r.html", data={"a": folders / "a.txt"}, window=32)["models"]
+    assert found[0]["speed"]["prefill"] == {"value": 7, "low": pytest.approx(4.6), "high": pytest.approx(7.8)}
+    assert [m["speed"]["decode"]["value"] for m in found] == [0.5, 1]
+    assert [m["speed"]["relative_decode"] for m in found] == [1, 2]
 
 
 def test_bits_are_per_parameter_of_the_original(made):

@@ -169,9 +169,7 @@ class Runner:
 def measure(runners: list[Runner], sizes: list[int], on_progress: Progress) -> list[dict[str, Any]]:
     """Per runner: tokens per second by batch, of prefill and of decode."""
     speeds: list[dict[str, Any]] = [{"prefill": {}, "decode": {}} for _ in runners]
-    length = min(PROMPT, *(r.positions - STEPS for r in runners))
-    if length < 1:
-        raise CoterieError(f"{runners[0].path}: fewer than {STEPS + 1} positions; too few to measure decoding")
+    length = prompt_length(runners)
     if length < PROMPT:
         runners[0].notes.append(f"prompts have {length} tokens instead of {PROMPT}: the models' positions end there")
     for done, size in enumerate(sizes):
@@ -180,6 +178,14 @@ def measure(runners: list[Runner], sizes: list[int], on_progress: Progress) -> l
             speed["decode"][str(size)] = quantiles(size, steps)
         on_progress("measuring whole models", done + 1, len(sizes))
     return speeds
+
+
+def prompt_length(runners: list[Runner]) -> int:
+    """Tokens of a prefill: fewer where a model's positions end. Raises: CoterieError where there is room for none."""
+    length = min(PROMPT, *(r.positions - STEPS for r in runners))
+    if length < 1:
+        raise CoterieError(f"{runners[0].path}: fewer than {STEPS + 1} positions; too few to measure decoding")
+    return length
 
 
 def _times(runners: list[Runner], size: int, length: int) -> list[tuple[list[float], list[float]]]:

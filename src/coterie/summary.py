@@ -181,22 +181,30 @@ class Work:
         return [{"name": "4-bit experts (simulated)", "what": rounding.DESCRIPTION, **size, **entry, "paired": pair}]
 
     def add_speed(self, entries: list[dict[str, Any]]) -> None:
-        """Loads all models at once and measures them in turns; where memory is short, says so instead."""
+        """Loads all models at once and measures them as `bench` does; where memory is short, says so instead."""
         from coterie import loading
-        from coterie.judging import speed
+        from coterie.bench import STEPS, Runner, measure, prompt_length
 
         short = loading.memory_short(sum(entry["bytes"] for entry in entries))
         if short:
             self.notes.append(f"speed was not measured: all models in memory at once {short}")
             return
-        loaded = [loading.load(path, dtype=self.options.dtype).eval() for path in self.paths]
+        runners = [Runner(str(path), loading.load(path, dtype=self.options.dtype).eval()) for path in self.paths]
         try:
-            found = speed.measure(loaded, seed=self.options.seed, on_progress=self.on_progress)
+            size = {"prompt": prompt_length(runners), "new": STEPS}
+            found = measure(runners, [1], self.on_progress)
         except CoterieError as error:
             self.notes.append(f"speed was not measured: {error}")
             return
         for entry, speeds in zip(entries, found, strict=True):
-            entry["speed"] = speeds
+            entry["speed"] = _speed(speeds, found[0]) | size
+
+
+def _speed(found: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
+    """What `bench` measured of one sequence: medians between their 10th and 90th percentiles, and against the first."""
+    single = {kind: by_batch["1"] for kind, by_batch in found.items()}
+    spread: dict[str, Any] = {k: {"value": q["50"], "low": q["10"], "high": q["90"]} for k, q in single.items()}
+    return spread | {"relative_decode": single["decode"]["50"] / original["decode"]["1"]["50"]}
 
 
 # What headers and records say

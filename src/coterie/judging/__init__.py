@@ -1,1 +1,1 @@
-"""How models are judged beside perplexity: in pairs, against plain rounding, by speed, on the tasks of the harness."""
+"""How models are judged beside perplexity: in pairs, against plain rounding, on the tasks of the harness."""

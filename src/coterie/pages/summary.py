@@ -273,9 +273,10 @@ def _speed(found: Found) -> tuple[str, list[Part]]:
     )
     first = entries[0]["speed"]
     said = (
-        f"One sequence at a time, {first['prompt']} prompt tokens and {first['new']} new ones, in one process, the "
-        "models taking turns: medians, with the slowest and fastest round in brackets (no intervals). The machine of "
-        "this run, not yours; a weight of zero that is stored costs as much time as any other."
+        f"Measured as by coterie bench: one sequence at a time, {first['prompt']} prompt tokens and {first['new']} new "
+        "ones, in one process, the models taking turns call by call. Medians of single calls, with the 10th and 90th "
+        "percentile in brackets (no intervals), by processor time if torch has one thread, else by the wall clock. The "
+        "machine of this run, not yours; a weight of zero that is stored costs as much time as any other."
     )
     head = ("model", "prefill, tokens/s", "decode, tokens/s", "decode against the original")
     return "Speed", [Bars("Speed", "tokens per second (higher is better)", views), Table(head, rows), Text((said,))]
