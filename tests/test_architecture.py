@@ -23,6 +23,7 @@ RANKS = [
     {"layer"},
     {"experts", "scales"},
     {
+        "causal",
         "loading",
         "moe",
         "streaming.opened",

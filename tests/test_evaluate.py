@@ -288,6 +288,15 @@ def test_generation_stops_at_a_complete_answer(folder, tmp_path):
     assert model.step == len("\nAnswer: 46\n")
 
 
+def test_a_text_ends_where_the_config_says(folder, tmp_path):
+    """The end of text of config.json counts beside that of the generation settings and the tokenizer."""
+    model, load = scripted({PROBLEM: " it is 46x or 7" + END})
+    (model.config.eos_token_id,) = make_tokenizer()("x")["input_ids"]
+    assert model.generation_config.eos_token_id == 0
+    data = {"a": write(tmp_path / "a.jsonl", {"prompt": PROBLEM, "answer": "46"})}
+    assert evaluate([folder], data=data, load=load)["models"][0]["exact_match"]["a"]["value"] == 1.0
+
+
 def test_wrong_and_missing_answers_do_not_count(folder, tmp_path):
     """A wrong digit, and no answer within the allowed tokens, are both wrong."""
     _, load = scripted({PROBLEM: "\nAnswer: 47\n", PROBLEM[1:]: "Hm. " * 30 + "\nAnswer: 46\n"})

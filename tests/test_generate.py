@@ -71,6 +71,13 @@ def test_the_checkpoints_own_settings_change_nothing(folders, tmp_path):
     assert found["text"].split() == [f"w{i}" for i in wanted[:5]] and found["tokens"] == 5
 
 
+@pytest.mark.parametrize("model_type", ["aria", "llama4"])
+def test_a_config_that_names_no_end_of_text_itself(tiny_checkpoint, tmp_path, model_type):
+    """Where one config is around another, only the inner one, the settings or the tokenizer name it."""
+    folder = add_tokenizer(shutil.copytree(tiny_checkpoint(model_type), tmp_path / "in"))
+    assert 1 <= coterie.generate(folder, PROMPT, max_new_tokens=3, dtype="float32")["tokens"] <= 3
+
+
 def test_a_temperature_draws_by_the_seed(folders):
     """The same seed gives the same text, another seed another; torch's own generator is left as it was."""
     state = torch.get_rng_state()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coterie import causal
 from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
 from coterie.experts import expert_weights
@@ -133,12 +134,9 @@ class Runner:
     """A loaded model that prefills, and decodes on from there."""
 
     def __init__(self, path: str, model: Any) -> None:
-        self.path, self.model = path, model
-        config = model.config.get_text_config()
-        self.vocabulary = int(config.vocab_size)
-        self.positions = getattr(config, "max_position_embeddings", None) or 4 * PROMPT
-        if getattr(model.config, "output_router_logits", False):
-            model.config.output_router_logits = False
+        self.path, self.model = path, causal.without_router_loss(model)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.positions = causal.positions(model) or 4 * PROMPT
         self.notes: list[str] = []
         self.cache: Any = None
 

@@ -19,20 +19,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coterie import loading
+from coterie import causal, loading
 from coterie.checkpoint import Checkpoint
 from coterie.data import Document, encode, parse_data, read_documents
 from coterie.errors import CoterieError
 from coterie.family import lookup
 from coterie.judging import harness, paired
 from coterie.judging.paired import Kept, bootstrap_mean
+from coterie.loading import DTYPES
 
 logger = logging.getLogger("coterie")
 
 FEW_BLOCKS = 10  # fewer say too little about their own spread
 Z95 = 1.959963984540054  # standard normal, 97.5 %
 MAX_LOGITS = 2**28  # in one forward: 1 GiB as float32
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 ANSWER = re.compile(r"Answer:([^\n]*)")
 COMPLETE = re.compile(r"Answer:[^\n]*\n")
@@ -178,9 +178,7 @@ def judge(
     routers: bool = True,
 ) -> tuple[dict[str, Any], Kept]:
     """One model's entry in the result of `evaluate`, and what a comparison needs, with `routers` of those too."""
-    model = load(path).eval()
-    if getattr(model.config, "output_router_logits", False):
-        model.config.output_router_logits = False  # a balancing loss that nobody asks for, and gigabytes to compute
+    model = causal.without_router_loss(load(path).eval())
     needed = options.tasks or any(d.input_ids is None for entries in documents.values() for d in entries)
     tokenizer = loading.load_tokenizer(path) if needed else None
     result: dict[str, Any] = {"path": str(path), "perplexity": {}, "exact_match": {}}
@@ -276,7 +274,7 @@ def _score(
         alike[len(tokens), counts[i]].append(i)
     done = 0
     for (_, scored), members in alike.items():
-        rows = max(1, min(batch_size, MAX_LOGITS // (int(scored + 1) * (_vocabulary(model) or 1))))
+        rows = max(1, min(batch_size, MAX_LOGITS // (int(scored + 1) * (causal.vocabulary(model) or 1))))
         for batch in _batches(members, rows):
             ids = torch.stack([places[i][0] for i in batch]).to(model.device)
             sums[batch] = _losses(model, ids, int(scored)).sum(dim=1).cpu().numpy()
@@ -299,7 +297,7 @@ def _tokens(model: Any, tokenizer: Any, document: Document, *, least: int) -> li
         raise CoterieError(
             f"{document.where}: found {len(ids)} token(s); expected at least {least}: give more, or remove it"
         )
-    if (size := _vocabulary(model)) is not None and max(ids) >= size:
+    if (size := causal.vocabulary(model)) is not None and max(ids) >= size:
         raise CoterieError(
             f"{document.where}: token {max(ids)} is not among the model's {size}; is it the right tokenizer?"
         )
@@ -307,7 +305,7 @@ def _tokens(model: Any, tokenizer: Any, document: Document, *, least: int) -> li
 
 
 def _clamped_window(model: Any, window: int, what: str) -> int:
-    limit = _positions(model)
+    limit = causal.positions(model)
     if limit is None or window <= limit:
         return window
     logger.warning("%s: window of %d tokens clamped to the model's %d positions", what, window, limit)
@@ -320,14 +318,6 @@ def _check_stride(window: int, stride: int | None) -> None:
             f"stride is {stride} and the window {window} tokens; expected a stride of at most {window - 1}, "
             "since each token is scored with one before it in its window"
         )
-
-
-def _vocabulary(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "vocab_size", None)
-
-
-def _positions(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _batches(members: list[int], size: int) -> Iterator[list[int]]:
@@ -408,7 +398,7 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], job: J
 def _room(model: Any, problems: Sequence[Document], prompts: list[list[int]], max_new_tokens: int, what: str) -> int:
     """The number of tokens a prompt and its continuation may have together."""
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    needed, limit = len(prompts[longest]) + max_new_tokens, _positions(model)
+    needed, limit = len(prompts[longest]) + max_new_tokens, causal.positions(model)
     if limit is None or needed <= limit:
         return needed
     if len(prompts[longest]) >= limit:
@@ -422,41 +412,10 @@ def _room(model: Any, problems: Sequence[Document], prompts: list[list[int]], ma
 
 def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int, what: str) -> list[list[int]]:
     """The tokens of each row's greedy continuation of `ids` (rows, T), up to the end-of-text token."""
-    from transformers import GenerationConfig
-
-    ends = _end_tokens(model, tokenizer)
     length = ids.shape[1]
 
     def complete(rows: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         texts = tokenizer.batch_decode(rows[:, length:], skip_special_tokens=True)
         return torch.tensor([COMPLETE.search(text) is not None for text in texts], device=rows.device)
 
-    def refuse_nan(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if scores.isnan().any():
-            raise CoterieError(f"{what}: the model's logits hold NaN; the weights are damaged, or need float32")
-        return scores
-
-    theirs = model.generation_config
-    # A config given to generate() inherits what it leaves open, such as repetition penalties: not greedy any more.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
-    )
-    try:
-        with loading.quiet_transformers():
-            rows = model.generate(
-                ids, attention_mask=torch.ones_like(ids), stopping_criteria=[complete], logits_processor=[refuse_nan]
-            )
-    finally:
-        model.generation_config = theirs
-    return [_until(row, set(ends)) for row in rows[:, length:].tolist()]
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a text according to the generation config (one or several) and the tokenizer."""
-    theirs = model.generation_config.eos_token_id
-    ids = list(theirs) if isinstance(theirs, list | tuple) else [theirs]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
-def _until(row: list[int], ends: set[int]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+    return causal.continued(model, tokenizer, ids, most=max_new_tokens, what=what, stopping_criteria=[complete])

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coterie import causal
 from coterie.errors import CoterieError
-from coterie.loading import TOKENIZER_NEEDED, load, load_tokenizer, quiet_transformers
+from coterie.loading import DTYPES, TOKENIZER_NEEDED, load, load_tokenizer
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 BROKEN = "\ufffd"  # what a tokenizer makes of half a character
 
 OnText = Callable[[str], None]
@@ -42,7 +42,7 @@ def generate(
     longer than the model's positions, and logits that are NaN.
     """
     _check(max_new_tokens, temperature, seed, dtype)
-    loaded, tokenizer = load(model, dtype=dtype).eval(), load_tokenizer(model)
+    loaded, tokenizer = causal.without_router_loss(load(model, dtype=dtype).eval()), load_tokenizer(model)
     ids = _encoded(loaded, tokenizer, prompt, str(model))
     room, notes = _room(loaded, len(ids), max_new_tokens)
     pieces = Pieces(tokenizer, on_text)
@@ -115,7 +115,7 @@ def _encoded(model: Any, tokenizer: Any, prompt: str, what: str) -> list[int]:
         raise CoterieError(f"{what}: its tokenizer cannot read the prompt ({error!s:.200}); expected text") from error
     if not ids:
         raise CoterieError("--prompt: no tokens; expected some text to go on from")
-    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    size = causal.vocabulary(model)
     if isinstance(size, int) and max(ids) >= size:
         raise CoterieError(
             f"{what}: token {max(ids)} of the prompt is not among the model's {size}; {TOKENIZER_NEEDED}"
@@ -125,7 +125,7 @@ def _encoded(model: Any, tokenizer: Any, prompt: str, what: str) -> list[int]:
 
 def _room(model: Any, num_tokens: int, max_new_tokens: int) -> tuple[int, list[str]]:
     """How many tokens may be added, and what should be said about it."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = causal.positions(model)
     if not isinstance(limit, int) or num_tokens + max_new_tokens <= limit:
         return max_new_tokens, []
     if num_tokens >= limit:
@@ -137,37 +137,13 @@ def _run(
     model: Any, tokenizer: Any, ids: list[int], room: int, temperature: float, seed: int, pieces: Pieces, what: str
 ) -> None:
     import torch
-    from transformers import GenerationConfig
 
-    def check_finite(_: Any, scores: torch.Tensor) -> torch.Tensor:
-        if scores.isnan().any():
-            raise CoterieError(f"{what}: the model's logits hold NaN; the weights are damaged, or need float32")
-        return scores
-
-    ends = _end_tokens(model, tokenizer)
-    drawn = {"temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature else {}
-    # A config given to generate() inherits what it leaves open, such as repetition penalties; the model's own is ours.
-    model.generation_config = GenerationConfig(
-        do_sample=bool(temperature), max_new_tokens=room, eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0, **drawn,
-    )  # fmt: skip
-    if getattr(model.config, "output_router_logits", False):
-        model.config.output_router_logits = False
     given = torch.tensor([ids], device=model.device)
     try:
-        with quiet_transformers(), torch.random.fork_rng():
+        with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model.generate(
-                given, attention_mask=torch.ones_like(given), streamer=pieces, logits_processor=[check_finite]
-            )
+            causal.continued(model, tokenizer, given, most=room, what=what, temperature=temperature, streamer=pieces)
     except CoterieError:
         raise
     except Exception as error:  # whatever modelling code raises for a checkpoint it does not fit
         raise CoterieError(f"{what}: generating failed: {type(error).__name__}: {error!s:.300}") from error
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the model's own, and the tokenizer's."""
-    found = (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id)
-    ends = [e for each in found for e in (each if isinstance(each, list) else [each])]
-    return list(dict.fromkeys(e for e in ends if isinstance(e, int)))

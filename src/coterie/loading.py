@@ -25,6 +25,7 @@ from coterie.layer import LAYER, Model, MoE, is_mtp
 from coterie.own import OWN, OwnLayout, is_own, own_layout
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")  # what a model can be loaded as
+DTYPES = ("auto", *FLOATS[1:])  # what verbs compute in
 WIDTHS = ("hidden_size", "d_model", "vocab_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 NO_DATA = "use a method that needs no data"
 TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
@@ -32,13 +33,18 @@ TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token
 HEADROOM = 1.25  # loading holds some tensors twice
 
 
-def memory_short(num_bytes: int) -> str:
-    """What is missing to hold so many bytes of weights; empty if nothing is, or if the system does not say."""
+def available_memory() -> int | None:
+    """Bytes of memory that are free to use; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return ""
-    available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def memory_short(num_bytes: int) -> str:
+    """What is missing to hold so many bytes of weights; empty if nothing is, or if the system does not say."""
+    available = available_memory()
     if available is None or num_bytes * HEADROOM <= available:
         return ""
     return f"needs {num_bytes * HEADROOM / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB available"

@@ -22,10 +22,11 @@ from coterie.checkpoint import Checkpoint
 from coterie.condense import parse_ids
 from coterie.data import calibration_files
 from coterie.errors import CoterieError
+from coterie.loading import DTYPES
 from coterie.plan import to_json
 from coterie.report import Progress, Report, Stopwatch, no_progress, versions
 from coterie.saving import savable
-from coterie.streaming.samples import DTYPES, Data
+from coterie.streaming.samples import Data
 from coterie.training.trainee import STAGES, Job, Options, make_job, memory_bytes, num_trained
 from coterie.writing.copying import check_io
 from coterie.writing.steps import left_over

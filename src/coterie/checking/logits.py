@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from coterie import causal
 from coterie.checking.files import Answer, first
 from coterie.checking.loads import float32_short, load_float32
 from coterie.checkpoint import Checkpoint
@@ -21,9 +22,9 @@ ROUNDING = 1e-5  # of the largest logit; a wrong expert shows as 1e-2 and more
 
 def sequences_of(out: Checkpoint, documents: list[Document] | None, model: Any) -> list[list[int]]:
     """Token ids to compute logits on. Raises: CoterieError for ids that the model does not know."""
-    config = model.config.get_text_config()
+    vocabulary: int = model.config.get_text_config().vocab_size
     if documents is None:
-        return _random_sequences(config)
+        return _random_sequences(model, vocabulary)
     tokenizer = None
     if any(d.input_ids is None for d in documents):
         from coterie.loading import load_tokenizer
@@ -35,18 +36,17 @@ def sequences_of(out: Checkpoint, documents: list[Document] | None, model: Any) 
         cut = [tokens] if document.input_ids else [tokens[i : i + BLOCK] for i in range(0, len(tokens), BLOCK)]
         sequences += cut if document.input_ids else cut[: max(0, NUM_BLOCKS - len(sequences))]
     largest = max((t for s in sequences for t in s), default=None)
-    if largest is None or largest >= config.vocab_size:
+    if largest is None or largest >= vocabulary:
         found = "no tokens" if largest is None else f"token {largest}"
-        raise CoterieError(f"{documents[0].where}: found {found}; expected ids below {config.vocab_size:,}")
+        raise CoterieError(f"{documents[0].where}: found {found}; expected ids below {vocabulary:,}")
     return sequences
 
 
-def _random_sequences(config: Any) -> list[list[int]]:
+def _random_sequences(model: Any, vocabulary: int) -> list[list[int]]:
     import numpy as np
 
-    positions = getattr(config, "max_position_embeddings", None) or BLOCK
-    shape = (NUM_BLOCKS, min(BLOCK, positions))
-    return np.random.default_rng(0).integers(0, config.vocab_size, shape).tolist()
+    shape = (NUM_BLOCKS, min(BLOCK, causal.positions(model) or BLOCK))
+    return np.random.default_rng(0).integers(0, vocabulary, shape).tolist()
 
 
 def _forward(model: Any, sequences: list[list[int]]) -> list[Any]:
@@ -55,8 +55,7 @@ def _forward(model: Any, sequences: list[list[int]]) -> list[Any]:
 
     from coterie.loading import quiet_transformers
 
-    if getattr(model.config, "output_router_logits", False):
-        model.config.output_router_logits = False
+    model = causal.without_router_loss(model)
     with quiet_transformers(), torch.inference_mode():
         return [model(input_ids=torch.tensor([s]), use_cache=False).logits[0].float() for s in sequences]
 

@@ -9,14 +9,13 @@ from coterie.data import SHIPPED, calibration_files, draw, read_documents
 from coterie.errors import CoterieError
 from coterie.family import lookup
 from coterie.layer import Model
-from coterie.loading import load_tokenizer
+from coterie.loading import DTYPES, load_tokenizer
 from coterie.reference_model import CALIBRATION
 
 if TYPE_CHECKING:
     import torch
 
 Data = dict[str, Any] | Iterable[str] | str
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length")
 

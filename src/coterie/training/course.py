@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from coterie import causal
 from coterie.checkpoint import Checkpoint
 from coterie.condensing.folding import shared_names
 from coterie.condensing.refit import refit
 from coterie.errors import CoterieError
-from coterie.loading import load
+from coterie.loading import available_memory, load
 from coterie.report import Progress
 from coterie.streaming.samples import read_samples
 from coterie.training import loop as training
@@ -200,19 +201,14 @@ def load_models(job: Job) -> tuple[Any, Any]:
     dtype = compute_dtype(job)
 
     def frozen(checkpoint: Checkpoint) -> Any:
-        model = load(checkpoint.path, dtype=dtype).requires_grad_(False)
-        if getattr(model.config, "output_router_logits", False):
-            model.config.output_router_logits = False  # a balancing loss that nobody asks for
-        return model
+        return causal.without_router_loss(load(checkpoint.path, dtype=dtype).requires_grad_(False))
 
     return frozen(job.model.checkpoint), frozen(job.teacher) if job.teacher else None
 
 
 def check_memory(needed: int) -> None:
     """Raises: CoterieError where the system says that it has less."""
-    place = Path("/proc/meminfo")
-    lines = place.read_text().splitlines() if place.is_file() else []
-    available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    available = available_memory()
     if available is not None and needed > available:
         raise CoterieError(
             f"training takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; use a "
