@@ -241,7 +241,7 @@ def test_pieces_make_up_an_expert(tiny_checkpoint, tmp_path, monkeypatch, dtype,
         assert all(len(p.rows) <= 4 for p in pieces)
         found = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
         hidden, y = moe.expert_forward(asked.module, expert, asked.x[rows])
-        expected = (rows, weights, asked.x[rows], hidden, y)
+        expected = (rows, weights, weights, asked.x[rows], hidden, y)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
         for piece, other in zip(pieces, asked.pieces(expert, rows, weights, outputs=False), strict=True):

@@ -266,7 +266,7 @@ def test_ctrl_c_leaves_what_can_be_resumed(model, tmp_path):
     """Exit code 130, one line that says how to go on, no OUT; and going on gives the same bytes."""
     prune(model, tmp_path / "whole")
     code = (
-        "import os, signal, sys\nfrom coterie import copying\nfrom coterie.cli import main\n"
+        "import os, signal, sys\nfrom coterie.writing import copying\nfrom coterie.cli import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "copying.Copier.move = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "main(sys.argv[1:])"
