@@ -613,3 +613,15 @@ def test_an_expert_with_no_token_goes_first(tmp_path, model):
     path = write(tmp_path / "x.stats", model, tokens=tokens, **sums)
     for name in ("reap", "man", "msan", "ean", "frequency"):
         assert 1 not in kept(prune(model, tmp_path / name, method=name, stats=path, experts=7))
+
+
+def test_an_out_in_the_way_is_seen_before_any_set_is_tried(tiny_checkpoint, tmp_path, monkeypatch):
+    """A folder of somebody else's: nothing is measured for it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    monkeypatch.setattr(reconstruct, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(CoterieError, match="out"):
+        prune(
+            tiny_checkpoint("mixtral"), tmp_path / "out", method="naee", data=files(tmp_path / "data", sequences()),
+            samples=8, overwrite=True,
+        )  # fmt: skip

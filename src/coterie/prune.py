@@ -28,6 +28,7 @@ from coterie.stats import Stats, parse_weights
 from coterie.streaming.samples import Data
 from coterie.writing.copying import check_io
 from coterie.writing.in_place import check_in_place, went_on
+from coterie.writing.writer import check_out
 
 CHOICES = {
     "budget": ("uniform", "global"),
@@ -189,6 +190,7 @@ def prune(
         if resume and not dry_run and (report := went_on(Path(out), "prune", recorded, model, clock, on_progress)):
             return report
     source = Model.open(model)
+    check_out(Path(out), source.checkpoint.path, resume=resume, overwrite=overwrite)  # before what may take hours
     plan, warnings, findings = decided(
         source, options, dry_run=dry_run, spill=Path(out).parent, on_progress=on_progress
     )

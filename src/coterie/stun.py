@@ -27,6 +27,7 @@ from coterie.report import Progress, Report, Stopwatch, count, no_progress
 from coterie.saving import savable
 from coterie.sparsify import parse_also
 from coterie.writing.copying import check_io
+from coterie.writing.writer import check_out
 from coterie.zeroing import linears
 from coterie.zeroing.budget import num_weights
 from coterie.zeroing.job import Calibration, Options, check_options, idle, prepared, prune_layers, workers
@@ -99,6 +100,7 @@ def stun(
     unused = idle(zeroing) if expert_ratio != "auto" else ()  # auto judges on data, whatever zeroes
     check_io(io)
     source = Model.open(model)
+    check_out(Path(out), source.checkpoint.path, resume=resume, overwrite=overwrite)  # before what may take hours
     recipe = Recipe(
         source, Fraction(str(sparsity)), preset, lambda1, lambda2, str(stats) if stats else None, no_guard, zeroing,
         dry_run,
