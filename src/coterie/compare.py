@@ -99,7 +99,7 @@ class Contest:
         layers = {b: read_layer(model.checkpoint, b) for b in model.main}
         task = Task(layers, count_kept(model, options, model.main), num_groups, options.weights)
         stats = criteria.read_stats(model, str(options.stats), methods.names("stats"))
-        return cls(task, options, stats, {} if options.no_guard else criteria.guard(task, stats))
+        return cls(task, options, stats, criteria.guard(task, None if options.no_guard else stats))
 
     def result(self, name: str) -> dict[str, Any]:
         """What a criterion keeps by layer, how stable that is, and the seconds it took."""

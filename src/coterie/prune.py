@@ -399,7 +399,7 @@ def _by_clusters(model: Model, task: clusters.Task, on_progress: Progress) -> De
         return Decision(
             choices, found, {"guard": f"off: {unknown}"}, (*notes, f"no super expert is guarded: {unknown}")
         )
-    listed = criteria.listed(guarded, stats) if stats else []
+    listed = criteria.listed(guarded, stats)
     if listed:
         names = ", ".join(f"layer {key} expert {e}" for key, e, _ in listed)
         notes += (f"super experts are clusters of their own, whatever they are near: {names} (--no-guard)",)
@@ -446,9 +446,8 @@ def _by_criterion(
         return replace(decision, notes=(*decision.notes, *said))
     if options.base:
         scores = criteria.by_base(task, options.method, model, Model.open(options.base), options.base)
-        guarded = criteria.guard(task, stats) if stats and not options.no_guard else {}
-        listed = criteria.listed(guarded, stats) if stats else []
-        return Decision(criteria.keep(task, scores, guarded), findings={"guarded": listed})
+        guarded = criteria.guard(task, None if options.no_guard else stats)
+        return Decision(criteria.keep(task, scores, guarded), findings={"guarded": criteria.listed(guarded, stats)})
     return Decision(criteria.keep(task, criteria.by_weights(task, options.method, options.seed, on_progress)))
 
 

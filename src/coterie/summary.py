@@ -218,9 +218,9 @@ def _facts(path: str | Path) -> dict[str, Any]:
     record = record_of(folder) or {}
     made, options = object_at(record, "report"), object_at(record, "options")
     sparsity = _number(object_at(made, "sparsity").get("experts"))
-    experts, kurtosis, notes = _experts(view)
-    recorded = {str(k): _number(v) for k, v in object_at(made, "kurtosis").items()}
-    recorded = {key: value for key, value in recorded.items() if value is not None}
+    stages = object_at(made, "kurtosis").items()
+    recorded = {str(stage): n for stage, value in stages if (n := _number(value)) is not None}
+    experts, kurtosis, notes = _experts(view, recorded)
     return {
         "bytes": checkpoint.num_bytes,
         "parameters": view.num_parameters,
@@ -228,26 +228,27 @@ def _facts(path: str | Path) -> dict[str, Any]:
         "hash": checkpoint.hash,
         "command": _command(record.get("command"), options),
         "sparsity": sparsity,
-        "kurtosis": recorded or ({} if kurtosis is None else {"as it is": kurtosis}),
+        "kurtosis": kurtosis,
         "data": object_at(options, "data"),
         "notes": notes,
     }
 
 
-def _experts(view: Checkpoint) -> tuple[dict[str, int] | None, float | None, list[str]]:
-    """Experts by layer, none where no layer has any left, and the kurtosis of their weights; None, and a note, where
-    they are not understood."""
+def _experts(view: Checkpoint, recorded: dict[str, float]) -> tuple[dict[str, int] | None, dict[str, float], list[str]]:
+    """Experts by layer, none where no layer has any left; None, and a note, where they are not understood. And the
+    kurtosis of their weights by stage: as recorded, or else, which takes reading them all, as it is."""
     if not names_experts(view.tensors):
-        return {}, None, []
+        return {}, recorded, []
     try:
         model = Model.of(view)
     except CoterieError as error:
-        return None, None, [f"how many experts its layers have is unknown: {error}"]
+        return None, recorded, [f"how many experts its layers have is unknown: {error}"]
     counts = {b.key: b.num_experts for b in model.main}
     try:
-        return counts, of_experts(model), []
+        found = None if recorded else of_experts(model)
     except CoterieError as error:  # rounded, or in a coding that is not read
-        return counts, None, [f"the kurtosis of its experts' weights is unknown: {error}"]
+        return counts, {}, [f"the kurtosis of its experts' weights is unknown: {error}"]
+    return counts, recorded if found is None else {"as it is": found}, []
 
 
 def _command(command: Any, options: dict[str, Any]) -> str | None:

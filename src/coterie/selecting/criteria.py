@@ -146,11 +146,13 @@ def keep(task: Task, scores: Scores, guarded: Guarded | None = None) -> dict[MoE
     return found
 
 
-def guard(task: Task, stats: Stats) -> Guarded:
-    """The super experts of every measured block.
+def guard(task: Task, stats: Stats | None) -> Guarded:
+    """The super experts of every measured block; none are known without statistics.
 
     Raises: CoterieError for statistics that do not hold the largest outputs.
     """
+    if stats is None:
+        return {}
     try:
         largest = [total(stats, block, "output_max") for block in task.measured]
     except CoterieError as error:
@@ -158,14 +160,16 @@ def guard(task: Task, stats: Stats) -> Guarded:
     return dict(zip(task.measured, super_experts(largest), strict=True))
 
 
-def listed(guarded: Guarded, stats: Stats) -> list[list[Any]]:
+def listed(guarded: Guarded, stats: Stats | None) -> list[list[Any]]:
     """[layer, expert, its largest output] of every guarded expert, as the report has them."""
+    if stats is None:
+        return []
     return [[b.key, e, float(total(stats, b, "output_max")[e])] for b, ids in guarded.items() for e in ids]
 
 
 def decide_by_stats(task: Task, method: str, stats: Stats, path: str, *, no_guard: bool = False) -> Decision:
     """The choices of a criterion of statistics."""
-    guarded = {} if no_guard else guard(task, stats)
+    guarded = guard(task, None if no_guard else stats)
     scores = by_stats(task, method, stats)
     choices = keep(task, scores, guarded)
     budget: dict[str, Any] = {"stats": {"path": path, "model": stats.model, "samples": stats.samples}}

@@ -59,7 +59,7 @@ def decide(
     method, num_groups = methods.load(options.method), task.num_groups
     for block in task.measured:
         method.check([block.num_experts // num_groups] * num_groups, [task.kept // num_groups] * num_groups)
-    guarded = guard(task, stats) if stats and not options.no_guard else {}
+    guarded = guard(task, None if options.no_guard else stats)
     rest = keep(task, by_weights(task, "router-norm", 0), guarded)
     samples, notes = read_samples(
         model, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
@@ -72,7 +72,7 @@ def decide(
         "samples": {name: len(given) for name, given in samples.items()},
         "stability": agreement(*trial.halves),
     }
-    findings = {"guarded": listed(guarded, stats) if stats else [], "reconstruction_error": trial.errors}
+    findings = {"guarded": listed(guarded, stats), "reconstruction_error": trial.errors}
     return Decision({**rest, **trial.choices}, budget, findings, tuple(notes))
 
 
@@ -235,8 +235,9 @@ class Sets:
         """The sum over tokens, weighted and by half, of change^T G change, for weights (T, E)."""
         found, tokens = torch.zeros(HALVES, dtype=torch.float64), self._tokens
         num_experts = change.shape[1]
-        most = max(1, int(change.count_nonzero(dim=1).max()))  # of a token: few of all experts, so that few products do
-        for rows in change.any(dim=1).nonzero()[:, 0].split(ROWS):
+        changed = change.count_nonzero(dim=1)  # of a token: few of all experts, so that few products do
+        most = max(1, int(changed.max()))
+        for rows in changed.nonzero()[:, 0].split(ROWS):
             ids = change[rows].abs().topk(most, sorted=False).indices
             some = change[rows].gather(1, ids)
             pairs = (ids[:, :, None] * num_experts + ids[:, None]).flatten(1) + rows[:, None] * num_experts**2
