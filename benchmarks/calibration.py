@@ -31,14 +31,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a bar
 import numpy as np
 import torch
 
-from coterie.collect import measuring_walk
-from coterie.layer import Model
-from coterie.loading import quiet_transformers
+from coterie.decide.pruner import Pruner
+from coterie.edits.budget import zeros_per_row
+from coterie.forward.measure import measuring_walk
+from coterie.forward.stream import Stream, Walk, plain_walk
 from coterie.methods import sparsify as methods
-from coterie.report import versions
-from coterie.streaming.calibrate import Stream, Walk, plain_walk
-from coterie.zeroing.budget import zeros_per_row
-from coterie.zeroing.pruner import Pruner
+from coterie.model.layer import Model
+from coterie.model.loading import quiet_transformers
+from coterie.storage.record import versions
 
 STOCK = ("grouped_mm", "eager")  # batched_mm copies an expert for every token: 200 times slower, and out of memory
 CLOCKS = ("clock", "processor")

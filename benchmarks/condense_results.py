@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a bar
 
 import coterie
 from coterie.reference_model import DOMAINS, MODEL
-from coterie.report import versions
+from coterie.storage.record import versions
 from results import PAGE, SOME_TEXT, judge, run, write_between
 from tables import markdown
 

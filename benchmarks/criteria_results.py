@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.reference_model import DOMAINS, MODEL
-from coterie.report import versions
+from coterie.storage.record import versions
 from results import PAGE, judge, run, write_between
 
 RATIOS = (0.125, 0.25, 0.5)

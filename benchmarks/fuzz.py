@@ -29,18 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import coterie
 from attacks.corpus import ESCAPE
 from attacks.tables import sound_stats
-from coterie.applying.checks import check_plan
-from coterie.applying.outputs import patched_config, plan_outputs
-from coterie.checkpoint import INDEX, Checkpoint, parse_json, read_header
+from coterie.codecs.packed import dense_view
+from coterie.edits.checks import check_plan
+from coterie.edits.outputs import patched_config, plan_outputs
+from coterie.edits.pack import pack
+from coterie.edits.plan import read_plan
 from coterie.errors import CoterieError
-from coterie.inspect import inspect
-from coterie.layer import Model
-from coterie.pack import pack
-from coterie.plan import read_plan
-from coterie.prune import prune
-from coterie.sparse.view import dense_view
-from coterie.stats import Stats
-from coterie.writing.in_place import Recipe
+from coterie.model.layer import Model
+from coterie.model.stats import Stats
+from coterie.storage.checkpoint import INDEX, Checkpoint, parse_json, read_header
+from coterie.storage.in_place import Recipe
+from coterie.verbs.inspect_ import inspect
+from coterie.verbs.prune import prune
 from handmade import deepseek, qwen
 
 SOURCE = str(Path(coterie.__file__).parent)

@@ -18,7 +18,7 @@ from typing import Any
 
 import coterie
 from coterie.reference_model import DOMAINS, HELD_OUT, MODEL, PROBLEMS
-from coterie.report import versions
+from coterie.storage.record import versions
 
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"

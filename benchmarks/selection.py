@@ -23,10 +23,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries are loaded
 import numpy as np
 import torch
 
+from coterie.edits.budget import row_zeros
 from coterie.methods.sparsify import magnitude, wanda
 from coterie.methods.sparsify.select import choose, lowest_per_group, lowest_per_row, zero
-from coterie.numerics import decode, encode
-from coterie.zeroing.budget import row_zeros
+from coterie.storage.numerics import decode, encode
 from tables import markdown
 
 SHAPES = ((768, 2048), (2048, 768), (4864, 7168), (14336, 4096))
@@ -61,7 +61,7 @@ def selections(weight: np.ndarray, sparsity: float) -> Candidates:
 
 
 def pipeline(weight: np.ndarray, score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray) -> np.ndarray:
-    """What pruning does to a matrix (`zeroing/pruner.py`): the copy that it zeroes is part of it."""
+    """What pruning does to a matrix (`decide/pruner.py`): the copy that it zeroes is part of it."""
     kept = weight.copy()
     zero(kept, choose(weight, score, counts))
     return kept

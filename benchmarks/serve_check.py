@@ -138,8 +138,8 @@ def pruned_checkpoints(options: argparse.Namespace, scratch: Path) -> Iterator[t
 
 def shrink(folder: Path, scratch: Path, row: Row) -> Path:
     """STUN's expert stage, or condensed layers, with their defaults."""
-    from coterie.condense import condense
-    from coterie.prune import prune
+    from coterie.verbs.condense import condense
+    from coterie.verbs.prune import prune
 
     out = scratch / f"{folder.name}-small"
     if row.layers is None:

@@ -3,7 +3,7 @@
     python benchmarks/sparse_kernels.py [--threads N] [--shapes 768x2048,...] [--rounds N] [--only matrix,layer,model]
                                         [--write docs/results.md]
 
-Everything compared is interleaved in one process, and single calls are timed: `coterie.sparse.cases`. The whole model
+Everything compared is interleaved in one process, and single calls are timed: `coterie.kernels.cases`. The whole model
 is a qwen3_moe of random weights whose experts are three quarters of the bytes that a token reads; half of them become
 zero by magnitude. `coterie bench OUT` measures a checkpoint of yours in the same way.
 """
@@ -21,14 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coterie.bench import bench
-from coterie.pack import pack
-from coterie.sparse import kernels
-from coterie.sparse.cases import Case, dense_cases, interleaved, levels, processor, sparse_case, table
-from coterie.sparse.experts import SparseExperts, forward
-from coterie.sparse.format import encode
-from coterie.sparse.memory import Arena, load
-from coterie.sparsify import sparsify
+from coterie.codecs.bits import encode
+from coterie.edits.pack import pack
+from coterie.kernels import run as kernels
+from coterie.kernels.cases import Case, dense_cases, interleaved, levels, processor, sparse_case, table
+from coterie.kernels.experts import SparseExperts, forward
+from coterie.kernels.memory import Arena, load
+from coterie.verbs.bench import bench
+from coterie.verbs.sparsify import sparsify
 from results import write_between
 from tables import markdown
 

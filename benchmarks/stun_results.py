@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.reference_model import DOMAINS, MODEL
-from coterie.report import versions
+from coterie.storage.record import versions
 from results import SOME_TEXT, judge, run
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ from types import ModuleType
 import typer
 
 from coterie.cli import app
-from coterie.family import registry
 from coterie.methods import merge, prune, sparsify
+from coterie.model.family import registry
 
 FOLDER = Path(__file__).parent
 

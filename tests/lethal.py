@@ -4,8 +4,8 @@ import os
 import signal
 from pathlib import Path
 
-from coterie.writing.spread import copy as real_copy
-from coterie.zeroing.spread import prune_expert as real_prune_expert
+from coterie.decide.spread import prune_expert as real_prune_expert
+from coterie.storage.movers import copy as real_copy
 
 
 def copy(scratch, target, io, moves):

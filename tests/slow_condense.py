@@ -9,7 +9,7 @@ import contextlib
 
 import torch
 
-from coterie.loading import load_stock
+from coterie.model.loading import load_stock
 
 
 class Whole:

@@ -9,14 +9,18 @@ import torch
 from torch.nn.functional import silu
 
 import tiny
-from coterie import condense, drop, merge, moe, prune, sparsify
-from coterie.checkpoint import Checkpoint
+from coterie import condense, drop, merge, prune, sparsify
 from coterie.errors import CoterieError
-from coterie.experts import expert_biases, expert_matrices
-from coterie.layer import Model
-from coterie.streaming import activations, calibrate, tensors
-from coterie.streaming.activations import Batch, Routed, plain_walk, shared, weighted_sums
-from coterie.streaming.calibrate import Stream
+from coterie.forward import activations
+from coterie.forward import stream as calibrate
+from coterie.forward.activations import Batch, Routed, plain_walk, shared, weighted_sums
+from coterie.forward.stream import Stream
+from coterie.kernels.products import padded
+from coterie.model import moe
+from coterie.model.experts import expert_biases, expert_matrices
+from coterie.model.layer import Model
+from coterie.storage import tensors
+from coterie.storage.checkpoint import Checkpoint
 
 SPELLINGS = [(t, fused) for t in tiny.model_types() if t not in tiny.HAND_MADE for fused in (False, True)]
 SPELLINGS += [(t, False) for t in tiny.HAND_MADE]
@@ -221,8 +225,8 @@ def test_a_moved_batch_stays_where_it_is(tmp_path):
 def test_token_counts_are_padded_to_few():
     """For 16-bit products: powers of two to 32, then its multiples; not in float32."""
     counts = (1, 2, 3, 5, 9, 31, 32, 33, 64, 65, 1000)
-    assert [moe.padded(n, torch.bfloat16) for n in counts] == [1, 2, 4, 8, 16, 32, 32, 64, 64, 96, 1024]
-    assert [moe.padded(n, torch.float32) for n in counts] == list(counts)
+    assert [padded(n, torch.bfloat16) for n in counts] == [1, 2, 4, 8, 16, 32, 32, 64, 64, 96, 1024]
+    assert [padded(n, torch.float32) for n in counts] == list(counts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

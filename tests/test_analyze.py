@@ -16,17 +16,17 @@ import tiny
 from coterie import analyze
 from coterie.cli import main
 from coterie.errors import CoterieError
-from coterie.experts import Experts
-from coterie.layer import Model
-from coterie.loading import load_stock
-from coterie.looking import alignment, bits, locality
-from coterie.looking.advice import redundancy
-from coterie.looking.locality import Tokens
-from coterie.looking.numbers import correlation, cosine, pairs
-from coterie.looking.probe import probe
-from coterie.looking.similarity import compare_router, compare_weights
-from coterie.streaming.activations import plain_walk
-from coterie.streaming.calibrate import Stream
+from coterie.forward.activations import plain_walk
+from coterie.forward.stream import Stream
+from coterie.judge import alignment, bits, locality
+from coterie.judge.advice import redundancy
+from coterie.judge.locality import Tokens
+from coterie.judge.numbers import correlation, cosine, pairs
+from coterie.judge.probe import probe
+from coterie.judge.similarity import compare_router, compare_weights
+from coterie.model.experts import Experts
+from coterie.model.layer import Model
+from coterie.model.loading import load_stock
 
 E, D, N = tiny.NUM_EXPERTS, tiny.HIDDEN, tiny.EXPERT_HIDDEN
 LAYER, EXPERT = "model.layers.1.mlp", "model.layers.1.mlp.experts.{}.{}_proj.weight"
@@ -445,7 +445,7 @@ def test_the_page(tiny_checkpoint, data, tmp_path):
 
 def test_a_page_of_very_many_experts_leaves_matrices_out(monkeypatch, tiny_checkpoint, data, tmp_path):
     """And says so; heatmaps show means of neighbours."""
-    from coterie.looking import shown
+    from coterie.pages import analysis as shown
 
     monkeypatch.setattr(shown, "MOST_CELLS", 100)
     monkeypatch.setattr(shown, "MOST_ROWS", 4)

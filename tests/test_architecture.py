@@ -12,61 +12,20 @@ import coterie
 
 SOURCE = Path(coterie.__file__).parent
 
-# A module imports only from its own rank or below; what is not named here is a verb or what serves one.
-RANKS = [
-    {"errors", "reference_model"},
-    {"sources"},
-    {"data", "numerics", "writing.copying"},
-    {"checkpoint", "record", "writing.journal"},
-    {"family", "streaming.tensors", "sparse.format", "sparse.view"},
-    {"families", "own"},
-    {"layer"},
-    {"experts", "scales"},
-    {
-        "causal",
-        "loading",
-        "moe",
-        "streaming.opened",
-        "condensing.standin",
-        "engine",
-        "plan",
-        "report",
-        "routed",
-        "routes",
-        "stats",
-        "writing",
-    },
-    {"methods", "view"},
-    {"condensing.folding", "condensing.repackage", "merging"},
-    {"condensing.dense"},
-    {"condensing.dropping", "writing.in_place"},
-    {"applying", "streaming.skeleton", "streaming.activations", "streaming.replay"},
-    {"sparse", "masked"},
-    {"streaming"},
-    {"selecting", "zeroing", "condensing", "training"},
-    {"prune", "verify", "evaluate", "inspect"},
-    {"cli"},
-    {"__main__"},
-]
-VERB = next(rank for rank, names in enumerate(RANKS) if "prune" in names)
+# The house, from the ground up: a file imports from its own folder or from those before it, for types too.
+ORDER = """
+    errors options reference_model engine storage codecs kernels model methods edits forward decide train judge pages
+    verbs cli __main__
+""".split()
 
 
 def rank_of(module):
-    """The rank of the module or of the nearest package around it. Of the reference model, only the package itself,
-    which names its files, is below all: its recipe uses verbs."""
-    if module.startswith("reference_model."):
-        return VERB
-    parts = module.split(".")
-    names = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
-    return next((rank for name in names for rank, members in enumerate(RANKS) if name in members), VERB)
-
-
-def only_for_types(node):
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    """Of the reference model, only the package itself, which names its files, is near the ground: its recipe is a verb."""
+    return ORDER.index("verbs" if module.startswith("reference_model.") else module.partition(".")[0])
 
 
 def imports(node):
-    """The modules of coterie imported anywhere below a node, inside functions too, but for type annotations."""
+    """The modules of coterie imported anywhere below a node: inside functions and for type annotations too."""
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, "imports are absolute"
         if node.module == "coterie":
@@ -78,7 +37,7 @@ def imports(node):
                 yield f"{below}.{alias.name}" if module.with_suffix(".py").exists() or module.is_dir() else below
     elif isinstance(node, ast.Import):
         yield from (a.name.removeprefix("coterie.") for a in node.names if a.name.startswith("coterie."))
-    for child in node.orelse if only_for_types(node) else ast.iter_child_nodes(node):
+    for child in ast.iter_child_nodes(node):
         yield from imports(child)
 
 
@@ -93,7 +52,7 @@ def graph():
 
 
 def test_imports_point_one_way():
-    """cli > verbs > applying > methods > layer > family > checkpoint: no module imports from a higher rank."""
+    """No file imports from a folder above its own."""
     wrong = [
         f"{module} imports {imported}"
         for module, modules in graph().items()
@@ -104,21 +63,22 @@ def test_imports_point_one_way():
 
 
 def test_imports_make_no_circle():
-    """Not even inside functions, and not within a rank."""
+    """Not even inside functions, for types, and within a folder."""
     TopologicalSorter(graph()).prepare()
 
 
-def test_the_ranks_are_of_modules_that_exist():
-    """The table above names the package's modules."""
-    for name in set().union(*RANKS):
-        path = SOURCE / name.replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), name
+def test_the_order_names_every_room():
+    """The table above is the list of what stands at the top of the package."""
+    rooms = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms - {"__init__"} == {name for name in ORDER if name in rooms} and len(set(ORDER)) == len(ORDER)
 
 
-LIGHT = ["checkpoint", "family", "layer", "numerics", "plan", "apply", "writing.writer", "report", "prune", "cli"]
+LIGHT = """
+    storage.checkpoint model.family model.layer storage.numerics edits.plan verbs.apply storage.writer storage.record verbs.prune cli
+""".split()
 
 
-@pytest.mark.parametrize("modules", [LIGHT, ["inspect"]], ids=["rewriting", "inspect"])
+@pytest.mark.parametrize("modules", [LIGHT, ["verbs.inspect_"]], ids=["rewriting", "inspect"])
 def test_light_modules_import_neither_torch_nor_transformers(modules):
     """What plans and rewrites checkpoints starts without the heavy libraries."""
     code = f"import sys, {', '.join(f'coterie.{m}' for m in modules)}; print([m for m in sys.modules if '.' not in m])"
@@ -133,11 +93,11 @@ def test_public_names_are_functions_whatever_was_imported_before():
     code = (
         "import coterie, importlib\n"
         "for name in ('apply', 'prune'):\n"
-        "    importlib.import_module(f'coterie.{name}')\n"
-        "from coterie.prune import Options\n"
+        "    importlib.import_module(f'coterie.verbs.{name}')\n"
+        "from coterie.decide.experts import Pruning\n"
         "assert callable(coterie.apply) and callable(coterie.prune), (coterie.apply, coterie.prune)\n"
         "from coterie import apply, prune, CoterieError\n"
-        "assert apply is coterie.apply and prune.__module__ == 'coterie.prune' and Options\n"
+        "assert apply is coterie.apply and prune.__module__ == 'coterie.verbs.prune' and Pruning\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -16,8 +16,8 @@ import pytest
 from attacks import make
 from attacks.make import ATTACKS
 from attacks.tables import sound_stats
-from coterie.checkpoint import parse_json
 from coterie.reference_model import MODEL
+from coterie.storage.checkpoint import parse_json
 from handmade import qwen
 
 HERE = Path(__file__).parent

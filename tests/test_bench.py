@@ -9,14 +9,15 @@ import torch
 import coterie
 import tiny
 from coterie import bench as bench_verb
-from coterie import family
-from coterie.bench import bytes_per_token, kernel_rows, quantiles, read_bandwidth, subject
-from coterie.checkpoint import Checkpoint
 from coterie.cli import main
+from coterie.codecs.bits import decode, encode
+from coterie.codecs.packed import dense_view
 from coterie.errors import CoterieError
-from coterie.sparse import cases, kernels
-from coterie.sparse.format import decode, encode
-from coterie.sparse.view import dense_view
+from coterie.judge.speed import bytes_per_token, kernel_rows, quantiles, read_bandwidth, subject
+from coterie.kernels import cases
+from coterie.kernels import run as kernels
+from coterie.model import family
+from coterie.storage.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -16,14 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tiny
-from coterie import moe
-from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.family import registry
-from coterie.layer import Model
-from coterie.loading import load_stock
-from coterie.streaming import activations, calibrate, opened, skeleton, tensors
-from coterie.streaming.calibrate import Stream, plain_walk, restore, save
+from coterie.forward import activations, skeleton
+from coterie.forward import stream as calibrate
+from coterie.forward.stream import Stream, plain_walk, restore, save
+from coterie.model import moe, opened
+from coterie.model.family import registry
+from coterie.model.layer import Model
+from coterie.model.loading import load_stock
+from coterie.storage import tensors
+from coterie.storage.checkpoint import Checkpoint
 
 STOCK = [t for t in tiny.model_types() if registry()[t].stock]
 OPENED = ["dbrx", "jetmoe", "llama4", "llama4_text"]  # transformers keeps their experts to itself
@@ -321,8 +323,8 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
     code = """
 import resource, sys, torch
 from pathlib import Path
-from coterie.streaming.calibrate import Stream, plain_walk
-from coterie.layer import Model
+from coterie.forward.stream import Stream, plain_walk
+from coterie.model.layer import Model
 
 stream = Stream(Model.open(sys.argv[1]), torch.float32)
 

@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tiny
-from coterie import stats as stats_module
-from coterie.checkpoint import Checkpoint
-from coterie.collect import collect, measure
 from coterie.errors import CoterieError
-from coterie.experts import read_layer
-from coterie.layer import Model
-from coterie.loading import load_stock
+from coterie.forward import samples as samples_module
+from coterie.forward.measure import measure
+from coterie.forward.samples import compute_dtype, max_positions, read_samples
+from coterie.model import stats as stats_module
+from coterie.model.experts import read_layer
+from coterie.model.layer import Model
+from coterie.model.loading import load_stock
+from coterie.model.stats import SUMS, Stats, merge
 from coterie.reference_model import CALIBRATION
-from coterie.stats import SUMS, Stats, merge
-from coterie.streaming import samples as samples_module
-from coterie.streaming.samples import compute_dtype, max_positions, read_samples
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.collect import collect
 from test_calibrate import FOLLOWED
 
 LENGTHS = {"prose": (9, 24, 9), "code": (5,), "a/b": (24, 1)}
@@ -494,7 +495,7 @@ def test_nothing_is_printed(tiny_checkpoint, tmp_path, model_type):
     """Not by transformers either: no bars, no warnings."""
     data = files(tmp_path / "data", {"x": [(5, 6)]})
     code = (
-        "import sys; from coterie.collect import collect; "
+        "import sys; from coterie.verbs.collect import collect; "
         "collect(sys.argv[1], sys.argv[2], data=[f'x={sys.argv[3]}'], samples=1)"
     )
     done = subprocess.run(

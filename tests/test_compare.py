@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import coterie
-from coterie.checkpoint import Checkpoint
-from coterie.compare import compare
 from coterie.errors import CoterieError
 from coterie.methods import prune as methods
-from coterie.prune import prune
-from coterie.stats import SUMS, Stats
+from coterie.model.stats import SUMS, Stats
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.compare import compare
+from coterie.verbs.prune import prune
 from handmade import HIDDEN, deepseek, qwen
 
 E = 8

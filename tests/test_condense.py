@@ -10,15 +10,15 @@ import torch
 
 import slow_condense
 import tiny
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint
-from coterie.condense import condense
 from coterie.errors import CoterieError
-from coterie.loading import is_ours, load, load_stock
-from coterie.streaming import calibrate
-from coterie.verify import verify
+from coterie.forward import stream as calibrate
+from coterie.model.loading import is_ours, load, load_stock
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.apply import apply
+from coterie.verbs.condense import condense
+from coterie.verbs.verify import verify
 
-decision = importlib.import_module("coterie.condensing.decision")
+decision = importlib.import_module("coterie.decide.condensed")
 MIX = {"experts": [5, 0], "gates": [0.7, -0.3], "shared_gate": 0.6}
 
 

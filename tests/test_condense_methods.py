@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.condensing.always_on import Moments
+from coterie.decide.always_on import Moments
 from coterie.methods.condense import layers, least_squares, official, routing
 
 # --- as published -------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from coterie.cli import main
 from coterie.errors import CoterieError
-from coterie.prune import prune
-from coterie.writing import copying
-from coterie.writing.copying import PAGE, Copier, Move, can_share, joined, shareable
+from coterie.storage import copying
+from coterie.storage.copying import PAGE, Copier, Move, can_share, joined, shareable
+from coterie.verbs.prune import prune
 from handmade import file_bytes, qwen
 
 SIZE = 300_001  # bytes of each source; no multiple of a page

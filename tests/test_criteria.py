@@ -12,17 +12,19 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 
 import slow_criteria
 import tiny
-from coterie.checkpoint import Checkpoint
-from coterie.collect import collect, measure
+from coterie.decide import criteria, reconstruct
+from coterie.decide.experts import Pruning
+from coterie.decide.guard import super_experts
 from coterie.errors import CoterieError
-from coterie.experts import Layer, read_layer
-from coterie.layer import Model
+from coterie.forward.measure import measure
 from coterie.methods import prune as methods
 from coterie.methods.prune import ean, frequency, man, mone, msan, naee, naee_greedy, reap, router_norm_change
-from coterie.prune import Options, prune
-from coterie.selecting import criteria, reconstruct
-from coterie.selecting.guard import super_experts
-from coterie.stats import SUMS, Stats, agreement, mean
+from coterie.model.experts import Layer, read_layer
+from coterie.model.layer import Model
+from coterie.model.stats import SUMS, Stats, agreement, mean
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.collect import collect
+from coterie.verbs.prune import prune
 from handmade import HIDDEN, deepseek, qwen, read_all
 
 BY_STATS = ("ean", "frequency", "man", "mone", "msan", "reap")
@@ -221,7 +223,7 @@ def test_prediction_layers_keep_their_longest_router_rows(tmp_path):
 
 def test_only_the_sums_that_decide_are_read(tmp_path, model, monkeypatch):
     """Of a file of many sums, the criterion's, the guard's and the counts."""
-    from coterie import stats as stats_module
+    from coterie.model import stats as stats_module
 
     path = write(tmp_path / "x.stats", model, gated_output_norms=np.ones(E), logits=np.ones(E))
     read, original = [], stats_module.read_bytes
@@ -423,7 +425,7 @@ def test_errors_equal_those_of_smaller_blocks(tiny_checkpoint, model_type):
     """Inner products and routing alone give what a block without the experts gives, to 1e-4 of the largest error."""
     folder, given = tiny_checkpoint(model_type), sequences()
     every_set = Every(task_of(folder))
-    reconstruct.measure(Model.open(folder), given, Options(dtype="float32"), every_set, lambda *_: None)
+    reconstruct.measure(Model.open(folder), given, Pruning(dtype="float32"), every_set, lambda *_: None)
     expected = slow_criteria.errors(folder, every(given), 6)
     assert every_set.found.keys() == expected.keys()
     for key, errors in every_set.found.items():
@@ -449,7 +451,7 @@ def test_a_shared_expert_runs_once_for_all_sets(tiny_checkpoint, monkeypatch):
     )
     folder = tiny_checkpoint("qwen2_moe")
     every_set = Every(task_of(folder))
-    reconstruct.measure(Model.open(folder), sequences(), Options(dtype="float32"), every_set, lambda *_: None)
+    reconstruct.measure(Model.open(folder), sequences(), Pruning(dtype="float32"), every_set, lambda *_: None)
     assert all(len(errors) == 28 for errors in every_set.found.values())
     assert len(ran) == len(set(ran)) > 0
 
@@ -595,7 +597,7 @@ def test_statistics_without_largest_outputs_ask_for_no_guard(tmp_path, model):
 
 def test_a_plan_by_statistics_is_applied_again(tmp_path, model):
     """The plan in coterie.json makes the same checkpoint without statistics."""
-    from coterie.apply import apply
+    from coterie.verbs.apply import apply
 
     path = write(tmp_path / "x.stats", model, tokens=np.arange(E))
     prune(model, tmp_path / "out", method="frequency", stats=path)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from coterie import sources
-from coterie.data import Document, draw, encode, parse_data, read_documents
 from coterie.errors import CoterieError
+from coterie.forward import sources
+from coterie.forward.data import Document, draw, encode, parse_data, read_documents
 
 
 def write(folder, name, content):

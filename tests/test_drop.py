@@ -8,13 +8,14 @@ import torch
 
 import slow_condense
 import tiny
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint
-from coterie.drop import drop, spare
+from coterie.decide.drop import spare
 from coterie.errors import CoterieError
-from coterie.loading import is_ours, load
-from coterie.streaming import calibrate
-from coterie.verify import verify
+from coterie.forward import stream as calibrate
+from coterie.model.loading import is_ours, load
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.apply import apply
+from coterie.verbs.drop import drop
+from coterie.verbs.verify import verify
 
 TEXTS = [np.random.default_rng(i).integers(3, tiny.VOCABULARY, n).tolist() for i, n in enumerate((20, 9, 14))]
 

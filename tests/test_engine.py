@@ -14,11 +14,11 @@ import coterie
 from coterie import engine as engines
 from coterie.engine import Engine, perform
 from coterie.errors import CoterieError
-from coterie.prune import prune
-from coterie.sparsify import sparsify
-from coterie.stun import stun
-from coterie.writing import spread
-from coterie.writing.copying import Move
+from coterie.storage import movers as spread
+from coterie.storage.copying import Move
+from coterie.verbs.prune import prune
+from coterie.verbs.sparsify import sparsify
+from coterie.verbs.stun import stun
 from handmade import file_bytes, qwen
 
 TIMES = ("seconds", "peak_rss_bytes")
@@ -194,7 +194,7 @@ def test_stun_by_units_gives_the_same_bytes(tiny_checkpoint, tmp_path, fake, dat
 
 def test_activations_in_files_are_spread_as_well(tiny_checkpoint, tmp_path, fake, data, monkeypatch):
     """Where hidden states do not fit into memory, they go from one file to the other."""
-    from coterie.streaming.calibrate import Stream
+    from coterie.forward.stream import Stream
 
     monkeypatch.setitem(Stream.embed.__wrapped__.__kwdefaults__, "budget", 0)
     same_both_ways(sparsify, tiny_checkpoint("qwen3_moe"), tmp_path, method="wanda", data=data, samples=8)
@@ -424,7 +424,7 @@ def test_a_killed_worker_changes_no_byte(cluster, model, undisturbed, tmp_path, 
 @pytest.mark.slow
 def test_a_worker_killed_while_it_prunes_changes_no_byte(cluster, tiny_checkpoint, tmp_path, data, monkeypatch):
     """Calibrated work inside a layer, with a worker that dies after it wrote: the bytes of one process."""
-    from coterie.zeroing import spread as pruning
+    from coterie.decide import spread as pruning
 
     monkeypatch.setattr(pruning, "UNIT", "lethal:prune_expert")
     died = []

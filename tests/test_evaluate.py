@@ -24,15 +24,9 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coterie.errors import CoterieError
-from coterie.evaluate import (
-    bootstrap_perplexity,
-    evaluate,
-    extract_answer,
-    normalise_answer,
-    wilson_interval,
-    windows,
-)
-from coterie.loading import load
+from coterie.judge.quality import bootstrap_perplexity, extract_answer, normalise_answer, wilson_interval, windows
+from coterie.model.loading import load
+from coterie.verbs.eval import evaluate
 
 CHARS = "\n +-*=.,:?0123456789" + "".join(map(chr, range(65, 91))) + "".join(map(chr, range(97, 123)))
 END = "<|endoftext|>"
@@ -157,7 +151,7 @@ def test_batch_size_and_logits_budget_do_not_matter(folder, tmp_path, monkeypatc
     (tmp_path / "a.txt").write_text(text_of(200))
     values = []
     for batch_size, budget in [(1, 2**28), (7, 2**28), (7, 1)]:
-        monkeypatch.setattr("coterie.evaluate.MAX_LOGITS", budget)
+        monkeypatch.setattr("coterie.verbs.eval.MAX_LOGITS", budget)
         result = evaluate(folder, data=[f"a={tmp_path / 'a.txt'}"], window=16, batch_size=batch_size)
         values.append(result["models"][0]["perplexity"]["a"]["value"])
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import tiny
-from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.experts import Experts
-from coterie.family import detect, registry
-from coterie.layer import ROLES, expert_axis, find_blocks
-from coterie.prune import prune
-from coterie.verify import verify
+from coterie.model.experts import Experts
+from coterie.model.family import detect, registry
+from coterie.model.layer import ROLES, expert_axis, find_blocks
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.prune import prune
+from coterie.verbs.verify import verify
 
 STOCK = [t for t in tiny.model_types() if registry()[t].stock]
 SPELLINGS = [(t, False) for t in tiny.model_types()] + [(t, True) for t in STOCK]

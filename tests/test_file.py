@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import CoterieError
-from coterie.summary import report
-from coterie.writing.file import check_new_file, write_whole
+from coterie.storage.files import check_new_file, write_whole
+from coterie.verbs.report import report
 
 
 def test_a_file_is_absent_or_complete(tmp_path):

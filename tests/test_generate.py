@@ -12,7 +12,7 @@ import coterie
 import tiny
 from coterie.cli import main
 from coterie.errors import CoterieError
-from coterie.generate import BROKEN, Pieces
+from coterie.verbs.generate import BROKEN, Pieces
 
 PROMPT = "w3 w5 w7 w11"
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint, read_header
 from coterie.cli import main
 from coterie.errors import CoterieError
-from coterie.prune import prune
-from coterie.status import status
-from coterie.writing import in_place
+from coterie.storage import in_place
+from coterie.storage.checkpoint import Checkpoint, read_header
+from coterie.verbs.apply import apply
+from coterie.verbs.prune import prune
+from coterie.verbs.status import status
 from handmade import file_bytes, qwen, read_all, save
 from test_interruption import MUTATING, kill_everywhere, names
 

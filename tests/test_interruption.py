@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint
+from coterie.edits.plan import read_plan
 from coterie.errors import CoterieError
-from coterie.plan import read_plan
-from coterie.prune import prune
-from coterie.status import status
-from coterie.writing.journal import JOURNAL, Journal, entries_of, is_held
-from coterie.writing.writer import Hole, Output, Run, Writer
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.journal import JOURNAL, Journal, entries_of, is_held
+from coterie.storage.writer import Hole, Output, Run, Writer
+from coterie.verbs.apply import apply
+from coterie.verbs.prune import prune
+from coterie.verbs.status import status
 from handmade import file_bytes, qwen
 
 MUTATING = ("mkdir", "fsync", "pwrite", "rename", "unlink", "rmdir", "truncate", "copy_file_range")
@@ -256,8 +256,8 @@ def test_a_resumed_run_needs_no_room_for_what_is_there(model, tmp_path, monkeypa
 def test_shared_blocks_need_no_room(model, tmp_path, monkeypatch):
     """Where the filesystem shares blocks, a result may be larger than the free space."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    monkeypatch.setattr("coterie.writing.writer.can_share", lambda *_: True)
-    monkeypatch.setattr("coterie.writing.writer.shareable", lambda moves: sum(move.num_bytes for move in moves))
+    monkeypatch.setattr("coterie.storage.writer.can_share", lambda *_: True)
+    monkeypatch.setattr("coterie.storage.writer.shareable", lambda moves: sum(move.num_bytes for move in moves))
     prune(model, tmp_path / "out", method="first")
     assert (tmp_path / "out").is_dir()
 
@@ -266,7 +266,7 @@ def test_ctrl_c_leaves_what_can_be_resumed(model, tmp_path):
     """Exit code 130, one line that says how to go on, no OUT; and going on gives the same bytes."""
     prune(model, tmp_path / "whole")
     code = (
-        "import os, signal, sys\nfrom coterie.writing import copying\nfrom coterie.cli import main\n"
+        "import os, signal, sys\nfrom coterie.storage import copying\nfrom coterie.cli import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "copying.Copier.move = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "main(sys.argv[1:])"

@@ -13,21 +13,22 @@ from hypothesis.extra import numpy as arrays
 import coterie
 import slow_merge
 import tiny
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint
-from coterie.collect import collect, measure
+from coterie.decide import merging
+from coterie.edits.members import Members
+from coterie.edits.plan import Choice, read_plan
 from coterie.errors import CoterieError
-from coterie.experts import expert_biases, read_layer, store_expert
-from coterie.layer import Model
-from coterie.loading import load, load_stock
-from coterie.merge import merge
-from coterie.merging import Members
+from coterie.forward.measure import measure
 from coterie.methods import merge as methods
 from coterie.methods.merge import align, hc_smoe, m_smoe
-from coterie.plan import Choice, read_plan
-from coterie.selecting import merging
-from coterie.stats import SUMS, Stats
-from coterie.verify import verify
+from coterie.model.experts import expert_biases, read_layer, store_expert
+from coterie.model.layer import Model
+from coterie.model.loading import load, load_stock
+from coterie.model.stats import SUMS, Stats
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.apply import apply
+from coterie.verbs.collect import collect
+from coterie.verbs.merge import merge
+from coterie.verbs.verify import verify
 from handmade import deepseek, file_bytes, qwen, read_all
 from test_cli import coterie as command
 

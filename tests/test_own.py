@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.loading import check_routable, load, load_ours, load_stock
-from coterie.own import OwnLayout, own_layout, own_section, renumber
-from coterie.verify import verify
+from coterie.model.loading import check_routable, load, load_ours, load_stock
+from coterie.model.own import OwnLayout, own_layout, own_section, renumber
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.apply import apply
+from coterie.verbs.verify import verify
 
 STOCK = {"model_type": "olmoe", "num_hidden_layers": 3}
 SECTION = {"format": 1, "model_type": "olmoe", "num_experts": {"0": 2, "1": 4}}

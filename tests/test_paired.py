@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coterie
-from coterie.checkpoint import Checkpoint
+from coterie.edits.lineage import CONDENSED, KEPT, MERGED, REMOVED, fate, plans_between
+from coterie.edits.plan import Choice, Condensed, Plan
 from coterie.errors import CoterieError
-from coterie.evaluate import evaluate
-from coterie.judging.paired import Kept, bootstrap_mean, compare, experts_fate, jaccard, mean_of_sets, repetition
-from coterie.lineage import CONDENSED, KEPT, MERGED, REMOVED, fate, plans_between
-from coterie.loading import load
-from coterie.plan import Choice, Condensed, Plan
+from coterie.judge.paired import Kept, bootstrap_mean, compare, experts_fate, jaccard, mean_of_sets, repetition
+from coterie.model.loading import load
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.eval import evaluate
 from handmade import qwen
 from test_evaluate import END, PROBLEM, make_model, make_tokenizer, scripted, text_of, write
 

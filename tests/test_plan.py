@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.apply import apply
+from coterie.edits.plan import Choice, Plan, read_plan
 from coterie.errors import CoterieError
-from coterie.plan import Choice, Plan, read_plan, to_json
-from coterie.prune import prune
+from coterie.storage.record import to_json
+from coterie.verbs.apply import apply
+from coterie.verbs.prune import prune
 from handmade import HIDDEN, deepseek, file_bytes, qwen, read_all, save
 
 JSON = st.recursive(

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.checkpoint import Checkpoint
+from coterie.decide.experts import Pruning, num_kept
 from coterie.errors import CoterieError
-from coterie.layer import Model
 from coterie.methods.prune import stun
-from coterie.prune import Options, num_kept, prune
+from coterie.model.layer import Model
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.prune import prune
 from handmade import HIDDEN, MLP, WIDTH, block, deepseek, qwen, qwen_config, read_all, save
 
 EXPERT = "model.layers.{}.mlp.experts.{}.{}.weight"
@@ -43,7 +44,7 @@ def pairs_and_singles(num_layers=2):
 def test_the_share_is_taken_in_decimal(num_experts, thousandths):
     """`floor(ratio * E)` experts go, for the ratio as it is written, not as binary fractions round it."""
     removed = math.floor(Fraction(thousandths, 1000) * num_experts)
-    assert num_kept(Options(ratio=thousandths / 1000), num_experts) == num_experts - removed
+    assert num_kept(Pruning(ratio=thousandths / 1000), num_experts) == num_experts - removed
 
 
 def test_a_share_of_0_29_of_a_hundred_is_29(tmp_path):
@@ -533,7 +534,7 @@ def test_averaging_what_cannot_be_averaged_is_refused(tmp_path):
     model = save(tmp_path / "model", qwen_config(num_hidden_layers=1), [tensors])
     assert prune(model, tmp_path / "dropped", method="first", experts=2)
     plan = {"layers": {"0": {"kept": [0, 4], "clusters": [[0, 1, 2, 3], [4, 5, 6, 7]], "merged": True}}}
-    from coterie.apply import apply
+    from coterie.verbs.apply import apply
 
     with pytest.raises(CoterieError, match="I8 weights cannot be averaged"):
         apply(model, plan, tmp_path / "out")

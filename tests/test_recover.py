@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint
-from coterie.condensing.refit import Sums, refit
 from coterie.errors import CoterieError
-from coterie.loading import is_ours, load, load_stock
-from coterie.training.loop import Learner, batches, learning_rate, taken
-from coterie.training.objectives import distillation, language_modelling, pair
-from coterie.training.trainable import Part, mlp, routed
-from coterie.training.trainee import Options, make_job, mlp_names, peak_rate
-from coterie.verify import verify
+from coterie.model.loading import is_ours, load, load_stock
+from coterie.storage.checkpoint import Checkpoint
+from coterie.train.loop import Learner, batches, learning_rate, taken
+from coterie.train.objectives import distillation, language_modelling, pair
+from coterie.train.refit import Sums, refit
+from coterie.train.trainable import Part, mlp, routed
+from coterie.train.trainee import Training, make_job, mlp_names, peak_rate
+from coterie.verbs.apply import apply
+from coterie.verbs.verify import verify
 
-recover = importlib.import_module("coterie.recover").recover
+recover = importlib.import_module("coterie.verbs.recover").recover
 PLAN = {
     "1": {"condensed": {"experts": [5, 0], "gates": [0.7, -0.3], "shared_gate": 0.6}},
     "3": {"condensed": {"experts": [2, 1], "gates": [1.5, 0.2], "shared_gate": 0.4}},
@@ -188,7 +188,7 @@ def test_dense_layers_can_be_named_too(tiny_checkpoint, tmp_path, data):
 def test_experts_come_back_as_they_were_stored(tiny_checkpoint, model_type, fused):
     """Transposed, interleaved, numbered or fused: untrained masters are the stored bytes."""
     folder = tiny_checkpoint(model_type, fused)
-    job = make_job(Checkpoint.open(folder), Options(stage="lm", layer_ids=[1]))
+    job = make_job(Checkpoint.open(folder), Training(stage="lm", layer_ids=[1]))
     (block,) = job.blocks.values()
     part = routed(load(folder), job.model.checkpoint, block)
     seen = set()
@@ -360,7 +360,7 @@ def test_the_learning_rate_rises_and_falls_linearly():
 def test_wide_models_learn_slowly_unless_told(student, tmp_path, hidden, given, rate):
     """0.25 over the hidden size, 1e-3 at most."""
     folder = with_config(student(), tmp_path / "small", hidden_size=hidden)
-    assert peak_rate(make_job(Checkpoint.open(folder), Options(stage="lm", lr=given))) == pytest.approx(rate)
+    assert peak_rate(make_job(Checkpoint.open(folder), Training(stage="lm", lr=given))) == pytest.approx(rate)
 
 
 def test_all_samples_are_taken_before_any_is_taken_again():
@@ -600,7 +600,7 @@ def test_a_model_that_is_not_loaded_as_stored_is_refused(student, tmp_path, data
     """Masters begin as what the model computes with, or not at all."""
     checkpoint = Checkpoint.open(student())
     model = load(student())
-    job = make_job(checkpoint, Options(stage="lm"))
+    job = make_job(checkpoint, Training(stage="lm"))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(CoterieError, match="not loaded as it is stored"):

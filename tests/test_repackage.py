@@ -9,14 +9,14 @@ import torch
 import slow_condense
 import slow_deepseek
 import tiny
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint
-from coterie.condense import condense
-from coterie.condensing.repackage import CONVERSIONS, converted
+from coterie.edits.convert import CONVERSIONS, converted
 from coterie.errors import CoterieError
-from coterie.layer import Model
-from coterie.loading import load_stock
-from coterie.verify import verify
+from coterie.model.layer import Model
+from coterie.model.loading import load_stock
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.apply import apply
+from coterie.verbs.condense import condense
+from coterie.verbs.verify import verify
 
 TEXTS = [np.random.default_rng(i).integers(3, 128, n).tolist() for i, n in enumerate((20, 9))]
 

@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coterie
-from coterie import family, summary
-from coterie.checkpoint import Checkpoint
 from coterie.cli import main
 from coterie.errors import CoterieError
-from coterie.judging.rounding import round_experts, rounded, rounded_bytes
-from coterie.layer import Model
-from coterie.loading import load
-from coterie.summary import report
+from coterie.judge.rounding import round_experts, rounded, rounded_bytes
+from coterie.model import family
+from coterie.model.layer import Model
+from coterie.model.loading import load
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs import report as summary
+from coterie.verbs.report import report
 from test_evaluate import PROBLEM, make_model, make_tokenizer, text_of, write
 from test_page import browser, opened  # noqa: F401 - fixtures
 

@@ -12,18 +12,19 @@ import torch
 
 import slow_criteria
 import tiny
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint
-from coterie.collect import collect, measure
 from coterie.errors import CoterieError
-from coterie.inspect import inspect
-from coterie.layer import Model
-from coterie.loading import load
-from coterie.prune import prune
-from coterie.routed import Routed
-from coterie.stats import Stats
-from coterie.stun import stun
-from coterie.verify import verify
+from coterie.forward.measure import measure
+from coterie.model.layer import Model
+from coterie.model.loading import load
+from coterie.model.routed import Routed
+from coterie.model.stats import Stats
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.apply import apply
+from coterie.verbs.collect import collect
+from coterie.verbs.inspect_ import inspect
+from coterie.verbs.prune import prune
+from coterie.verbs.stun import stun
+from coterie.verbs.verify import verify
 from handmade import file_bytes, qwen
 
 FAMILIES = ("qwen2_moe", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss")
@@ -261,7 +262,7 @@ def test_statistics_that_are_gone_are_asked_for(measured, tmp_path):
 KILLED = """
 import os, sys
 from coterie import prune
-from coterie.writing import writer
+from coterie.storage import writer
 original, count = writer.Writer.shard, 0
 def shard(self, *given):
     global count
@@ -420,15 +421,15 @@ def test_stun_without_statistics_says_that_nothing_is_guarded(tmp_path):
 
 def test_more_super_experts_than_clusters_are_refused(tmp_path):
     """Both of two routing choices in one cluster cannot both stay."""
-    from coterie.experts import read_layer
-    from coterie.prune import Options
-    from coterie.report import no_progress
-    from coterie.selecting import clusters
+    from coterie.decide import clusters
+    from coterie.decide.experts import Pruning
+    from coterie.model.experts import read_layer
+    from coterie.storage.record import no_progress
 
     source = Model.open(alike(tmp_path))
     layers = {b: read_layer(source.checkpoint, b) for b in source.main}
     guarded = {source.main[1]: [1, 2, 5]}
-    task = clusters.Task(layers, Options(experts=2), 2, 2, 1, True, guarded)
+    task = clusters.Task(layers, Pruning(experts=2), 2, 2, 1, True, guarded)
     with pytest.raises(CoterieError, match=r"layer 1: more super experts than the 2 experts that stay.*--no-guard"):
         clusters.decide(task, None, no_progress)
 

@@ -10,11 +10,11 @@ import pytest
 
 import coterie
 import tiny
-from coterie.checkpoint import Checkpoint
 from coterie.cli import main
+from coterie.codecs.packed import dense_view
 from coterie.errors import CoterieError
-from coterie.sparse.view import dense_view
-from coterie.status import status
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.status import status
 
 VERBS = ("prune", "merge", "stun", "sparsify", "condense", "recover", "drop", "apply")
 NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -196,7 +196,7 @@ def stopping_removal(patch, number):
             patch.setattr(os, name, counted(getattr(os, name)))
         return report
 
-    patch.setattr("coterie.saving.pack", packed)
+    patch.setattr("coterie.edits.saving.pack", packed)
 
 
 def test_a_run_killed_while_it_tidies_up_leaves_nothing_for_ever(tiny_checkpoint, home, tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_between_the_steps_status_tells_of_the_dense_checkpoint(tiny_checkpoint,
     def pack(*args, **kwargs):
         raise Stop
 
-    monkeypatch.setattr("coterie.saving.pack", pack)
+    monkeypatch.setattr("coterie.edits.saving.pack", pack)
     with pytest.raises(Stop):
         half(tiny_checkpoint("qwen3_moe"), out, save="sparse")
     found = status(out)

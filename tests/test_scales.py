@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from coterie import prune
-from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.experts import Experts
-from coterie.family import detect
-from coterie.layer import find_blocks
-from coterie.moe import read_expert
+from coterie.model.experts import Experts
+from coterie.model.family import detect
+from coterie.model.layer import find_blocks
+from coterie.model.moe import read_expert
+from coterie.storage.checkpoint import Checkpoint
 
 E, D, F = 2, 2, 2
 F8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu

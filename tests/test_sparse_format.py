@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.codecs import bits as fmt
 from coterie.errors import CoterieError
-from coterie.sparse import format as fmt
 
 
 def random_matrix(rng, dtype, shape, sparsity):

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coterie.codecs.bits import GROUP, encode
 from coterie.errors import CoterieError
-from coterie.sparse import kernels
-from coterie.sparse.experts import Groups, SparseLinear, multiply
-from coterie.sparse.format import GROUP, encode
-from coterie.sparse.memory import TORCH, Stack, load
+from coterie.kernels import run as kernels
+from coterie.kernels.experts import Groups, SparseLinear, multiply
+from coterie.kernels.memory import TORCH, Stack, load
 
 LEVELS = kernels.available()
 DTYPES = ("BF16", "F16", "F32", "I8")
@@ -216,5 +216,5 @@ def test_an_unknown_level_is_refused_and_names_those_there_are(monkeypatch):
 )
 def test_other_processors_fall_back_to_torch(lacking):
     """Without x86-64, or without llvmlite, the only level is torch."""
-    code = f"{lacking}\nfrom coterie.sparse import kernels; print(kernels.level())"
+    code = f"{lacking}\nfrom coterie.kernels import run; print(run.level())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["torch"]

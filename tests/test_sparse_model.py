@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import tiny
-from coterie.checkpoint import Checkpoint, read_header
+from coterie.codecs.bits import GROUP, quantise
+from coterie.codecs.packed import dense_view, entries
+from coterie.edits.pack import pack, unpack
 from coterie.errors import CoterieError
-from coterie.pack import pack, unpack
-from coterie.sparse import kernels
-from coterie.sparse.experts import IMPLEMENTATION, SparseExperts
-from coterie.sparse.format import GROUP, quantise
-from coterie.sparse.hook import install
-from coterie.sparse.view import dense_view, entries
-from coterie.sparsify import sparsify
+from coterie.kernels import run as kernels
+from coterie.kernels.experts import IMPLEMENTATION, SparseExperts
+from coterie.model.hook import install
+from coterie.storage.checkpoint import Checkpoint, read_header
+from coterie.verbs.sparsify import sparsify
 
 install()
 FAMILIES = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]
@@ -232,7 +232,7 @@ def test_experts_closed_to_other_implementations_are_refused(packed):
 @pytest.mark.parametrize("first", ["transformers", "transformers.quantizers", "coterie"])
 def test_registration_works_whichever_is_imported_first(packed, first):
     """And costs no import of torch before transformers wants it."""
-    ours = "from coterie.sparse.hook import install; install()"
+    ours = "from coterie.model.hook import install; install()"
     early = f"{ours}\nimport transformers" if first == "coterie" else f"import {first}\n{ours}"
     code = (
         f"import sys\n{ours if first == 'coterie' else ''}\n"

@@ -6,10 +6,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from coterie.checkpoint import Checkpoint
 from coterie.errors import CoterieError
-from coterie.layer import Model
-from coterie.sparsify import sparsify
+from coterie.model.layer import Model
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.sparsify import sparsify
 
 METHODS = ("magnitude", "wanda", "owl", "moe-pruner", "sparsegpt")
 
@@ -133,7 +133,7 @@ def test_quantised_experts_keep_their_codes_and_scales(tmp_path):
 
 def test_verify_knows_zeros_from_damage(tiny_checkpoint, tmp_path, data):
     """A pruned checkpoint passes; one weight changed, or one zero too many, is a fault."""
-    from coterie.verify import verify
+    from coterie.verbs.verify import verify
 
     source, out = tiny_checkpoint("qwen3_moe"), tmp_path / "out"
     sparsify(source, out, sparsity=0.5, data=data)

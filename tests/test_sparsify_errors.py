@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from coterie.errors import CoterieError
-from coterie.sparsify import sparsify
+from coterie.verbs.sparsify import sparsify
 
 CALIBRATED = ("wanda", "owl", "moe-pruner", "sparsegpt")
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.edits.budget import row_zeros
 from coterie.errors import CoterieError
 from coterie.methods import sparsify
 from coterie.methods.sparsify import magnitude, moe_pruner, owl, select, sparsegpt, wanda
 from coterie.methods.sparsify.select import choose, lowest_per_group, lowest_per_row, zero
-from coterie.zeroing.budget import row_zeros
 
 # --- rules by name ------------------------------------------------------------------------------------------------
 

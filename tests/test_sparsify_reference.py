@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import slow_pruning
 import tiny
 from coterie.methods.sparsify import sparsegpt
-from coterie.sparsify import sparsify
+from coterie.verbs.sparsify import sparsify
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 SPARSITY = "0.371"  # of 40 and 13 columns: 14.84 and 4.823
@@ -157,7 +157,7 @@ def test_sparsegpt_over_the_edge_of_a_block(cases, tmp_path, samples, data):
 @pytest.mark.parametrize("method", ["wanda", "moe-pruner", "sparsegpt"])
 def test_an_experts_tokens_may_come_in_pieces(cases, tmp_path, samples, data, monkeypatch, method):
     """Seven at a time, with a smaller piece at the end."""
-    monkeypatch.setattr("coterie.moe.MOST_TOKENS", 7)
+    monkeypatch.setattr("coterie.model.moe.MOST_TOKENS", 7)
     check(cases("qwen2_moe"), "qwen2_moe", tmp_path / "out", samples, data, method)
 
 

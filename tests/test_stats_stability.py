@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie import stats as stats_module
-from coterie.checkpoint import Checkpoint
+from coterie.edits.plan import read_plan
 from coterie.errors import CoterieError
-from coterie.plan import read_plan
-from coterie.prune import prune
-from coterie.stats import Stats, parse_weights, stability
+from coterie.model import stats as stats_module
+from coterie.model.stats import Stats, parse_weights, stability
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.prune import prune
 from handmade import HIDDEN, deepseek, file_bytes, qwen, read_all
 
 E = 8

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from coterie.checkpoint import Checkpoint
 from coterie.cli import main
 from coterie.errors import CoterieError
-from coterie.prune import prune
-from coterie.status import status
-from coterie.writing.journal import JOURNAL
-from coterie.writing.writer import Output, Run, Writer
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.journal import JOURNAL
+from coterie.storage.writer import Output, Run, Writer
+from coterie.verbs.prune import prune
+from coterie.verbs.status import status
 from handmade import qwen
 
 ASKED = {"identity": "x", "asked": {"command": "sparsify", "options": {"method": "wanda"}}}

@@ -6,13 +6,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from coterie.apply import apply
-from coterie.checkpoint import Checkpoint
+from coterie.edits.counts import count
+from coterie.edits.kurtosis import Moments
 from coterie.errors import CoterieError
-from coterie.layer import Model
-from coterie.report import count
-from coterie.stun import stun
-from coterie.zeroing.kurtosis import Moments
+from coterie.model.layer import Model
+from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.apply import apply
+from coterie.verbs.stun import stun
 
 
 @pytest.fixture(scope="module")

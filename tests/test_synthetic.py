@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import coterie
-from coterie import checkpoint
-from coterie.checkpoint import Checkpoint
-from coterie.data import read_documents
-from coterie.experts import Experts
-from coterie.layer import Model
+from coterie.forward.data import read_documents
+from coterie.model.experts import Experts
+from coterie.model.layer import Model
+from coterie.storage import checkpoint
+from coterie.storage.checkpoint import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import synthetic

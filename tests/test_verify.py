@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 import tiny
-from coterie import loading, masked
-from coterie.apply import apply
-from coterie.checking import loads
-from coterie.checkpoint import INDEX, Checkpoint
+from coterie.edits import masked
 from coterie.errors import CoterieError
-from coterie.layer import Model
-from coterie.prune import prune
-from coterie.verify import verify
+from coterie.judge import loads
+from coterie.model import loading
+from coterie.model.layer import Model
+from coterie.storage.checkpoint import INDEX, Checkpoint
+from coterie.verbs.apply import apply
+from coterie.verbs.prune import prune
+from coterie.verbs.verify import verify
 
 FILES, BYTES, LOADS = "files", "accounts for every tensor", "loads in stock transformers"
 COMPUTES, LOGITS = "computes", "logits equal the masked original"
@@ -385,7 +386,7 @@ def test_masks_need_their_router(source, pruned):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from coterie.plan import read_plan
+    from coterie.edits.plan import read_plan
 
     model = AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():

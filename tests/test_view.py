@@ -3,14 +3,14 @@
 import torch
 
 import tiny
-from coterie.apply import apply
-from coterie.applying.outputs import plan_outputs, planned
-from coterie.checkpoint import Checkpoint
-from coterie.condensing.repackage import converted
-from coterie.layer import Model
-from coterie.moe import read_expert
-from coterie.plan import Choice, Condensed, Plan
-from coterie.view import resolved, root
+from coterie.edits.convert import converted
+from coterie.edits.outputs import plan_outputs, planned
+from coterie.edits.plan import Choice, Condensed, Plan
+from coterie.model.layer import Model
+from coterie.model.moe import read_expert
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.planned import resolved, root
+from coterie.verbs.apply import apply
 
 
 def kept(model, *experts):

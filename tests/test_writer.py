@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from coterie.checkpoint import INDEX, Checkpoint, read_header
 from coterie.errors import CoterieError
-from coterie.plan import to_json
-from coterie.prune import prune
-from coterie.writing.writer import Layout, Made, Output, Run, Writer, header_bytes
+from coterie.storage.checkpoint import INDEX, Checkpoint, read_header
+from coterie.storage.record import to_json
+from coterie.storage.writer import Layout, Made, Output, Run, Writer, header_bytes
+from coterie.verbs.prune import prune
 from handmade import file_bytes, qwen, qwen_config, read_all, save
 
 EXPERTS = {"experts": 5}
@@ -81,7 +81,7 @@ def test_a_killed_process_leaves_what_a_resume_completes(model, undisturbed, tmp
     """SIGKILL in the middle of the second shard: nothing under OUT's name, and the resume finishes the work."""
     out = tmp_path / "out"
     code = (
-        "import os, sys; from coterie.prune import prune\n"
+        "import os, sys; from coterie.verbs.prune import prune\n"
         "def kill(stage, done, total):\n"
         "    if stage == 'writing' and done > total / 2: os.kill(os.getpid(), 9)\n"
         "prune(sys.argv[1], sys.argv[2], experts=5, on_progress=kill)"
@@ -342,7 +342,7 @@ def test_a_disk_that_fails_leaves_nothing_under_outs_name(model, undisturbed, tm
 def test_a_disk_that_fills_up_for_real(model, tmp_path):
     """A process that may write no more than 1 kB per file is refused by the kernel itself, and says what to do."""
     code = (
-        "import resource, sys; from coterie.prune import prune; from coterie.errors import CoterieError\n"
+        "import resource, sys; from coterie.verbs.prune import prune; from coterie.errors import CoterieError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: prune(sys.argv[1], sys.argv[2], experts=5)\n"
         "except CoterieError as error: print(error)"
@@ -583,7 +583,7 @@ def test_memory_stays_flat(tmp_path):
         file.truncate(8 + len(text) + position)
     small = qwen(tmp_path / "small")
     code = (
-        "import resource, sys; from coterie.prune import prune\n"
+        "import resource, sys; from coterie.verbs.prune import prune\n"
         "prune(sys.argv[1], sys.argv[2] + '0', method='first')\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "prune(sys.argv[3], sys.argv[2] + '1', method='first', experts=3)\n"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.family import registry
+from coterie.model.family import registry
 
 NUM_EXPERTS, TOP_K, HIDDEN, EXPERT_HIDDEN, VOCABULARY = 8, 2, 32, 16, 128
 

@@ -23,7 +23,7 @@ from coterie.methods import merge as joining
 from coterie.methods import prune as pruning
 from coterie.methods import sparsify as zeroing
 from coterie.methods.condense import LAYER_SEARCH, SELECT
-from coterie.writing.copying import IO
+from coterie.storage.copying import IO
 
 app = typer.Typer(
     name="coterie",

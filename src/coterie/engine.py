@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import CoterieError
-from coterie.writing.journal import guarded
+from coterie.errors import CoterieError, guarded
 
 NAMES = ("local", "ray")
 SCRATCH = "work"  # folder in OUT.partial for what units tell each other in files; never part of a result

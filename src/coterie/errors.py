@@ -1,5 +1,12 @@
 """The one exception users meet, and how text of unknown origin is shown."""
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 LONGEST = 2000  # characters of a message; names and values come from files, and may be of any length
 
 
@@ -19,3 +26,13 @@ class CoterieError(ValueError):
 def printable(text: str) -> str:
     """The text with every character that is no visible one spelled out: escape as `\\x1b`, half a pair as `\\ud800`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def guarded(folder: Path, action: Callable[[], Any]) -> Any:
+    """Runs a file operation in `folder`; a full or read-only disk becomes a CoterieError."""
+    try:
+        return action()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "free some space and add --resume" if full else "check permissions, or choose another OUT"
+        raise CoterieError(f"{folder}: cannot be written ({error.strerror or error}); {hint}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.corpus import ESCAPE, JSON_BOMBS, TB, Make, add_all, alone, attack, link, pipe
-from coterie.prune import prune
+from coterie.verbs.prune import prune
 from handmade import qwen
 
 KEPT = {"kept": [0, 1, 2, 3]}

@@ -32,11 +32,11 @@ def main() -> None:
     typer.main.get_command = functools.cache(typer.main.get_command)
     warm = [["inspect", str(MODEL)], ["prune", str(MODEL), "OUT", "--dry-run"]]
     if "heavy" in sys.argv:
-        import coterie.collect
-        import coterie.evaluate
-        import coterie.streaming.calibrate
+        import coterie.forward.stream
+        import coterie.verbs.collect
+        import coterie.verbs.eval
 
-        assert coterie.streaming.calibrate
+        assert coterie.forward.stream
         warm.append(["verify", str(MODEL), "--quiet"])
     for argv in warm:  # what is imported and cached now is not in every fork
         with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):

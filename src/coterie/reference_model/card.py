@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import coterie
-from coterie.loading import load_tokenizer
+from coterie.model.loading import load_tokenizer
 from coterie.reference_model import DOMAINS, FOLDER, HELD_OUT, MODEL, PROBLEMS
 from coterie.reference_model.train import BATCH, CONFIG, LEARNING_RATE, MIX, SEQ_LEN, batch_at, encode
 
@@ -171,7 +171,7 @@ about 95 minutes; load-balancing loss per layer, weight 0.02. `python -m coterie
 | spanish | Reina-Valera Bible, 1909 | public domain |
 | arithmetic | `problems.py`, a seeded generator | Apache-2.0 |
 
-`data.py` names every package and version. The held-out slices beside the model carry those licences.
+`forward/data.py` names every package and version. The held-out slices beside the model carry those licences.
 """
 
 

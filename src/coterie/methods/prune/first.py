@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from coterie.experts import Layer
+from coterie.model.experts import Layer
 
 NEEDS = "router"
 

@@ -7,7 +7,7 @@ Source: arXiv 2606.15716, whose gate-free means did best where the task is not k
 
 import numpy as np
 
-from coterie.stats import mean
+from coterie.model.stats import mean
 
 NEEDS = "stats"
 SUMS = ("tokens", "output_norms")

@@ -14,7 +14,7 @@ frequency times variance; tokens times variance is what the constant gets wrong.
 
 import numpy as np
 
-from coterie.stats import mean
+from coterie.model.stats import mean
 
 NEEDS = "stats"
 SUMS = ("tokens", "output_norms_squared", "outputs")

@@ -10,7 +10,7 @@ Source: Lasby et al., REAP, arXiv 2510.13999; its program normalises the weights
 
 import numpy as np
 
-from coterie.stats import mean
+from coterie.model.stats import mean
 
 NEEDS = "stats"
 SUMS = ("tokens", "gated_output_norms")

@@ -10,8 +10,8 @@ is `--removed null`, in our own layout; by default they go, and their tokens cho
 import numpy as np
 
 from coterie.errors import CoterieError
-from coterie.experts import Layer
 from coterie.methods.prune.router_norm import norms
+from coterie.model.experts import Layer
 
 NEEDS = "base"
 

@@ -206,7 +206,7 @@ def is_official(lambda1: float, lambda2: float, *, normalise: bool) -> bool:
 
 
 def _rounded(value: np.float32, dtype: str) -> np.float32:
-    from coterie.numerics import decode, encode
+    from coterie.storage.numerics import decode, encode
 
     try:
         raw = encode(np.array([value]), dtype, "router")

@@ -4,7 +4,7 @@ import itertools
 
 import datasets
 
-from coterie.evaluate import extract_answer, normalise_answer
+from coterie.judge.quality import extract_answer, normalise_answer
 from coterie.reference_model.problems import problems
 
 NUM_PROBLEMS = 500

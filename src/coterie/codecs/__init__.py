@@ -1,0 +1,1 @@
+"""How a matrix is stored: one file a way."""

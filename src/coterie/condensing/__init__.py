@@ -1,1 +1,0 @@
-"""CD-MoE: which layers become dense, which experts stay on in them, and how that is written."""

@@ -1,0 +1,1 @@
+"""From layers, statistics and a method to a decision."""

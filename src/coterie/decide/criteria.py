@@ -1,0 +1,196 @@
+"""A criterion on a whole model: what each layer's experts score, which are guarded, and how stable the choice is.
+
+Between the verbs (`verbs/prune.py`, `verbs/compare.py`), which say how many experts stay, and the methods (`methods/prune/`), which
+are about one layer's arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from coterie.decide.guard import super_experts
+from coterie.edits.plan import Choice
+from coterie.errors import CoterieError
+from coterie.methods import prune as methods
+from coterie.methods.prune import router_norm
+from coterie.model.experts import Layer, read_layer
+from coterie.model.layer import Model, MoE
+from coterie.model.stats import Stats, stability
+from coterie.storage.record import Progress, no_progress
+
+UNMEASURED = (
+    "multi-token-prediction layers and attention experts are never measured: there the longest router rows stay"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The blocks' layers, and how many experts stay of each, equally many of its routing groups."""
+
+    layers: dict[MoE, Layer]
+    kept: int
+    num_groups: int
+    weights: Mapping[str, float] = field(default_factory=dict)  # of domains
+
+    @property
+    def measured(self) -> list[MoE]:
+        """The blocks that calibration sees."""
+        return [b for b in self.layers if not b.mtp and not b.attention]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Choices, what goes into the plan's budget and into the report, and what should be said aloud."""
+
+    choices: dict[MoE, Choice]
+    budget: dict[str, Any] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+Scores = dict[MoE, np.ndarray]
+Guarded = dict[MoE, list[int]]
+
+
+def read_stats(model: Model, path: str, names: Iterable[str]) -> Stats:
+    """Of the statistics at a path, what these methods and the guard read.
+
+    Raises: CoterieError when they are of another model.
+    """
+    sums = {"tokens", "output_max"}.union(*(getattr(methods.load(name), "SUMS", ()) for name in names))
+    stats = Stats.load(path, only=sums)
+    stats.check_model(model.checkpoint.hash, path)
+    return stats
+
+
+# --- scores ------------------------------------------------------------------------------------------------
+
+
+def by_weights(task: Task, method: str, seed: int, on_progress: Progress = no_progress) -> Scores:
+    """Scores of a criterion that sees router rows and weights."""
+    score, generator = methods.load(method).score, np.random.default_rng(seed)
+    found = {}
+    for done, (block, layer) in enumerate(task.layers.items()):
+        found[block] = np.asarray(score(layer, generator), dtype=np.float64)
+        on_progress("scoring experts", done + 1, len(task.layers))
+    return found
+
+
+def by_base(task: Task, method: str, model: Model, base: Model, where: str) -> Scores:
+    """Scores of a criterion that compares with an earlier checkpoint of the same model.
+
+    Raises: CoterieError for a checkpoint of another model type, or one that lacks a layer.
+    """
+    kinds = [m.checkpoint.config.get("model_type") for m in (model, base)]
+    if kinds[0] != kinds[1]:
+        raise CoterieError(f"--base {where}: is {kinds[1]!r}, not {kinds[0]!r}; expected this model before fine-tuning")
+    score, blocks = methods.load(method).score, {(b.key, b.attention): b for b in base.moe}
+    found = {}
+    for block, layer in task.layers.items():
+        other = blocks.get((block.key, block.attention))
+        if other is None:
+            raise CoterieError(f"--base {where}: has no {block.name}; expected this model before its fine-tuning")
+        found[block] = score(layer, read_layer(base.checkpoint, other))
+    return found
+
+
+def by_stats(task: Task, method: str, stats: Stats) -> Scores:
+    """Scores of a criterion of statistics; of the longest router rows where nothing is measured."""
+    module, generator = methods.load(method), np.random.default_rng(0)
+    found = {}
+    for block, layer in task.layers.items():
+        if block in task.measured:
+            if not total(stats, block, "tokens", task.weights).any():
+                raise CoterieError(f"{block.name}: the statistics, as weighted, hold no token; collect more samples")
+            found[block] = module.score(*(total(stats, block, name, task.weights) for name in module.SUMS))
+        else:
+            found[block] = router_norm.score(layer, generator)
+    return found
+
+
+def total(stats: Stats, block: MoE, name: str, weights: Mapping[str, float] | None = None) -> np.ndarray:
+    """A sum over the weighted domains, one row an expert. Raises: CoterieError for other numbers of experts."""
+    found = stats.get(block.key, name, weights)
+    if found.shape[:1] != (block.num_experts,):
+        raise CoterieError(
+            f"{block.name}: {name!r} has shape {found.shape} in the statistics; the layer has {block.num_experts} "
+            "experts: collect them again on this model"
+        )
+    return found
+
+
+# --- choices -----------------------------------------------------------------------------------------------
+
+
+def keep(task: Task, scores: Scores, guarded: Guarded | None = None) -> dict[MoE, Choice]:
+    """The highest scores of each routing group stay, guarded experts before them; ties go to the lower id.
+
+    Raises: CoterieError where more are guarded than stay.
+    """
+    per_group, found = task.kept // task.num_groups, {}
+    for block, score in scores.items():
+        ranked = score.astype(np.float64)
+        ranked[(guarded or {}).get(block, [])] = np.inf
+        groups = ranked.reshape(task.num_groups, -1)
+        if (np.isinf(groups).sum(axis=1) > per_group).any():
+            raise CoterieError(
+                f"{block.name}: more super experts than the {per_group} experts that stay of a routing group; keep "
+                "more, or --no-guard"
+            )
+        best = np.argsort(-groups, axis=1, kind="stable")[:, :per_group]
+        found[block] = Choice(tuple(sorted(g * groups.shape[1] + int(e) for g, row in enumerate(best) for e in row)))
+    return found
+
+
+def guard(task: Task, stats: Stats | None) -> Guarded:
+    """The super experts of every measured block; none are known without statistics.
+
+    Raises: CoterieError for statistics that do not hold the largest outputs.
+    """
+    if stats is None:
+        return {}
+    try:
+        largest = [total(stats, block, "output_max") for block in task.measured]
+    except CoterieError as error:
+        raise CoterieError(f"super experts cannot be told ({error}), or give --no-guard") from error
+    return dict(zip(task.measured, super_experts(largest), strict=True))
+
+
+def listed(guarded: Guarded, stats: Stats | None) -> list[list[Any]]:
+    """[layer, expert, its largest output] of every guarded expert, as the report has them."""
+    if stats is None:
+        return []
+    return [[b.key, e, float(total(stats, b, "output_max")[e])] for b, ids in guarded.items() for e in ids]
+
+
+def decide_by_stats(task: Task, method: str, stats: Stats, path: str, *, no_guard: bool = False) -> Decision:
+    """The choices of a criterion of statistics."""
+    guarded = guard(task, None if no_guard else stats)
+    scores = by_stats(task, method, stats)
+    choices = keep(task, scores, guarded)
+    budget: dict[str, Any] = {"stats": {"path": path, "model": stats.model, "samples": stats.samples}}
+    notes = list(saved(guarded, keep(task, scores)))
+    notes += [UNMEASURED] if len(task.measured) < len(task.layers) else []
+    try:
+        budget["stability"] = stability(
+            stats, lambda half: kept_of(task, keep(task, by_stats(task, method, half), guarded))
+        )
+    except CoterieError as error:
+        notes.append(f"how stable the choice is was not measured: from half of the data, {error}")
+    findings = {"guarded": listed(guarded, stats), "scores": {b.key: scores[b].tolist() for b in task.measured}}
+    return Decision(choices, budget, findings, tuple(notes))
+
+
+def kept_of(task: Task, choices: dict[MoE, Choice]) -> dict[str, Collection[int]]:
+    """Kept experts by layer key, of the measured blocks."""
+    return {block.key: choices[block].kept for block in task.measured}
+
+
+def saved(guarded: Guarded, unguarded: dict[MoE, Choice]) -> tuple[str, ...]:
+    """What to say of super experts that would go without the guard."""
+    found = [f"{b.name} expert {e}" for b, ids in guarded.items() for e in ids if e not in unguarded[b].kept]
+    return (f"super experts that score low stay all the same: {', '.join(found)} (--no-guard)",) if found else ()

@@ -1,0 +1,136 @@
+"""Unstructured pruning outside the experts: attention, shared experts, dense MLPs and routers.
+
+The published programs prune every linear map of a decoder layer. Ours leaves these alone unless asked: they are few
+and run for every token, and the router decides what the experts see.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coterie.edits.beside import by_layer
+from coterie.errors import CoterieError
+from coterie.methods.sparsify.select import choose
+from coterie.model.experts import zeroed
+from coterie.model.layer import LAYER, Model
+
+if TYPE_CHECKING:
+    import torch
+
+    from coterie.forward.stream import Stream, Walk
+
+
+@dataclass
+class Linears:
+    """Prunes such matrices layer by layer: floor(S * I) zeros in each row, as published."""
+
+    model: Model
+    method: ModuleType
+    also: tuple[str, ...]
+    shares: dict[str, Fraction]  # S by layer
+    put: Callable[[str, int, bytes], None]
+    zeros: Counter[tuple[str, str]] = field(default_factory=Counter)  # (layer, kind) -> zeros
+
+    def prune(self, name: str, kind: str, norms: np.ndarray) -> np.ndarray:
+        """Writes one matrix with its zeros, and returns where they are; norms (I,) of what it multiplies."""
+        checkpoint = self.model.checkpoint
+        weight = checkpoint.read(name).astype(np.float32, copy=False)
+        layer = LAYER.fullmatch(name)["index"]  # type: ignore[index]
+        if not (np.isfinite(weight).all() and np.isfinite(norms).all()):
+            raise CoterieError(f"tensor {name!r}: weights or activations are NaN or infinite; expected finite")
+        rows, columns = weight.shape
+        count = int(self.shares[layer] * columns)
+        mask = choose(weight, partial(self.method.score, norms=norms), np.full(rows, count))
+        self.put(name, 0, zeroed(checkpoint.raw(name), mask, name))
+        self.zeros[layer, kind] += weight.size - int(np.count_nonzero(np.where(mask, 0, weight)))
+        return mask
+
+    def prune_all(self) -> None:
+        """All of them, without data."""
+        for layer in by_layer(self.model, self.also).values():
+            for name, kind in layer.items():
+                self.prune(name, kind, np.ones(self.model.checkpoint.tensors[name].shape[1]))
+
+    def rehearse(self, stream: Stream, walk: Walk) -> Callable[..., None]:
+        """For `Stream.run`: measures a layer's matrices while it runs densely, then prunes them in it and on disk."""
+        chosen = by_layer(self.model, self.also)
+
+        def run(index: int, layer: torch.nn.Module, forward: Callable[[Walk], None]) -> None:
+            import torch
+
+            wanted = parameters(stream, index, layer, chosen.get(index, {}))
+            norms = measured(layer, wanted, lambda: forward(walk))
+            for parameter, name in wanted.items():
+                mask = self.prune(name, chosen[index][name], norms[parameter])
+                layer.get_parameter(parameter).data[torch.from_numpy(mask)] = 0
+
+        return run
+
+
+def parameters(stream: Stream, index: int, layer: torch.nn.Module, names: dict[str, str]) -> dict[str, str]:
+    """Parameter of the layer -> tensor, for the tensors to prune.
+
+    Raises: CoterieError for one that transformers makes something else of.
+    """
+    stored = {tensor: parameter for parameter, tensor in stream.stored(index).items()}
+    missing = [n for n in names if n not in stored or not stored[n].endswith("weight")]
+    if missing:
+        raise CoterieError(
+            f"tensor {missing[0]!r}: {type(layer).__name__} holds it in another form, so it cannot be pruned on its "
+            f"own; leave {names[missing[0]]!r} out of --also"
+        )
+    return {stored[n]: n for n in names}
+
+
+def measured(layer: torch.nn.Module, wanted: dict[str, str], forward: Callable[[], None]) -> dict[str, np.ndarray]:
+    """||X_j|| (I,) of what each parameter multiplies while `forward` runs."""
+    watch = Watch(layer, wanted)
+    try:
+        forward()
+    finally:
+        watch.stop()
+    return watch.norms()
+
+
+class Watch:
+    """Hooks that sum x^2 of what enters the modules of a layer's parameters (parameter -> tensor)."""
+
+    def __init__(self, layer: torch.nn.Module, wanted: dict[str, str]) -> None:
+        self.wanted = wanted
+        self._squares: dict[str, torch.Tensor] = {}
+        self._handles = []
+        for parameter in wanted:
+            module = layer.get_submodule(parameter.rpartition(".")[0])
+            see = self._hook(parameter, layer.get_parameter(parameter).shape[1])
+            self._handles.append(module.register_forward_pre_hook(see))
+
+    def _hook(self, parameter: str, columns: int) -> Callable[..., None]:
+        import torch
+
+        def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if not inputs or inputs[0].shape[-1] != columns:
+                name = self.wanted[parameter]
+                raise CoterieError(f"tensor {name!r}: its module is given something else than rows of {columns}")
+            found = inputs[0].reshape(-1, columns).float().square().sum(0, dtype=torch.float64)
+            self._squares[parameter] = self._squares.get(parameter, 0) + found
+
+        return see
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def norms(self) -> dict[str, np.ndarray]:
+        """||X_j|| (I,) by parameter. Raises: CoterieError where nothing passed."""
+        unseen = [name for parameter, name in self.wanted.items() if parameter not in self._squares]
+        if unseen:
+            raise CoterieError(f"tensor {unseen[0]!r}: nothing passed through it, so there is nothing to judge it by")
+        return {parameter: squares.sqrt().numpy() for parameter, squares in self._squares.items()}

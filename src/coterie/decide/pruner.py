@@ -1,0 +1,281 @@
+"""Unstructured pruning inside the kept experts: one streaming forward that prunes each expert while it is in memory.
+
+Sequential (the default, as published): a layer is scored on the activations that the already pruned layers before it
+produce, pruned, and its pruned output feeds the next. One-pass scores every layer on the dense model's activations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from coterie.edits.budget import PARTS, Counts, row_zeros
+from coterie.edits.kurtosis import Moments
+from coterie.errors import CoterieError
+from coterie.forward.activations import Piece, Routed, weighted_sums
+from coterie.methods.sparsify import magnitude
+from coterie.methods.sparsify.select import choose, zero
+from coterie.model import moe
+from coterie.model.experts import expert_biases, expert_matrices, expert_weights, store_expert, zero_expert
+from coterie.model.layer import Model, MoE
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.numerics import decode, encode
+from coterie.storage.record import Progress
+
+Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # gate, up, down
+Put = Callable[[str, int, bytes], None]  # (tensor, offset in it, bytes)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What one expert's rules see: ||X_j|| of gate and up's inputs (D,) and of down's (F,), and its token count."""
+
+    inputs: np.ndarray
+    hidden: np.ndarray
+    num_tokens: int
+    hessians: tuple[np.ndarray, np.ndarray] | None = None  # sum x x^T of the same inputs, where a rule needs it
+
+    def of(self, part: str) -> np.ndarray:
+        return self.hidden if part == "down" else self.inputs
+
+    def hessian(self, part: str) -> np.ndarray:
+        assert self.hessians is not None
+        return self.hessians[part == "down"]
+
+
+class Seen:
+    """Sums over one expert's tokens, given in pieces.
+
+    needs: "norms", "gated norms" (tokens times the router's weight), or "hessian" (norms and sum x x^T).
+    """
+
+    def __init__(self, needs: str) -> None:
+        self.needs, self.num_tokens = needs, 0
+        self._squares: list[Any] = [0.0, 0.0]
+        self._hessians: list[Any] = [0.0, 0.0]
+
+    def add(self, piece: Piece) -> None:
+        self.num_tokens += len(piece.rows)
+        weights = (
+            piece.weights.float()[None].square() if self.needs == "gated norms" else torch.ones(1, len(piece.rows))
+        )
+        for i, values in enumerate((piece.x, piece.hidden)):
+            self._squares[i] = self._squares[i] + weighted_sums(weights, values, squared=True)[0]
+            if self.needs == "hessian":
+                self._hessians[i] = self._hessians[i] + values.double().T @ values.double()
+
+    def norms(self, where: str) -> Norms:
+        """Raises: CoterieError for NaN or infinite activations."""
+        inputs, hidden = (s.sqrt().numpy() for s in self._squares)
+        if not (np.isfinite(inputs).all() and np.isfinite(hidden).all()):
+            raise CoterieError(f"{where}: activations are NaN or infinite; the weights are damaged, or need float32")
+        hessians = (self._hessians[0].numpy(), self._hessians[1].numpy()) if self.needs == "hessian" else None
+        return Norms(inputs, hidden, self.num_tokens, hessians)
+
+
+@dataclass
+class Pruner:
+    """Prunes the experts of every layer by one rule, and remembers what it did."""
+
+    checkpoint: Checkpoint
+    method: ModuleType
+    zeros: Counts
+    put: Put
+    dtype: torch.dtype = torch.float32
+    pattern: tuple[int, int] | None = None
+    min_tokens: int = 64
+    sequential: bool = True
+    cold: list[list[Any]] = field(default_factory=list)  # [layer, expert, tokens]
+    num_zeros: Counter[str] = field(default_factory=Counter)  # by layer, counted in what was written
+    before: Moments = field(default_factory=Moments)
+    after: Moments = field(default_factory=Moments)
+    num_judged: int | None = None  # only the first so many tokens are measured; the rest pass through
+    _measured: dict[int, Norms] | None = None  # of the experts of a rehearsed layer
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know of the layers done."""
+        moments = [self.before.sums, self.after.sums]
+        return {"cold": self.cold, "zeros": dict(self.num_zeros), "moments": moments}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.cold, self.num_zeros = state["cold"], Counter(state["zeros"])
+        self.before, self.after = (Moments(sums) for sums in state["moments"])
+
+    def absorb(self, state: dict[str, Any]) -> None:
+        """Adds what another pruner did, by its `state`."""
+        self.cold += state["cold"]
+        self.num_zeros.update(state["zeros"])
+        before, after = (Moments(sums) for sums in state["moments"])
+        self.before, self.after = self.before + before, self.after + after
+
+    def walk(self, routed: Routed) -> torch.Tensor:
+        """Prunes all experts of a block, chosen or not; returns the weighted sum of the pruned ones (sequential),
+        or of the dense ones."""
+        total = routed.zeros()
+        for e, rows, gates in every_expert(routed):
+            self.visit(routed, e, rows, gates, total)
+        self._measured = None
+        return total
+
+    def visit(self, routed: Routed, e: int, rows: torch.Tensor, gates: torch.Tensor, total: torch.Tensor) -> None:
+        """Prunes one expert, and adds its weighted outputs to `total`."""
+        matrices, expert = self._read(routed.block, e)
+        norms = self._norms(routed, e, expert, rows, gates, None if self.sequential else total)
+        if norms is None or norms.num_tokens < self.min_tokens:
+            self.cold.append([routed.block.key, e, norms.num_tokens if norms else 0])
+            norms = None
+        pruned = self.prune(routed.block, e, matrices, norms)
+        if self.sequential:
+            for part, matrix in zip(PARTS, pruned, strict=True):
+                if matrix is not None:
+                    expert.matrices[part].copy_(torch.from_numpy(matrix))
+            run_expert(routed, expert, rows, gates, total)
+
+    def rehearse(self, routed: Routed) -> torch.Tensor:
+        """Measures the experts on the dense layer's activations, for the next `walk`; returns the dense sum."""
+        total, self._measured = routed.zeros(), {}
+        for e, rows, gates in every_expert(routed):
+            if len(rows):
+                _, expert = self._read(routed.block, e)
+                norms = self._see(routed, e, expert, rows, gates, total)
+                self._measured |= {e: norms} if norms else {}
+        return total
+
+    def _read(self, block: MoE, e: int) -> tuple[Matrices, moe.Expert]:
+        matrices = read_finite(self.checkpoint, block, e)
+        return matrices, as_expert(self.checkpoint, block, e, matrices, self.dtype)
+
+    def _norms(
+        self,
+        routed: Routed,
+        e: int,
+        expert: moe.Expert,
+        rows: torch.Tensor,
+        gates: torch.Tensor,
+        total: torch.Tensor | None,
+    ) -> Norms | None:
+        """The expert's norms, measured now or in a rehearsal; adds its dense outputs to `total` if there is one."""
+        if not len(rows):
+            return None
+        if self._measured is None:
+            return self._see(routed, e, expert, rows, gates, total)
+        if total is not None:
+            run_expert(routed, expert, rows, gates, total)
+        return self._measured.get(e)
+
+    def _see(
+        self,
+        routed: Routed,
+        e: int,
+        expert: moe.Expert,
+        rows: torch.Tensor,
+        gates: torch.Tensor,
+        total: torch.Tensor | None,
+    ) -> Norms | None:
+        seen = Seen(self.method.NEEDS)
+        judged = len(rows) if self.num_judged is None else int((rows < self.num_judged).sum())  # rows ascend
+        run_expert(routed, expert, rows[:judged], gates[:judged], total, seen.add)
+        if total is not None:
+            run_expert(routed, expert, rows[judged:], gates[judged:], total)
+        return seen.norms(f"{routed.block.name}, expert {e}") if judged else None
+
+    def prune(self, block: MoE, e: int, matrices: Matrices, norms: Norms | None) -> Matrices:
+        """Writes one expert with its zeros, and returns it so; no norms: by magnitude."""
+        pruned: list[np.ndarray | None] = []
+        masks: list[np.ndarray | None] = []
+        before, after = Moments(), Moments()  # of this expert: sums do not depend on who pruned the others
+        for part, weight in zip(PARTS, matrices, strict=True):
+            kept, mask = (None, None) if weight is None else self._prune_matrix(block, e, part, weight, norms)
+            pruned.append(kept)
+            masks.append(mask)
+            if weight is not None and kept is not None:
+                left = int(np.count_nonzero(kept))
+                self.num_zeros[block.key] += kept.size - left
+                before.add(weight)
+                after.add(kept, left)
+        self.before, self.after = self.before + before, self.after + after
+        if norms and self.method.NEEDS == "hessian":
+            stored = store_expert(self.checkpoint, block, e, _three(pruned))
+        else:
+            stored = zero_expert(self.checkpoint, block, e, _three(masks))
+        for name, offset, raw in stored:
+            self.put(name, offset, raw)
+        return _three(pruned)
+
+    def _prune_matrix(
+        self, block: MoE, e: int, part: str, weight: np.ndarray, norms: Norms | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The matrix with its zeros, and where they are; by magnitude where too few tokens came to say more."""
+        num_zeros = self.zeros[block.key, e, part]
+        if norms and self.method.NEEDS == "hessian":
+            kept = self.method.prune(weight, norms.hessian(part), num_zeros, pattern=self.pattern)
+            name = expert_weights(self.checkpoint, block)[0]
+            dtype = self.checkpoint.tensors[name].dtype  # what computes from here on is what is written
+            return decode(encode(kept, dtype, name), dtype, name).astype(np.float32).reshape(kept.shape), None
+        score = partial(self.method.score, norms=norms.of(part)) if norms else magnitude.score
+        mask = choose(weight, score, row_zeros(len(weight), num_zeros), self.pattern)
+        kept = weight.copy()
+        zero(kept, mask)
+        return kept, mask
+
+    def prune_all(self, model: Model, on_progress: Progress) -> None:
+        """Every expert of every block, without data."""
+        blocks = model.main
+        for done, block in enumerate(blocks):
+            for e in range(block.num_experts):
+                self.prune(block, e, read_finite(self.checkpoint, block, e), None)
+            on_progress("pruning layers", done + 1, len(blocks))
+
+
+def as_expert(checkpoint: Checkpoint, block: MoE, e: int, matrices: Matrices, dtype: torch.dtype) -> moe.Expert:
+    """Matrices that were read already, in the dtype to compute in, with the biases beside them."""
+    gate, up, down = (None if m is None else torch.tensor(m, dtype=dtype) for m in matrices)
+    assert up is not None and down is not None
+    biases = (None if b is None else torch.tensor(b, dtype=dtype) for b in expert_biases(checkpoint, block, e))
+    gate_up = up.contiguous() if gate is None else torch.cat([gate, up])
+    return moe.Expert(gate_up, down.contiguous(), gate is not None, *biases)
+
+
+def run_expert(
+    routed: Routed,
+    expert: moe.Expert,
+    rows: torch.Tensor,
+    gates: torch.Tensor,
+    total: torch.Tensor | None,
+    see: Callable[[Piece], None] | None = None,
+) -> None:
+    """Adds the expert's weighted outputs to `total`, if there is one, and shows `see` what passed, in pieces."""
+    for piece in routed.pieces(expert, rows, gates):
+        if see:
+            see(piece)
+        if total is not None:
+            routed.add(total, piece)
+
+
+def every_expert(routed: Routed) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(expert, its tokens' rows, their weights), ascending, also for experts that no token chose."""
+    chosen = {e: (rows, gates) for e, rows, gates in routed.by_expert()}
+    none = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    for e in range(routed.block.num_experts):
+        yield e, *chosen.get(e, none)
+
+
+def read_finite(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
+    """An expert's matrices. Raises: CoterieError for NaN or infinite weights."""
+    matrices = expert_matrices(checkpoint, block, e)
+    for part, weight in zip(PARTS, matrices, strict=True):
+        if weight is not None and not np.isfinite(weight).all():
+            raise CoterieError(f"{block.name}, expert {e}, {part}: weights are NaN or infinite; expected finite")
+    return matrices
+
+
+def _three(found: list[Any]) -> Any:
+    gate, up, down = found
+    return gate, up, down

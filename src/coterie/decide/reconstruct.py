@@ -1,0 +1,346 @@
+"""What a layer's output loses when only some of its experts stay, for criteria that try sets of them (NAEE).
+
+Removing experts changes more than a sum: the router chooses others, and normalises anew. So every token is routed again
+for every set, by the stock block itself; and what the change of weights costs is read off inner products,
+
+    sum_x ||Z(x) - Z_K(x)||^2 = sum_x (w - w_K)^T G(x) (w - w_K),   G_ef(x) = <f_e(x), f_f(x)>,
+
+w (E,) being the token's weights, zero where an expert is not chosen. G is measured once, with every expert run on every
+token; sets then cost a routing each. Importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from coterie.decide.criteria import UNMEASURED, Decision, Guarded, Task, by_weights, guard, keep, listed
+from coterie.edits.masked import MaskedRouting, twin
+from coterie.edits.plan import Choice
+from coterie.errors import CoterieError
+from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk
+from coterie.forward.samples import compute_dtype, read_samples
+from coterie.forward.stream import Stream, advance
+from coterie.methods import prune as methods
+from coterie.model import moe
+from coterie.model.layer import Model, MoE
+from coterie.model.loading import quiet_transformers
+from coterie.model.stats import HALVES, Stats, agreement
+from coterie.storage.record import Progress
+from coterie.storage.writer import existing
+
+if TYPE_CHECKING:
+    from coterie.decide.experts import Pruning
+
+MOST_PRODUCTS = 2**30  # bytes of G in memory: 4 T E^2 of one layer
+MOST_OUTPUTS = 2**26  # numbers: the outputs of all experts on some tokens
+ROWS = 4096  # tokens whose errors are summed at once
+ALIKE = 1e-4  # of the largest weight: routing that is found again may round differently
+
+Kept = tuple[int, ...]
+
+
+def decide(
+    model: Model, task: Task, options: Pruning, stats: Stats | None, spill: Path | None, on_progress: Progress
+) -> Decision:
+    """The choices of a criterion of outputs, layer by layer, on the model as it is.
+
+    spill: the folder for activations that are too large for memory.
+    Raises: CoterieError for more sets than the criterion tries, and for a model or data that cannot be measured.
+    """
+    method, num_groups = methods.load(options.method), task.num_groups
+    for block in task.measured:
+        method.check([block.num_experts // num_groups] * num_groups, [task.kept // num_groups] * num_groups)
+    guarded = guard(task, None if options.no_guard else stats)
+    rest = keep(task, by_weights(task, "router-norm", 0), guarded)
+    samples, notes = read_samples(
+        model, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
+    )
+    trial = Trial(task, method, guarded)
+    measure(model, samples, options, trial, on_progress, spill)
+    notes += [UNMEASURED] if len(task.measured) < len(task.layers) else []
+    notes += [] if stats else ["super experts are known from --stats alone: none is guarded"]
+    budget = {
+        "samples": {name: len(given) for name, given in samples.items()},
+        "stability": agreement(*trial.halves),
+    }
+    findings = {"guarded": listed(guarded, stats), "reconstruction_error": trial.errors}
+    return Decision({**rest, **trial.choices}, budget, findings, tuple(notes))
+
+
+@dataclass
+class Trial:
+    """What a criterion chooses, on all samples and on each half, and the share of the output that the choice loses."""
+
+    task: Task
+    method: ModuleType
+    guarded: Guarded
+    choices: dict[MoE, Choice] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    halves: tuple[dict[str, Kept], ...] = field(default_factory=lambda: tuple({} for _ in range(HALVES)))
+
+    def choose(self, block: MoE, sets: Sets) -> None:
+        """Chooses for one block."""
+        num_groups, always = self.task.num_groups, frozenset(self.guarded.get(block, ()))
+        groups = np.arange(block.num_experts).reshape(num_groups, -1).tolist()
+        per_group = [self.task.kept // num_groups] * num_groups
+        error = cache(sets.error)
+
+        def chosen(half: slice) -> Kept:
+            return tuple(self.method.choose(lambda kept: error(kept)[half].sum(), groups, per_group, always))
+
+        kept = chosen(slice(None))
+        self.choices[block] = Choice(kept)
+        self.errors[block.key] = float(error(kept).sum() / (sets.size() or 1.0))
+        for half, found in enumerate(self.halves):
+            found[block.key] = chosen(slice(half, half + 1))
+
+
+@quiet_transformers()
+def measure(
+    model: Model,
+    samples: dict[str, list[tuple[int, ...]]],
+    options: Pruning,
+    trial: Trial,
+    on_progress: Progress,
+    spill: Path | None = None,
+) -> None:
+    """Runs the model as it is over the samples; each MoE layer chooses once it is through."""
+    dtype = compute_dtype(model, options.dtype)
+    stream, blocks = Stream(model, dtype), {int(b.key): b for b in model.main}
+    _check_size(model, sum(len(s) for given in samples.values() for s in given))
+    given = [s for given in samples.values() for s in given]
+    batches = stream.embed(given, spill=None if spill is None else existing(spill))
+    tokens = Tokens.of(batches, samples, options.weights)
+    for index, layer in enumerate(stream.layers):
+        with stream.loaded(index) as go:
+            block = blocks.get(index)
+            if block is None:
+                go(batches, plain_walk(model.checkpoint, dtype), advance)
+            else:
+                sets = Sets(stream, layer, block, tokens)
+                with sets.seen():
+                    go(batches, sets.walk(dtype), advance)
+                sets.check()
+                trial.choose(block, sets)
+        on_progress("trying sets of experts", index + 1, len(stream.layers))
+
+
+def _check_size(model: Model, num_tokens: int) -> None:
+    num_experts = max(block.num_experts for block in model.main)
+    most = MOST_PRODUCTS // (4 * num_experts**2)
+    if num_tokens > most:
+        raise CoterieError(
+            f"--samples: {num_tokens:,} tokens of {num_experts} experts each; inner products of their outputs fit in "
+            f"memory for {most:,}: give fewer or shorter samples"
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of every row that a layer routes: the half that its sample is in, and its domain's weight; (T,) each."""
+
+    halves: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, batches: list[Batch], samples: dict[str, list[tuple[int, ...]]], weights: dict[str, float]) -> Tokens:
+        """Raises: CoterieError for a weight of a domain that is not there."""
+        unknown = set(weights) - set(samples)
+        if unknown:
+            raise CoterieError(f"--weights: domain {sorted(unknown)[0]!r} is not in the data: {', '.join(samples)}")
+        half = [i % HALVES for given in samples.values() for i in range(len(given))]
+        weight = [weights.get(name, 1.0) for name, given in samples.items() for _ in given]
+        if not any(weight):
+            raise CoterieError("--weights: every domain weighs 0; give one of them more")
+        order = [i for batch in batches for i in batch.samples for _ in range(batch.hidden.shape[1])]
+        return cls(torch.tensor([half[i] for i in order]), torch.tensor([weight[i] for i in order]).double())
+
+
+class _Asked(Exception):
+    """A block has said which experts it wants."""
+
+
+class Sets:
+    """Errors of sets of experts in one loaded layer, from one run of it with `seen` entered and `walk` for experts."""
+
+    def __init__(self, stream: Stream, layer: torch.nn.Module, block: MoE, tokens: Tokens) -> None:
+        """Raises: CoterieError for a block whose experts are named by a table."""
+        if block.tables:
+            raise CoterieError(f"{block.name}: a table names its experts, so there is no routing to try sets with")
+        self._checkpoint, self._block, self._tokens = stream.checkpoint, block, tokens
+        self._experts = moe.experts_modules(layer)[0]
+        self._router = twin(stream.model, stream.checkpoint, block.router)
+        biases = [name for name in block.rows if "bias" in name.rpartition(".")[2]]
+        self._biases = [twin(stream.model, stream.checkpoint, name) for name in biases]
+        self._module = _holder(layer, self._experts, self._router)
+        _remember(self._module, self._experts, [self._router, *self._biases])
+        self._calls: list[tuple[tuple, dict[str, Any]]] = []
+        self._weights = self._products = torch.empty(0)
+
+    @contextmanager
+    def seen(self) -> Iterator[None]:
+        """Takes down what the block is called with, once a batch."""
+        handle = self._module.register_forward_pre_hook(
+            lambda module, args, kwargs: self._calls.append((args, kwargs)), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def walk(self, dtype: torch.dtype) -> Walk:
+        """Every expert on every token: their inner products are kept, and their weighted sums returned."""
+
+        def walk(routed: Routed) -> torch.Tensor:
+            routed.check_linear()
+            num_experts, total = routed.block.num_experts, routed.zeros()
+            self._weights = dense_weights(routed.chosen, routed.weights, num_experts)
+            self._products = torch.empty(len(routed.x), num_experts, num_experts)
+            size = max(1, MOST_OUTPUTS // (num_experts * routed.x.shape[1]))
+            for rows in torch.arange(len(routed.x)).split(size):
+                outputs = self._outputs(routed, rows, dtype)
+                self._products[rows] = outputs @ outputs.mT
+                total[rows] = (self._weights[rows, None] @ outputs)[:, 0].to(total.dtype)
+            if not all(bound.isfinite() for bound in self._products.aminmax()):
+                raise CoterieError(f"{routed.block.name}: outputs of experts are NaN or too large; try --dtype float32")
+            return total
+
+        return walk
+
+    def _outputs(self, routed: Routed, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Of every expert on some rows, (T, E, D) in float32."""
+        ones = torch.ones(len(rows))
+        experts = moe.read_experts(self._checkpoint, routed.block, range(routed.block.num_experts), dtype)
+        found = [torch.cat([piece.y.float() for piece in routed.pieces(e, rows, ones)]) for e in experts]
+        return torch.stack(found, dim=1)
+
+    def size(self) -> float:
+        """The squared norm of the experts' sum: what errors are a share of."""
+        return float(self._cost(self._weights).sum())
+
+    def error(self, kept: Kept) -> np.ndarray:
+        """The squared change of the output when the router knows these experts alone, by half (2,)."""
+        return self._cost(self._weights - self._routed(kept)).numpy()
+
+    def _cost(self, change: torch.Tensor) -> torch.Tensor:
+        """The sum over tokens, weighted and by half, of change^T G change, for weights (T, E)."""
+        found, tokens = torch.zeros(HALVES, dtype=torch.float64), self._tokens
+        num_experts = change.shape[1]
+        changed = change.count_nonzero(dim=1)  # of a token: few of all experts, so that few products do
+        most = max(1, int(changed.max()))
+        for rows in changed.nonzero()[:, 0].split(ROWS):
+            ids = change[rows].abs().topk(most, sorted=False).indices
+            some = change[rows].gather(1, ids)
+            pairs = (ids[:, :, None] * num_experts + ids[:, None]).flatten(1) + rows[:, None] * num_experts**2
+            products = self._products.take(pairs).view(len(rows), most, most)
+            costs = ((some[:, None] @ products)[:, 0] * some).sum(dim=1).double().clamp(min=0)
+            found.index_add_(0, tokens.halves[rows], costs * tokens.weights[rows])
+        return found
+
+    def _routed(self, kept: Kept) -> torch.Tensor:
+        """Every token's weights (T, E) when the router knows the kept experts alone: the stock block runs again.
+
+        Raises: CoterieError where the router does not use the stored rows as they are.
+        """
+        routing, dropped = MaskedRouting(), sorted(set(range(self._block.num_experts)) - set(kept))
+        routing.hide(self._block.name, self._router, kept)
+        with self._asked() as asked, _lowered(self._biases, dropped), routing:
+            for args, kwargs in self._calls:
+                with suppress(_Asked):
+                    self._module(*args, **kwargs)
+        if not all(routing.hits.values()):
+            raise CoterieError(
+                f"{self._block.name}: its router computes in another dtype than {self._router.dtype}, so no set can be "
+                "tried; give --dtype float32"
+            )
+        chosen, weights = (torch.cat([t.reshape(-1, t.shape[-1]) for t in ts]) for ts in zip(*asked, strict=True))
+        return dense_weights(chosen, weights, self._block.num_experts)
+
+    @contextmanager
+    def _asked(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """While entered, a block ends where it calls its experts: what it chose, with which weights, is taken down."""
+        asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def forward(
+            hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            asked.append((top_k_index, top_k_weights))
+            raise _Asked
+
+        self._experts.forward = forward
+        try:
+            yield asked
+        finally:
+            del self._experts.forward
+
+    def check(self) -> None:
+        """Raises: CoterieError where the block, run again with all experts, does not route as it did."""
+        again = self._routed(tuple(range(self._block.num_experts)))
+        gap = float((again - self._weights).abs().max() / self._weights.abs().max())
+        if gap > ALIKE:
+            raise CoterieError(
+                f"{self._block.name}: run again, its block routes differently (by {gap:.1e}); use a "
+                "criterion of statistics"
+            )
+
+
+@contextmanager
+def _lowered(biases: list[torch.Tensor], dropped: list[int]) -> Iterator[None]:
+    """While entered, biases that select cannot select the dropped experts."""
+    before = [bias.clone() for bias in biases]
+    for bias in biases:
+        bias[..., dropped] = -torch.inf
+    try:
+        yield
+    finally:
+        for bias, values in zip(biases, before, strict=True):
+            bias.copy_(values)
+
+
+def _remember(module: torch.nn.Module, experts: torch.nn.Module, routing: list[torch.Tensor]) -> None:
+    """From now on, submodules that do not route return what they returned for an equal input: a block often computes
+    its shared expert before it calls the routed ones, and it is the same for every set.
+    """
+    for child in module.children():
+        held = [*child.parameters(), *child.buffers()]
+        if experts not in child.modules() and not any(one is other for one in held for other in routing):
+            child.forward = _Remembering(child.forward)
+
+
+class _Remembering:
+    """A function that is computed once for inputs that are one tensor each, and equal."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor):
+            return self._function(*args, **kwargs)
+        for given, output in self._seen:
+            if torch.equal(given, args[0]):
+                return output.clone()  # what is remembered must not change in place
+        output = self._function(args[0])
+        if isinstance(output, torch.Tensor):
+            self._seen.append((args[0], output.clone()))
+        return output
+
+
+def _holder(layer: torch.nn.Module, experts: torch.nn.Module, router: torch.Tensor) -> torch.nn.Module:
+    """The smallest module of a layer that holds both its experts and its router."""
+    path = next(path for path, module in layer.named_modules() if module is experts)
+    while path:
+        path = path.rpartition(".")[0]
+        module = layer.get_submodule(path)
+        if any(parameter is router for parameter in module.parameters()):
+            return module
+    return layer

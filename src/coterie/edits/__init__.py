@@ -1,0 +1,1 @@
+"""Plans: what may become of a checkpoint, one file per kind of change, and carrying it out."""

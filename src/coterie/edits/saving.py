@@ -1,0 +1,153 @@
+"""`--save dense|sparse`, the same for every command that writes a checkpoint.
+
+Sparse takes two steps: the command writes the dense checkpoint to OUT.dense, then that is packed into OUT with the
+command's own record, and deleted under the name OUT.dense.old. A killed run leaves OUT.dense or the partial folder of
+either step, and --resume goes on from it; or OUT.dense.old, and --resume deletes it. Until the end the disk holds both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from coterie.edits.coding import some_shrink
+from coterie.edits.pack import pack
+from coterie.errors import CoterieError
+from coterie.model.layer import Model
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.record import Progress, Report
+from coterie.storage.steps import Folders, is_first
+from coterie.storage.writer import check_out, partial_of
+
+SAVES = ("dense", "sparse")
+MAKE_NO_ZEROS = ("prune", "merge", "recover")  # what they write holds no more zeros than what they read
+P = ParamSpec("P")
+
+
+def savable(verb: Callable[P, Report]) -> Callable[P, Report]:
+    """The command with `save="sparse"` carried out; it itself writes dense checkpoints, and records the option.
+
+    The command takes model, out, save, dry_run, resume, overwrite and on_progress.
+    """
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Report:
+        bound = inspect.signature(verb).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        if given["save"] not in SAVES:
+            raise CoterieError(f"--save {given['save']!r:.40}: unknown; expected one of {', '.join(SAVES)}")
+        if given["save"] == "dense":
+            return verb(*args, **kwargs)
+
+        def into(out: Path) -> Report:
+            given["out"] = out
+            return verb(*bound.args, **bound.kwargs)
+
+        return _sparse(verb.__name__, into, Folders(Path(given["out"])), given)
+
+    return run
+
+
+def _sparse(command: str, into: Callable[[Path], Report], folders: Folders, given: dict[str, Any]) -> Report:
+    """Both steps, or those that an interrupted run left to do. `into` runs the command into a folder."""
+    source = Checkpoint.open(given["model"])
+    try:
+        _check_folders(folders, source, given)
+    except OSError as error:  # such as names that are too long with what is added to them
+        raise CoterieError(
+            f"{folders.out}: cannot be written ({error.strerror or error}); choose another OUT"
+        ) from error
+    if given.get("in_place"):
+        raise CoterieError("--save sparse: packing needs the dense checkpoint beside it; leave --in-place out")
+    if given.get("router") == "alias":
+        raise CoterieError("--save sparse: --router alias is written in our own layout, which cannot be packed")
+    if given["dry_run"]:
+        return _planned(into(folders.out))
+    if folders.old.exists():
+        _remove(folders.old)
+    if given["resume"] and folders.out.exists() and not folders.begun:
+        return into(folders.out)  # complete: the command compares it with what is asked, and says what it holds
+    if command in MAKE_NO_ZEROS and not folders.begun:
+        _check_zeros(command, source, given["on_progress"])
+    into(folders.dense)
+    try:
+        report = pack(
+            folders.dense, folders.out, resume=given["resume"], overwrite=given["overwrite"],
+            on_progress=given["on_progress"],
+        )  # fmt: skip
+    except CoterieError as error:
+        raise CoterieError(
+            f"{error}. The dense checkpoint is complete in {folders.dense}: use it as it is, or go on with --resume"
+        ) from error
+    _remove(folders.dense, folders.old)
+    return report
+
+
+def _remove(dense: Path, old: Path | None = None) -> None:
+    """Under the name `old`, so that a kill in the middle leaves nothing that looks like a checkpoint. The record goes
+    last: it says whose the folder is.
+
+    Raises: CoterieError where it cannot be removed; OUT is complete then.
+    """
+    try:
+        dense = dense.rename(old) if old else dense
+        for path in dense.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "coterie.json":
+                path.unlink(missing_ok=True)
+        shutil.rmtree(dense)
+    except FileNotFoundError:  # another process tidies up too
+        return
+    except OSError as error:
+        raise CoterieError(
+            f"{dense}: is packed, but cannot be removed ({error.strerror or error}); delete it"
+        ) from error
+
+
+def _check_folders(folders: Folders, source: Checkpoint, given: dict[str, Any]) -> None:
+    """Raises: CoterieError, before any work, where one of the two steps could not write or go on."""
+    out, dense = folders.out, folders.dense
+    resume, overwrite = given["resume"], given["overwrite"]
+    check_out(out, source.path, resume=resume, overwrite=overwrite)
+    emptied = folders.old.is_dir() and not any(folders.old.iterdir())  # where a kill came before the very end
+    for left in (folder for folder in (dense, folders.old) if folder.exists()):
+        if not (is_first(left) or (emptied and left == folders.old)):
+            raise CoterieError(f"{left}: in the way, and not left by --save sparse; move it, or choose another OUT")
+        if not resume and not overwrite:
+            raise CoterieError(
+                f"{left}: left by an interrupted run; add --resume to go on, or --overwrite to start anew"
+            )
+    unfinished = partial_of(dense).exists() or (partial_of(out).exists() and not dense.exists())
+    if resume and unfinished and (out.exists() or partial_of(out).exists()):
+        # The dense checkpoint comes first, so that these were made by something else.
+        other = out if out.exists() else partial_of(out)
+        raise CoterieError(
+            f"{other}: not of the run that left {folders.begun[0]}; move it away, or start anew with --overwrite"
+        )
+
+
+def _check_zeros(command: str, source: Checkpoint, on_progress: Progress) -> None:
+    """Raises: CoterieError where the command would make nothing that packing shrinks."""
+    model = Model.of(source)
+    if not some_shrink(model, on_progress):
+        raise CoterieError(
+            f"--save sparse: `coterie {command}` makes no zeros, and {source.path} has no matrix with enough of them "
+            "(bf16 needs 7 %); use --save dense, or make zeros with `coterie sparsify` or `coterie stun`"
+        )
+
+
+def _planned(report: Report) -> Report:
+    """A dry run's report: what is said of bytes is said of the dense checkpoint."""
+    size = report.report["after"]["bytes"]
+    report.report["warnings"] = [
+        *report.report.get("warnings", []),
+        f"bytes are those before packing: --save sparse first writes {size:,} bytes to OUT.dense, and needs room for "
+        "the packed checkpoint beside it",
+    ]
+    return report

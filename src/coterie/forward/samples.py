@@ -1,0 +1,61 @@
+"""What a verb that calibrates feeds the streaming forward: token sequences by domain, and the dtype to compute in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from coterie.errors import CoterieError
+from coterie.forward.data import SHIPPED, calibration_files, draw, read_documents
+from coterie.model.family import lookup
+from coterie.model.layer import Model
+from coterie.model.loading import DTYPES, load_tokenizer
+from coterie.reference_model import CALIBRATION
+
+if TYPE_CHECKING:
+    import torch
+
+Data = dict[str, Any] | Iterable[str] | str
+STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
+POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length")
+
+
+def read_samples(
+    model: Model, data: Data = (), *, samples: int = 128, seq_len: int = 2048, seed: int = 0
+) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
+    """Token sequences by domain, and what should be said aloud; `data` is NAME=FILE items or a dictionary of files.
+
+    The model's tokenizer is loaded only where there is text.
+    Raises: CoterieError as `data.draw` and `data.calibration_files`.
+    """
+    files = calibration_files(data)
+    notes = [] if files else [SHIPPED]
+    documents = {name: list(read_documents(file, notes)) for name, file in (files or CALIBRATION).items()}
+    is_text = any(d.input_ids is None for entries in documents.values() for d in entries)
+    tokenizer = load_tokenizer(model.checkpoint.path) if is_text else None
+    limit = max_positions(model.checkpoint.config)
+    drawn, more = draw(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, max_positions=limit)
+    return drawn, notes + more
+
+
+def max_positions(config: dict[str, Any]) -> int | None:
+    """The longest sequence that the config admits, if it says."""
+    return next((v for _, _, v in lookup(config, POSITIONS) if type(v) is int and v > 0), None)
+
+
+def compute_dtype(model: Model, name: str = "auto") -> torch.dtype:
+    """The dtype to compute in: unless named, that of the experts on disk, or of the config where they are quantised.
+
+    Raises: CoterieError for another name.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise CoterieError(f"--dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    if name == "auto":
+        block = next(b for b in model.moe if not b.mtp)
+        tensors = [model.checkpoint.tensors[n] for n in (block.experts[0].values() if block.experts else block.fused)]
+        largest = max(tensors, key=lambda t: t.num_parameters)
+        said = next((v for _, _, v in lookup(model.checkpoint.config, ("dtype", "torch_dtype"))), None)
+        name = STORED.get(largest.dtype) or (said if said in DTYPES[1:] else "bfloat16")
+    return getattr(torch, name)

@@ -1,0 +1,1 @@
+"""Everything that says how good a result is."""

@@ -1,0 +1,202 @@
+"""Whether OUT holds, byte for byte, what its plan makes of the original. Checks of `verify`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from coterie.codecs.packed import DenseView
+from coterie.edits.checks import check_plan
+from coterie.edits.convert import converted
+from coterie.edits.lineage import plan_of
+from coterie.edits.outputs import patched_config, plan_outputs
+from coterie.edits.routes import compared_constants, constants_name, routed_blocks
+from coterie.edits.zeros import zero_faults
+from coterie.errors import CoterieError
+from coterie.judge.files import Answer, first
+from coterie.model.layer import Model
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.record import Progress, no_progress, object_at, record_of
+from coterie.storage.writer import Hole, Made, Output, Run, whole
+
+CHUNK = 4 << 20  # bytes compared at a time
+
+
+def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progress) -> Answer:
+    """Every tensor that the plan makes of the original is in OUT, byte for byte, and nothing else is."""
+    plan, record = plan_of(out), record_of(out.path)
+    if _was_packed_from(record, source.checkpoint):
+        return _check_same(out, source.checkpoint, on_progress)
+    if object_at(record, "source").get("hash") != source.checkpoint.hash:
+        return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
+    source = converted(source, plan.converted)
+    check_plan(source, plan)
+    rounded = _rounded(out)
+    outputs = [o for shard in plan_outputs(source, plan).values() for o in shard if o.name not in rounded]
+    faults = _header_faults(out, outputs)
+    config = patched_config(source, plan)
+    wrong = [key for key in {*config, *out.config} if config.get(key) != out.config.get(key)]
+    if wrong:
+        faults.append(f"config.json is not the original's with new counts: {first(wrong)}")
+    pruned: set[str] = set()
+    if not faults and plan.sparsity:
+        pruned, faults = zero_faults(out, source, plan, corrected=_corrected(record), without=rounded)
+    if not faults:
+        constants, others = compared_constants(out, source, plan)
+        same = [o for o in outputs if o.name not in pruned | constants]
+        differing = others + list(_differing(out, source.checkpoint, same, on_progress))
+        faults += [f"other bytes in {first(differing)}"] if differing else []
+    zeroed = f", {len(pruned):,} with zeros, as many as recorded" if pruned else ""
+    added = {constants_name(b) for b, choice in routed_blocks(source, plan) if choice.removed == "constant"}
+    outputs = [o for o in outputs if o.name not in added]
+    zeroed += f", {len(added):,} with constants added" if added else ""
+    zeroed += _said_of(rounded)
+    return not faults, "; ".join(faults) or _tally(source.checkpoint, outputs) + zeroed, None
+
+
+def _rounded(out: Checkpoint) -> set[str]:
+    """Tensors whose dense bytes are lost."""
+    return out.rounded if isinstance(out, DenseView) else set()
+
+
+def _said_of(rounded: set[str]) -> str:
+    return f"; not compared: {len(rounded):,} that packing rounded to int8" if rounded else ""
+
+
+def _was_packed_from(record: dict[str, Any] | None, source: Checkpoint) -> bool:
+    """Whether `coterie pack` (or unpack) made OUT from this very checkpoint, rather than a command before it."""
+    return source.hash in (object_at(record, "report", f"{done}_from").get("hash") for done in ("packed", "unpacked"))
+
+
+def _check_same(out: Checkpoint, source: Checkpoint, on_progress: Progress) -> Answer:
+    """OUT stands for the very bytes of the dense checkpoint that it was packed from."""
+    rounded = _rounded(out)
+    outputs = [whole(tensor) for tensor in source.tensors.values() if tensor.name not in rounded]
+    faults = _header_faults(out, outputs) + ([] if out.config == source.config else ["config.json is another"])
+    if not faults:
+        differing = list(_differing(out, source, outputs, on_progress))
+        faults += [f"other bytes in {first(differing)}"] if differing else []
+    return not faults, "; ".join(faults) or f"{len(outputs):,} kept as is" + _said_of(rounded), None
+
+
+def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = no_progress) -> Answer:
+    """Every tensor of the model that `recover` was given is in OUT, and only those recorded as trained differ."""
+    record = record_of(out.path)
+    if _was_packed_from(record, source):
+        return _check_same(out, source, on_progress)
+    recorded, trained = object_at(record, "source"), object_at(record, "report", "trained")
+    if recorded.get("hash") != source.hash:
+        return False, f"{source.path} is not the model that was trained, {recorded.get('path')!s:.200}", None
+    listed = trained.get("tensors")
+    if not isinstance(listed, list) or not all(isinstance(name, str) and name in source.tensors for name in listed):
+        return (
+            False,
+            "coterie.json does not say which of the model's tensors were trained (report.trained.tensors)",
+            None,
+        )
+    rounded = _rounded(out)
+    outputs = [whole(tensor) for tensor in source.tensors.values() if tensor.name not in rounded]
+    faults = _header_faults(out, outputs) + ([] if out.config == source.config else ["config.json is another"])
+    if not faults:
+        differing = set(_differing(out, source, outputs, on_progress))
+        wrong = differing - set(listed)
+        faults += [f"other bytes in {first(wrong)}"] if wrong else []
+    same, lost = len(source.tensors) - len({*listed, *rounded}), _said_of(rounded)
+    said = f"{same:,} kept as is, {len(listed):,} trained, {len(differing):,} changed" if not faults else ""
+    return not faults, "; ".join(faults) or said + lost, None
+
+
+def _corrected(record: dict[str, Any] | None) -> bool:
+    """Whether the rule also changed the weights that stayed."""
+    options = object_at(record, "options")
+    return "sparsegpt" in (options.get("method"), options.get("second"))
+
+
+def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:
+    meant = {o.name: (o.dtype, o.shape) for o in outputs}
+    found = {t.name: (t.dtype, t.shape) for t in out.tensors.values()}
+    faults = {
+        "missing": meant.keys() - found.keys(),
+        "not meant to be there": found.keys() - meant.keys() - _rounded(out),
+        "of another shape or dtype": {n for n in meant.keys() & found.keys() if meant[n] != found[n]},
+    }
+    return [f"{fault}: {first(names)}" for fault, names in faults.items() if names]
+
+
+def _differing(out: Checkpoint, source: Checkpoint, outputs: list[Output], on_progress: Progress) -> Iterator[str]:
+    """The outputs whose bytes in OUT are not those meant; reads both sides once, a chunk at a time."""
+    total, done = sum(o.num_bytes for o in outputs), 0
+    with _Reader() as read:
+        for output in outputs:
+            position, at = 0, _stored(out, output.name, read)
+            for part in output.parts:
+                if not _same(part, source.path, read, at, position):
+                    yield output.name
+                    break
+                position += part.num_bytes
+            done += output.num_bytes
+            on_progress("comparing bytes", done, total)
+
+
+Bytes = Callable[[int, int], bytes]  # of a tensor: (first, how many)
+
+
+def _stored(out: Checkpoint, name: str, read: _Reader) -> Bytes:
+    """A tensor's bytes in OUT, decoded where it is packed."""
+    tensor = out.tensors[name]
+    if isinstance(out, DenseView) and name in out.packed:
+        return lambda first, length: out.raw(name, first, length)
+    return lambda first, length: read(out.path / tensor.file, tensor.start + first, length)
+
+
+def _same(part: Run | Made | Hole, folder: Path, read: _Reader, at: Bytes, position: int) -> bool:
+    """Whether the tensor holds the part at `position`."""
+    if isinstance(part, Made):
+        return part.make() == at(position, part.num_bytes)
+    assert isinstance(part, Run), "plans have no holes"
+    for skip in range(0, part.num_bytes, CHUNK):
+        length = min(CHUNK, part.num_bytes - skip)
+        if read(folder / part.file, part.start + skip, length) != at(position + skip, length):
+            return False
+    return True
+
+
+class _Reader(contextlib.ExitStack):
+    """Reads runs of bytes of any number of files, each opened once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened: dict[Path, int] = {}
+
+    def __call__(self, path: Path, start: int, length: int) -> bytes:
+        try:
+            if path not in self._opened:
+                self._opened[path] = os.open(path, os.O_RDONLY)
+                self.callback(os.close, self._opened[path])
+            return os.pread(self._opened[path], length, start)
+        except OSError as error:
+            raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _tally(source: Checkpoint, outputs: list[Output]) -> str:
+    """How many tensors had which fate."""
+    fates = Counter(_fate(source, output) for output in outputs)
+    fates["dropped"] = max(0, len(source.tensors) - len(outputs))
+    always = dict.fromkeys(("kept as is", "renamed", "row-sliced", "computed", "dropped"), 0)
+    return ", ".join(f"{count:,} {fate}" for fate, count in (always | fates).items())
+
+
+def _fate(source: Checkpoint, output: Output) -> str:
+    """What became of one source tensor on its way to an output."""
+    if any(isinstance(part, Made) for part in output.parts):
+        return "computed"
+    original = source.tensors.get(output.name)
+    runs = [(part.file, part.start, part.end) for part in output.parts if isinstance(part, Run)]
+    if original and runs == [(original.file, original.start, original.end)]:
+        return "kept as is"
+    same_shape = original is None or original.shape == output.shape
+    return "renamed" if same_shape and len(runs) == 1 else "row-sliced"

@@ -1,0 +1,342 @@
+"""`coterie eval`: perplexity, exact match and lm-evaluation-harness tasks of finished checkpoints.
+
+Last step of the flow: it knows nothing of plans or methods and judges a compressed model as it would any other.
+Every number comes with a 95 % interval. Models are loaded one after the other, by stock transformers, and a
+checkpoint that does not fill its model exactly is refused: `from_pretrained` succeeding proves nothing.
+"""
+
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from coterie.errors import CoterieError
+from coterie.forward.data import Document, encode
+from coterie.judge import harness
+from coterie.judge.paired import Kept, bootstrap_mean
+from coterie.model import causal, loading
+from coterie.model.family import lookup
+from coterie.model.loading import DTYPES
+from coterie.storage.checkpoint import Checkpoint
+
+logger = logging.getLogger("coterie")
+
+FEW_BLOCKS = 10  # fewer say too little about their own spread
+Z95 = 1.959963984540054  # standard normal, 97.5 %
+MAX_LOGITS = 2**28  # in one forward: 1 GiB as float32
+
+ANSWER = re.compile(r"Answer:([^\n]*)")
+COMPLETE = re.compile(r"Answer:[^\n]*\n")
+NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+Load = Callable[[str | Path], Any]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """The options of `evaluate`, checked."""
+
+    window: int = 2048
+    stride: int | None = None
+    tasks: tuple[str, ...] = ()
+    task_path: str | Path | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 128
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"window": 2, "stride": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            if (name, value) != ("stride", None) and (type(value) is not int or value < least):
+                raise CoterieError(f"{name} is {value!r}; expected a whole number, at least {least}")
+        _check_stride(self.window, self.stride)
+        if self.dtype not in DTYPES:
+            raise CoterieError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.task_path is not None and not self.tasks:
+            raise CoterieError(f"task_path is {self.task_path} but no tasks were asked; name them with tasks")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model on one data set: how to measure, whom to tell, and where to leave what a comparison needs."""
+
+    name: str  # of the data set
+    what: str  # model and data set, for messages
+    options: Judging
+    report: Progress
+    kept: Kept
+
+
+def _check_readable(path: str | Path, documents: dict[str, list[Document]]) -> None:
+    """Raises: CoterieError for no checkpoint, or token ids that its config does not know."""
+    config = Checkpoint.open(path).config
+    size = max((v for _, _, v in lookup(config, ("vocab_size",)) if type(v) is int), default=math.inf)
+    for document in (d for entries in documents.values() for d in entries):
+        if document.input_ids and max(document.input_ids) >= size:
+            raise CoterieError(f"{document.where}: token {max(document.input_ids)} is not among the model's {size}")
+
+
+def judge(
+    path: str | Path,
+    documents: dict[str, list[Document]],
+    options: Judging,
+    load: Load,
+    report: Progress,
+    manager: Any = None,
+    *,
+    routers: bool = True,
+) -> tuple[dict[str, Any], Kept]:
+    """One model's entry in the result of `evaluate`, and what a comparison needs, with `routers` of those too."""
+    model = causal.without_router_loss(load(path).eval())
+    needed = options.tasks or any(d.input_ids is None for entries in documents.values() for d in entries)
+    tokenizer = loading.load_tokenizer(path) if needed else None
+    result: dict[str, Any] = {"path": str(path), "perplexity": {}, "exact_match": {}}
+    kept = Kept(routers=routers)
+    for name, entries in documents.items():
+        kind, measure = ("exact_match", exact_match) if entries[0].is_problem else ("perplexity", perplexity)
+        what = f"{path}: {name}"
+        result[kind][name] = measure(model, tokenizer, entries, Job(name, what, options, report, kept))
+    if options.tasks:
+        result["tasks"] = harness.run_tasks(
+            model, tokenizer, options.tasks, manager, batch_size=options.batch_size, seed=options.seed, what=str(path)
+        )
+    return result, kept
+
+
+# Perplexity
+
+
+@dataclass(frozen=True)
+class Window:
+    """The tokens `[begin, end)` of a document in one forward; `[first, end)` are scored here."""
+
+    begin: int
+    first: int
+    end: int
+
+
+def windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
+    """Windows of at most `window` tokens, `stride` apart, that score each token but the first exactly once.
+
+    A token is scored in the first window that holds it, where it has the most context: `window - stride` tokens at
+    least, once there are as many. Needs `1 <= stride < window`.
+    """
+    begin, first = 0, 1
+    while first < num_tokens:
+        end = min(begin + window, num_tokens)
+        yield Window(begin, first, end)
+        begin, first = begin + stride, end
+
+
+@torch.inference_mode()
+def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], job: Job) -> dict[str, float | int]:
+    """Perplexity over all documents, each a sequence of its own, with its interval and the number of scored tokens.
+
+        exp(-1/N sum_t log p(x_t | the tokens before t in its window))        N: all tokens but each document's first
+
+    Raises: CoterieError naming the job if a document has fewer than two tokens or a token is unknown to the model,
+    or if the result is not finite.
+    """
+    what, options = job.what, job.options
+    sequences = [_tokens(model, tokenizer, document, least=2) for document in documents]
+    window = _clamped_window(model, options.window, what)
+    stride = options.stride or max(1, window // 2)
+    _check_stride(window, stride)
+    with job.kept.watch(job.name, model):
+        sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: job.report(what, *a))
+    job.kept.losses[job.name], job.kept.counts[job.name] = sums, counts
+    if not np.isfinite(sums).all():
+        raise CoterieError(f"{what}: the model's logits hold NaN or infinity; the weights are damaged, or need float32")
+    if len(sums) < FEW_BLOCKS:
+        logger.warning(
+            "%s: the interval rests on %d window(s) and is too narrow; give more text or a smaller window",
+            what,
+            len(sums),
+        )
+    value, low, high = bootstrap_perplexity(sums, counts, options.seed)
+    if not math.isfinite(high):
+        raise CoterieError(f"{what}: the perplexity is beyond what a number can hold; the checkpoint is damaged")
+    return {"value": value, "low": low, "high": high, "tokens": int(counts.sum())}
+
+
+def bootstrap_perplexity(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Perplexity with its 95 % interval (low, high): exp of the mean loss, whose interval `bootstrap_mean` has."""
+    with np.errstate(over="ignore"):
+        value, low, high = (float(p) for p in np.exp(bootstrap_mean(sums, counts, seed)))
+    return value, low, high
+
+
+def _score(
+    model: Any,
+    sequences: list[list[int]],
+    window: int,
+    stride: int,
+    batch_size: int,
+    report: Callable[[int, int], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss (float64, nats) and number of the tokens that each window newly scores, in document order."""
+    tensors = map(torch.tensor, sequences)
+    places = [(tensor[w.begin : w.end], w) for tensor in tensors for w in windows(len(tensor), window, stride)]
+    sums, counts = np.empty(len(places)), np.array([w.end - w.first for _, w in places])
+    alike = defaultdict(list)  # windows of one shape go together: no padding, whose effect would have to be argued away
+    for i, (tokens, _) in enumerate(places):
+        alike[len(tokens), counts[i]].append(i)
+    done = 0
+    for (_, scored), members in alike.items():
+        rows = max(1, min(batch_size, MAX_LOGITS // (int(scored + 1) * (causal.vocabulary(model) or 1))))
+        for batch in _batches(members, rows):
+            ids = torch.stack([places[i][0] for i in batch]).to(model.device)
+            sums[batch] = _losses(model, ids, int(scored)).sum(dim=1).cpu().numpy()
+            done += len(batch)
+            report(done, len(places))
+    return sums, counts
+
+
+def _losses(model: Any, ids: torch.Tensor, scored: int) -> torch.Tensor:
+    """Negative log-likelihood (rows, scored), float64, of the last `scored` tokens of each row of `ids`."""
+    wanted = {"logits_to_keep": scored + 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    logits = model(input_ids=ids, use_cache=False, **wanted).logits[:, -scored - 1 : -1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, -scored:].flatten(), reduction="none")
+    return losses.double().view(len(ids), scored)
+
+
+def _tokens(model: Any, tokenizer: Any, document: Document, *, least: int) -> list[int]:
+    ids = encode(document, tokenizer)
+    if len(ids) < least:
+        raise CoterieError(
+            f"{document.where}: found {len(ids)} token(s); expected at least {least}: give more, or remove it"
+        )
+    if (size := causal.vocabulary(model)) is not None and max(ids) >= size:
+        raise CoterieError(
+            f"{document.where}: token {max(ids)} is not among the model's {size}; is it the right tokenizer?"
+        )
+    return ids
+
+
+def _clamped_window(model: Any, window: int, what: str) -> int:
+    limit = causal.positions(model)
+    if limit is None or window <= limit:
+        return window
+    logger.warning("%s: window of %d tokens clamped to the model's %d positions", what, window, limit)
+    return limit
+
+
+def _check_stride(window: int, stride: int | None) -> None:
+    if stride is not None and stride >= window:
+        raise CoterieError(
+            f"stride is {stride} and the window {window} tokens; expected a stride of at most {window - 1}, "
+            "since each token is scored with one before it in its window"
+        )
+
+
+def _batches(members: list[int], size: int) -> Iterator[list[int]]:
+    return (members[i : i + size] for i in range(0, len(members), size))
+
+
+# Exact match
+
+
+def extract_answer(text: str) -> str | None:
+    """The answer in a generated continuation, normalised; None if there is none.
+
+    It is what follows the first `Answer:` on its line. The first, because a model that is not stopped goes on to ask
+    and answer questions of its own. Without that mark it is the last number in the text.
+    """
+    if marked := ANSWER.search(text):
+        return normalise_answer(marked[1])
+    numbers = NUMBER.findall(text)
+    return normalise_answer(numbers[-1]) if numbers else None
+
+
+def normalise_answer(answer: str) -> str:
+    """The answer without surrounding space, one trailing period, and commas between thousands: ` 1,234.` is `1234`."""
+    return THOUSANDS.sub("", answer.strip().removesuffix(".").strip())
+
+
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """95 % Wilson score interval (low, high) of a share; unlike a bootstrap it keeps its width at 0 and 100 %.
+
+    (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)        p = successes / count, n = count, z = 1.96
+    """
+    p, z2 = successes / count, Z95**2 / count
+    centre, half = p + z2 / 2, Z95 * math.sqrt(p * (1 - p) / count + z2 / (4 * count))
+    low, high = (centre - half) / (1 + z2), (centre + half) / (1 + z2)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))  # rounding only
+
+
+@torch.inference_mode()
+def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], job: Job) -> dict[str, float | int]:
+    """Share of problems whose answer, greedily generated, equals the expected one as a string (both normalised).
+
+    Prompts of equal length in tokens are generated together, so that nothing is padded; a row ends with the
+    end-of-text token, a complete `Answer:` line, or after `max_new_tokens` (fewer where the model's positions end).
+
+    Raises: CoterieError naming the job if logits are NaN, or the problem if its prompt fills the model's positions.
+    """
+    what, options = job.what, job.options
+    prompts = [_tokens(model, tokenizer, problem, least=1) for problem in problems]
+    room = _room(model, problems, prompts, options.max_new_tokens, what)
+    alike, done = defaultdict(list), 0
+    for i, prompt in enumerate(prompts):
+        alike[len(prompt)].append(i)
+    generated: list[list[int]] = [[]] * len(problems)
+    full = np.zeros(len(problems), bool)
+    for length, members in alike.items():
+        for batch in _batches(members, options.batch_size):
+            ids = torch.tensor([prompts[i] for i in batch], device=model.device)
+            most = min(options.max_new_tokens, room - length)
+            for i, row in zip(batch, _generate(model, tokenizer, ids, most, what), strict=True):
+                generated[i], full[i] = row, len(row) >= most
+            done += len(batch)
+            job.report(what, done, len(problems))
+    texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+    answers = [normalise_answer(str(problem.answer)) for problem in problems]
+    right = np.array([extract_answer(text) == answer for text, answer in zip(texts, answers, strict=True)])
+    cut = full & np.array([COMPLETE.search(text) is None for text in texts])
+    if cut.any():
+        logger.warning(
+            "%s: %d of %d answers were cut off at %d new tokens, unfinished; give --max-new-tokens more",
+            what, cut.sum(), len(problems), options.max_new_tokens,
+        )  # fmt: skip
+    job.kept.right[job.name], job.kept.generated[job.name], job.kept.cut[job.name] = right, generated, cut
+    correct = int(right.sum())
+    low, high = wilson_interval(correct, len(problems))
+    return {"value": correct / len(problems), "low": low, "high": high, "count": len(problems)}
+
+
+def _room(model: Any, problems: Sequence[Document], prompts: list[list[int]], max_new_tokens: int, what: str) -> int:
+    """The number of tokens a prompt and its continuation may have together."""
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    needed, limit = len(prompts[longest]) + max_new_tokens, causal.positions(model)
+    if limit is None or needed <= limit:
+        return needed
+    if len(prompts[longest]) >= limit:
+        found = f"the prompt has {len(prompts[longest])} tokens"
+        raise CoterieError(f"{problems[longest].where}: {found}; expected fewer than the model's {limit} positions")
+    logger.warning(
+        "%s: long prompts get fewer than %d new tokens: the model has %d positions", what, max_new_tokens, limit
+    )
+    return limit
+
+
+def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int, what: str) -> list[list[int]]:
+    """The tokens of each row's greedy continuation of `ids` (rows, T), up to the end-of-text token."""
+    length = ids.shape[1]
+
+    def complete(rows: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        texts = tokenizer.batch_decode(rows[:, length:], skip_special_tokens=True)
+        return torch.tensor([COMPLETE.search(text) is not None for text in texts], device=rows.device)
+
+    return causal.continued(model, tokenizer, ids, most=max_new_tokens, what=what, stopping_criteria=[complete])

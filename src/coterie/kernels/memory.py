@@ -1,0 +1,198 @@
+"""Packed matrices in memory, where the kernels read them, and what they multiply.
+
+A `Stack` holds the matrices of one role over a layer's experts (or the one of a linear layer) in one mapping of huge
+pages. A matrix that is hardly sparse is held dense there: below break-even the dense kernel is faster.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from coterie.codecs.bits import CODES, GROUP, Packed, decode, encode, row_type, words
+from coterie.kernels import run as kernels
+from coterie.kernels.jobs import JOB
+
+PAGE = 2 << 20  # bytes of a huge page
+CHUNK = 64 << 20  # bytes mapped at once
+LINE = 64
+BREAK_EVEN = 0.93  # packed bytes over dense ones, above which a matrix is held dense
+TILE = 4 << 20  # bytes of a matrix that are expanded at a time: each costs a call of torch
+KERNEL, X, Y, FIRST, LAST, WORDS, STRIDE = map(JOB.index, ("kernel", "x", "y", "first", "last", "words", "stride"))
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
+
+
+class Arena:
+    """Anonymous mappings, on huge pages where the system has them: reading is up to a fifth faster."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+        self._used = 0
+
+    def put(self, array: np.ndarray) -> np.ndarray:
+        """A copy of the array in here, at the beginning of a cache line, with slack behind it."""
+        if self._used + array.nbytes + kernels.SLACK > len(self._bytes):
+            self._map(array.nbytes + kernels.SLACK)
+        place = self._bytes[self._used : self._used + array.nbytes].view(array.dtype).reshape(array.shape)
+        place[...] = array
+        self._used += -(-array.nbytes // LINE) * LINE
+        return place
+
+    def _map(self, num_bytes: int) -> None:
+        """A new mapping; pages of it that are never written take no memory."""
+        mapped = mmap.mmap(-1, max(CHUNK, -(-num_bytes // PAGE) * PAGE))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes, self._used = np.frombuffer(mapped, np.uint8), 0
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One matrix where the kernels read it. `mask` and `offsets` are None if it is held dense, (O, 32 W) values."""
+
+    dtype: str
+    shape: tuple[int, int]
+    values: np.ndarray
+    mask: np.ndarray | None
+    offsets: np.ndarray | None
+    scales: np.ndarray | None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(a.nbytes for a in (self.values, self.mask, self.offsets, self.scales) if a is not None)
+
+    def packed(self) -> Packed:
+        """The matrix as the format stores it."""
+        columns = self.shape[1]
+        if self.mask is None or self.offsets is None:
+            return encode(np.ascontiguousarray(self.values[:, :columns]), self.dtype, self.shape, self.scales)
+        rows = np.diff(self.offsets.astype(np.int64), append=len(self.values)).astype(row_type(columns))
+        return Packed(self.dtype, self.shape, self.mask, rows, self.values, self.scales)
+
+    def rows(self, first: int, last: int, dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
+        """Rows first:last, expanded, (last - first, I)."""
+        which = kernels.level()
+        if self.mask is None:
+            bits = torch.from_numpy(self.values[first:last]).view(TORCH[self.dtype]).to(device)
+        elif which == "torch" or torch.device(device).type != "cpu":
+            bits = self._scattered(first, last, device)
+        else:
+            bits = self._expanded(first, last, which)
+        found = bits[:, : self.shape[1]].to(dtype)
+        if self.scales is not None:
+            scales = torch.from_numpy(self.scales[first:last]).to(device=device, dtype=dtype)
+            found = found * scales.repeat_interleave(GROUP, 1)[:, : self.shape[1]]
+        return found
+
+    def _expanded(self, first: int, last: int, which: str) -> torch.Tensor:
+        """By the kernel, in about the time that reading takes."""
+        num_words = words(self.shape[1])
+        out = np.empty((last - first, 32 * num_words), CODES[self.dtype])
+        assert self.mask is not None and self.offsets is not None
+        job = [
+            kernels.expand(which, self.dtype),
+            *self.pointers(),
+            0,
+            out.ctypes.data,
+            first,
+            last,
+            num_words,
+            out.shape[1],
+        ]
+        kernels.run(which, np.array([job], np.int64))
+        return torch.from_numpy(out).view(TORCH[self.dtype])
+
+    def _scattered(self, first: int, last: int, device: Any) -> torch.Tensor:
+        """By torch operations: only the packed bytes travel to the device."""
+        assert self.mask is not None and self.offsets is not None
+        end = self.offsets[last] if last < len(self.offsets) else len(self.values)
+        values = torch.from_numpy(self.values[int(self.offsets[first]) : int(end)]).view(TORCH[self.dtype]).to(device)
+        mask = torch.from_numpy(self.mask[first:last].view(np.uint8)).to(device)
+        bits = (mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+        kept = bits.view(last - first, -1).bool()
+        return torch.zeros(kept.shape, dtype=values.dtype, device=device).masked_scatter_(kept, values)
+
+    def pointers(self) -> list[int]:
+        """mask, values, offsets, scales: the job's first addresses."""
+        parts = (self.mask, self.values, self.offsets, self.scales)
+        return [0 if part is None else part.ctypes.data for part in parts]
+
+
+class Stack:
+    """Equal matrices (O, I) of one role, of all experts."""
+
+    def __init__(self, matrices: list[Matrix]) -> None:
+        self.matrices = matrices
+        self.dtype, self.shape = matrices[0].dtype, matrices[0].shape
+        assert all((m.dtype, m.shape) == (self.dtype, self.shape) for m in matrices)
+        self.num_words = words(self.shape[1])
+        self.num_bytes = sum(m.num_bytes for m in matrices)
+        self._jobs: dict[tuple[str, str], np.ndarray] = {}
+
+    def __deepcopy__(self, _: Any) -> Stack:
+        return self  # nothing changes it, and copies of arrays would be elsewhere than the addresses say
+
+    def __reduce__(self) -> Any:
+        return (load, ([m.packed() for m in self.matrices],))
+
+    def jobs(
+        self, which: str, kind: str, chosen: np.ndarray, batch: np.ndarray, x: np.ndarray, y: np.ndarray, stride: int,
+        num_blocks: int,
+    ) -> np.ndarray:  # fmt: skip
+        """Jobs (experts * blocks, fields): expert chosen[j] times batch[j] vectors at address x[j], into y[j]."""
+        one = self._prepared(which, kind)[chosen]
+        one[:, X], one[:, Y], one[:, STRIDE] = x, y, stride
+        if batch.max() > 1:
+            one[:, KERNEL] = [self._kernel(which, kind, e, n) for e, n in zip(chosen, batch.tolist(), strict=True)]
+        if num_blocks == 1:
+            return one
+        edges = np.linspace(0, self.shape[0], num_blocks + 1).astype(np.int64)
+        many = np.repeat(one, num_blocks, 0)
+        many[:, FIRST], many[:, LAST] = np.tile(edges[:-1], len(one)), np.tile(edges[1:], len(one))
+        return many
+
+    def _prepared(self, which: str, kind: str) -> np.ndarray:
+        """Jobs (E, fields) for one vector each, but for where input and output are: made once, copied at each call.
+
+        While decoding, weights stream through the caches and leave the interpreter cold, so every operation counts.
+        """
+        if (which, kind) not in self._jobs:
+            found = np.zeros((len(self.matrices), len(JOB)), np.int64)
+            for e, (job, matrix) in enumerate(zip(found, self.matrices, strict=True)):
+                job[:X] = [self._kernel(which, kind, e, 1), *matrix.pointers()]
+            found[:, LAST], found[:, WORDS] = self.shape[0], self.num_words
+            self._jobs[which, kind] = found
+        return self._jobs[which, kind]
+
+    def _kernel(self, which: str, kind: str, e: int, batch: int) -> int:
+        return kernels.gemv(which, self.dtype, kind, batch, self.matrices[e].mask is None)
+
+
+def load(matrices: Iterable[Packed], arena: Arena | None = None) -> Stack:
+    """A stack of packed matrices, which must have been checked, one in memory at a time beside the arena."""
+    arena = arena or Arena()
+    return Stack([place(packed, arena) for packed in matrices])
+
+
+def is_dense(packed: Packed) -> bool:
+    """Whether the matrix is better held dense."""
+    dense = math.prod(packed.shape) * CODES[packed.dtype].itemsize
+    return packed.num_bytes > BREAK_EVEN * dense or len(packed.values) >= 2**32
+
+
+def place(packed: Packed, arena: Arena) -> Matrix:
+    """A checked matrix, copied into the arena with its row offsets."""
+    scales = None if packed.scales is None else arena.put(packed.scales)
+    if is_dense(packed):
+        dense = np.zeros((packed.shape[0], 32 * words(packed.shape[1])), CODES[packed.dtype])
+        dense[:, : packed.shape[1]] = np.frombuffer(decode(packed), dense.dtype).reshape(packed.shape)
+        return Matrix(packed.dtype, packed.shape, arena.put(dense), None, None, scales)
+    offsets = packed.rows.astype(np.int64).cumsum() - packed.rows
+    mask, places = arena.put(packed.mask), arena.put(offsets.astype(np.uint32))
+    return Matrix(packed.dtype, packed.shape, arena.put(packed.values), mask, places, scales)

@@ -1,0 +1,241 @@
+"""Experts one at a time, in canonical form, whatever the layout on disk: `experts[e] -> (gate, up, down)`.
+
+Matrices are float32 (out, in): gate and up (F, D), down (D, F); gate is None where the family has none.
+One layer of the largest models holds 30 GB of experts, so the expert, not the layer, is the unit of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from coterie.errors import CoterieError
+from coterie.model.layer import MoE
+from coterie.model.scales import stored_weight
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.numerics import encode, mxfp4
+
+
+@dataclass(frozen=True)
+class Experts(Sequence):
+    """The experts of one block, read from disk one at a time: `experts[e] -> (gate, up, down)`.
+
+    Matrices are float32 (out, in): gate and up (F, D), down (D, F); gate is None where the family has none.
+    Quantised experts (FP8 with scales, MXFP4) are dequantised exactly; other codings are refused.
+    """
+
+    checkpoint: Checkpoint
+    block: MoE
+
+    def __len__(self) -> int:
+        return self.block.num_experts
+
+    def __getitem__(self, e: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:  # type: ignore[override]
+        if not 0 <= e < len(self):
+            raise IndexError(e)
+        return expert_matrices(self.checkpoint, self.block, e)
+
+    def flat(self, e: int) -> np.ndarray:
+        """All weights of expert e as one float32 vector: gate, up, down. Raises: CoterieError for NaN or infinity."""
+        found = np.concatenate([m.ravel() for m in self[e] if m is not None])
+        if not np.isfinite(found).all():
+            raise CoterieError(
+                f"{self.checkpoint.path}: {self.block.name}: expert {e} holds NaN or infinite weights; expected finite"
+            )
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What a pruning method sees of one block: the router's rows, and the experts on demand."""
+
+    key: str
+    router: np.ndarray  # (E, D) float32
+    experts: Experts
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.router)
+
+
+def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
+    """Reads the block's router (and nothing else). Raises: CoterieError for NaN or infinite rows."""
+    values = checkpoint.read(block.router).astype(np.float32, copy=False)
+    if values.size == 0 or values.size != block.num_experts * values.shape[-1]:
+        raise CoterieError(
+            f"{checkpoint.path}: router {block.router!r} has shape {list(values.shape)}; "
+            f"expected one row for each of {block.num_experts} experts"
+        )
+    router = values.reshape(block.num_experts, -1)
+    if not np.isfinite(router).all():
+        raise CoterieError(f"{checkpoint.path}: router {block.router!r} holds NaN or infinite values; expected finite")
+    return Layer(block.key, router, Experts(checkpoint, block))
+
+
+def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """(gate, up, down) of expert e as float32 (out, in) matrices, whatever the layout on disk."""
+    layout = block.layout
+    if block.experts:
+        up, down = (_matrix(checkpoint, block, e, part) for part in (layout.up, layout.down))
+        return (_matrix(checkpoint, block, e, layout.gate) if layout.gate else None), up, down
+    first, *rest = (_fused_slice(checkpoint, block, name, e) for name in _fused_weights(checkpoint, block))
+    if len(rest) == 2:  # dbrx: gate (F, D), up (F, D), down stored (F, D)
+        return first, rest[0], rest[1].T
+    down = rest[0]
+    if layout.transposed:
+        first, down = first.T, down.T
+    if layout.gate is None:
+        return None, first, down
+    if len(first) % 2:
+        raise CoterieError(f"{block.name}: {len(first)} fused rows per expert; expected gate and up, an even number")
+    if layout.interleaved:
+        return first[0::2], first[1::2], down
+    gate, up = np.split(first, 2)
+    return gate, up, down
+
+
+def expert_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, int]]:
+    """(out, in) of an expert's matrices by part ("gate", "up", "down"), from the headers."""
+    layout, tensors = block.layout, checkpoint.tensors
+    if block.experts:
+        found = {}
+        for part, stored in (("gate", layout.gate), ("up", layout.up), ("down", layout.down)):
+            name = next((block.experts[0][k] for k in (f"{stored}.weight", stored) if k in block.experts[0]), None)
+            if name is not None:
+                found[part] = tensors[name].shape
+        return {part: (shape[0], shape[1]) for part, shape in found.items()}
+    shapes = [tensors[name].shape for name in _fused_weights(checkpoint, block)]
+    first, *rest = ((shape[-2] // (1 if len(shape) == 3 else block.num_experts), shape[-1]) for shape in shapes)
+    if len(rest) == 2:  # dbrx stores all three (F, D)
+        return {"gate": first, "up": rest[0], "down": rest[1][::-1]}
+    (rows, columns), down = (s[::-1] if layout.transposed else s for s in (first, rest[0]))
+    if layout.gate is None:
+        return {"up": (rows, columns), "down": down}
+    return {"gate": (rows // 2, columns), "up": (rows // 2, columns), "down": down}
+
+
+def expert_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
+    """The tensors that hold the experts' matrices, without scales and biases."""
+    if block.experts:
+        parts = [part for part in (block.layout.gate, block.layout.up, block.layout.down) if part]
+        return [n for e in block.experts for k, n in e.items() if k in parts or k.removesuffix(".weight") in parts]
+    return _fused_weights(checkpoint, block)
+
+
+def _matrix(checkpoint: Checkpoint, block: MoE, e: int, part: str) -> np.ndarray:
+    """A matrix stored under a number: `part.weight` or `part`."""
+    names = block.experts[e]
+    key = next((k for k in (f"{part}.weight", part) if k in names), None)
+    if key is None:
+        known = ", ".join(sorted(names))
+        raise CoterieError(f"expert tensors {known}: no plain {part!r} weight to read; dequantise the checkpoint first")
+    return stored_weight(checkpoint, block, e, key)
+
+
+def _fused_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
+    """The weight tensors among the fused ones, in the layout's order."""
+    found = []
+    for name in block.layout.fused:
+        full = block.prefix + name
+        if full in checkpoint.tensors or f"{full}_blocks" in checkpoint.tensors:
+            found.append(full)
+    if len(found) != len(block.layout.fused):
+        raise CoterieError(f"{block.name}: expected fused weights {', '.join(block.layout.fused)}; dequantise first")
+    return found
+
+
+def _fused_slice(checkpoint: Checkpoint, block: MoE, name: str, e: int) -> np.ndarray:
+    """Expert e's rows of a fused tensor, as float32."""
+    if f"{name}_blocks" in checkpoint.tensors:
+        _check_mxfp4(checkpoint, block, name)
+        blocks = checkpoint.read_rows(f"{name}_blocks", e, e + 1)[0]
+        scales = checkpoint.read_rows(f"{name}_scales", e, e + 1)[0]
+        return mxfp4(blocks, scales).T  # stored (out, in); the layout says transposed
+    return stored_weight(checkpoint, block, e, name.removeprefix(block.prefix))
+
+
+def _check_mxfp4(checkpoint, block, name: str) -> None:
+    found = [checkpoint.tensors.get(f"{name}_{part}") for part in ("blocks", "scales")]
+    kinds = [(t.dtype, t.shape) if t else None for t in found]
+    rows: tuple[int, ...] = found[1].shape if found[1] else ()
+    if len(rows) != 3 or rows[0] != block.num_experts or kinds != [("U8", (*rows, 16)), ("U8", rows)]:
+        raise CoterieError(
+            f"tensor {name + '_blocks'!r}: found blocks and scales {kinds}; "
+            "expected U8 (expert, out, group, 16) and U8 (expert, out, group)"
+        )
+
+
+def expert_biases(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Biases of expert e as float32: of gate above up (2F,), and of down (D,); None where there are none."""
+    layout = block.layout
+    if block.experts:
+        names = block.experts[e]
+        parts = [p for p in (layout.gate, layout.up) if p and f"{p}.bias" in names]
+        first = [checkpoint.read(names[f"{p}.bias"]).astype(np.float32) for p in parts]
+        down = names.get(f"{layout.down}.bias")
+        return (np.concatenate(first) if first else None), (checkpoint.read(down).astype(np.float32) if down else None)
+    found = [f"{block.prefix}{name}_bias" for name in layout.fused]
+    rows = [checkpoint.read_rows(n, e, e + 1)[0].astype(np.float32) if n in checkpoint.tensors else None for n in found]
+    first_row = rows[0]
+    if first_row is not None and layout.interleaved:
+        first_row = np.concatenate([first_row[0::2], first_row[1::2]])
+    return first_row, rows[-1]
+
+
+def store_expert(
+    checkpoint: Checkpoint, block: MoE, e: int, matrices: tuple[np.ndarray | None, np.ndarray, np.ndarray]
+) -> list[tuple[str, int, bytes]]:
+    """(tensor name, offset in it, bytes) of expert e's changed (gate, up, down): the inverse of `expert_matrices`."""
+    found = [(n, encode(m, checkpoint.tensors[n].dtype, n)) for n, m in _as_stored(block, e, matrices)]
+    return [(n, 0 if block.experts else e * len(raw), raw) for n, raw in found]
+
+
+def zero_expert(
+    checkpoint: Checkpoint, block: MoE, e: int, masks: tuple[np.ndarray | None, np.ndarray, np.ndarray]
+) -> list[tuple[str, int, bytes]]:
+    """As `store_expert`, of expert e's stored bytes with zeros where the masks (gate, up, down) are true.
+
+    Bytes that stay are never decoded, so quantised weights (FP8) keep their scales.
+    """
+    found = []
+    for name, mask in _as_stored(block, e, masks):
+        tensor = checkpoint.tensors[name]
+        size = tensor.num_bytes if block.experts else tensor.num_bytes // block.num_experts
+        offset = 0 if block.experts else e * size
+        found.append((name, offset, zeroed(checkpoint.raw(name, offset, size), mask, name)))
+    return found
+
+
+def zeroed(raw: bytes, mask: np.ndarray, name: str) -> bytes:
+    """Stored elements with zero bytes where the mask, in the stored order, is true."""
+    width, rest = divmod(len(raw), mask.size)
+    if rest or width not in (1, 2, 4, 8):
+        raise CoterieError(f"tensor {name!r}: several weights share a byte; dequantise the checkpoint first")
+    values = np.frombuffer(raw, f"<u{width}").copy()
+    values[mask.reshape(-1)] = 0
+    return values.tobytes()
+
+
+def _as_stored(
+    block: MoE, e: int, matrices: tuple[np.ndarray | None, np.ndarray, np.ndarray]
+) -> list[tuple[str, np.ndarray]]:
+    """(tensor name, its matrix or its part of expert e) of canonical (gate, up, down)."""
+    layout, (gate, up, down) = block.layout, matrices
+    if block.experts:
+        pairs = [(layout.gate, gate), (layout.up, up), (layout.down, down)]
+        names = block.experts[e]
+        return [(names.get(f"{p}.weight") or names[str(p)], m) for p, m in pairs if m is not None]
+    stored = [f"{block.prefix}{name}" for name in layout.fused]
+    if len(stored) == 3:  # dbrx
+        parts = [gate, up, down.T]
+    elif gate is None:
+        parts = [up, down]
+    elif layout.interleaved:
+        parts = [np.stack([gate, up], 1).reshape(-1, gate.shape[1]), down]
+    else:
+        parts = [np.concatenate([gate, up]), down]
+    if layout.transposed:
+        parts = [p.T for p in parts if p is not None]
+    return [(n, p) for n, p in zip(stored, parts, strict=True) if p is not None]

@@ -1,0 +1,52 @@
+"""Shared experts, a bias that only selects, and routing limited to groups: DeepSeek and those who follow it."""
+
+from coterie.model.family import Dense, Family, Layout
+
+LAYOUT = Layout.under(
+    "mlp.",
+    rows=(
+        "gate.e_score_correction_bias",
+        "gate.expert_bias",
+        "e_score_correction_bias",
+        "experts.e_score_correction_bias",
+    ),
+    whole=("post_mlp_layernorm.",),
+)
+KIMI = Layout.under(
+    "block_sparse_moe.", rows=("gate.e_score_correction_bias",), fused=(), gate="w1", up="w3", down="w2"
+)
+# The first layers route by a table of token ids instead of a router's choice.
+HASHED = Layout.under("ffn.", rows=("gate.bias",), tables=("gate.tid2eid",), fused=(), gate="w1", up="w3", down="w2")
+HASHED_SAVED = Layout.under("mlp.", rows=("gate.e_score_correction_bias",), tables=("gate.tid2eid",))
+
+FIRST = Dense("prefix", "first_k_dense_replace")
+TYPES = Dense("types", "mlp_layer_types")
+
+FAMILIES = (
+    # Remote code only; softmax and plain top-k.
+    Family(("deepseek",), stock=False, dense=FIRST),
+    Family(("deepseek_v2",), min_per_group=1, group_switch=("topk_method", "group_limited_greedy"), dense=FIRST),
+    Family(("deepseek_v3", "dots1", "glm4_moe"), layouts=(LAYOUT,), dense=FIRST),
+    Family(
+        (
+            "deepseek_v32",
+            "axk1",
+            "beam",
+            "dots3_note_text",
+            "exaone_moe",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "hy_v4",
+            "laguna",
+            "mimo_v2_flash",
+        ),
+        layouts=(LAYOUT,),
+        dense=TYPES,
+    ),
+    # A dense layer's norm is another one (axk2), its MLP is stored otherwise, or there is none.
+    Family(("axk2", "minimax_m3_vl_text", "solar_open"), layouts=(LAYOUT,)),
+    Family(("kimi_k2",), layouts=(LAYOUT,), stock=False, dense=FIRST),
+    Family(("bailing_hybrid",), layouts=(LAYOUT,), group_keys=("num_expert_group", "topk_group"), dense=TYPES),
+    Family(("kimi_linear",), layouts=(KIMI, LAYOUT), group_keys=("num_expert_group", "topk_group"), dense=TYPES),
+    Family(("deepseek_v4",), layouts=(HASHED, HASHED_SAVED)),
+)

@@ -1,0 +1,206 @@
+"""What Coterie knows about model families: data, one record per family, one file per group that agrees.
+
+A `Family` says by which names a checkpoint keeps its routers, experts and shared experts, under which keys
+its config counts them, and what its routing demands. Code elsewhere never asks for a model's name.
+To add a family, add a file to `families/` (see CONTRIBUTING.md); the tests find it by themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from coterie.errors import CoterieError
+
+MAX_EXPERTS = 8192  # of a layer; some methods hold a number for every pair
+NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one spelling of a family keeps the tensors of a MoE block; names are relative to `...layers.N.`.
+
+    `experts` is followed by an expert's number: everything below it belongs to that expert. `fused` tensors
+    hold all experts along their first axis (dbrx: E blocks of rows), with any suffix such as `_bias`.
+    `rows` hold one entry per expert beside the router: biases, scales. `tables` map tokens to expert ids.
+    Every tensor below one of `blocks` must be claimed by one of these rules.
+    """
+
+    blocks: tuple[str, ...]
+    router: str
+    experts: str
+    rows: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()  # belongs to the block but not to any expert: kept as it is
+    gate: str | None = "gate_proj"  # None: the experts have no gate
+    up: str = "up_proj"
+    down: str = "down_proj"
+    transposed: bool = False  # fused matrices are (E, in, out)
+    interleaved: bool = False  # gate and up alternate along the output axis instead of standing side by side
+
+    @classmethod
+    def under(cls, block: str, **changes: Any) -> Layout:
+        """A layout whose names all stand below `block`; what is not given is named as most families do."""
+        names: dict[str, Any] = {
+            "router": "gate.weight",
+            "experts": "experts.",
+            "fused": ("experts.gate_up_proj", "experts.down_proj"),
+            "shared": ("shared_expert.", "shared_experts.", "shared_expert_gate."),
+        }
+        below: dict[str, Any] = {"blocks": (block,)}
+        for key, value in (names | changes).items():
+            if key in ("router", "experts"):
+                value = block + value
+            elif key in ("rows", "fused", "shared", "tables", "whole"):
+                value = tuple(block + name for name in value)
+            below[key] = value
+        return cls(**below)
+
+
+GATED = ("gate_proj", "up_proj", "down_proj")  # how most files name a SwiGLU MLP's matrices
+
+
+@dataclass(frozen=True)
+class Dense:
+    """How a stock config says which decoder layers are dense, and where such a layer keeps its SwiGLU MLP.
+
+    kind: "ids" (a list of the dense layers' indices), "others" (a list of all other layers' indices), "types" ("dense"
+    or "sparse" for every layer), or "prefix" (how many of the first layers are dense). One width, under `width`, serves
+    all dense layers of a model.
+    """
+
+    kind: str
+    key: str
+    mlp: str = "mlp."  # relative to `...layers.N.`
+    names: tuple[str, str, str] = GATED
+    width: str = "intermediate_size"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Group-limited routing: experts stand in `num_groups` equal groups, of which the best `top_groups` compete."""
+
+    num_groups: int
+    top_groups: int
+    min_per_group: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One or more `model_type`s that agree on names, config keys and routing. Keys with dots are nested."""
+
+    model_types: tuple[str, ...]
+    layouts: tuple[Layout, ...] = (Layout.under("mlp."),)
+    attention: tuple[Layout, ...] = ()  # of families whose attention has experts of its own
+    count: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    top_k: tuple[str, ...] = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+    group_keys: tuple[str, str] = ("n_group", "topk_group")
+    min_per_group: int = 2  # sigmoid routers score a group by the sum of its two best
+    group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
+    mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+    stock: bool = True  # transformers has a class for it
+    dense: Dense | None = None  # None: its config cannot say that some layers are dense
+
+    @property
+    def name(self) -> str:
+        return self.model_types[0]
+
+    def num_experts(self, config: dict[str, Any]) -> int:
+        """The routed experts per layer, from the config. Raises: CoterieError when no key says."""
+        return self._positive(config, self.count)
+
+    def num_experts_per_token(self, config: dict[str, Any]) -> int:
+        """Top-k. Raises: CoterieError when no key says."""
+        return self._positive(config, self.top_k)
+
+    def _positive(self, config: dict[str, Any], keys: tuple[str, ...]) -> int:
+        found = {key: value for key, _, value in lookup(config, keys) if value is not None}
+        if not found:
+            raise CoterieError(f"config.json ({self.name}): none of the keys {', '.join(keys)}; expected one of them")
+        value = next(iter(found.values()))
+        if type(value) is not int or not 0 < value <= MAX_EXPERTS or len({str(v) for v in found.values()}) > 1:
+            raise CoterieError(f"config.json ({self.name}): expected one positive integer, found {found!r:.200}")
+        return value
+
+    def groups(self, config: dict[str, Any]) -> Groups:
+        """The routing groups; one group of all experts where the family or the config knows none."""
+        if self.group_switch:
+            key, value = self.group_switch
+            if next((v for _, _, v in lookup(config, (key,))), None) != value:
+                return Groups(1, 1, 1)
+        found = [next((v for _, _, v in lookup(config, (key,)) if type(v) is int), 1) for key in self.group_keys]
+        if found[0] <= 1:
+            return Groups(1, 1, 1)
+        if self.num_experts(config) % found[0] or found[1] < 1:
+            raise CoterieError(
+                f"config.json ({self.name}): {self.num_experts(config)} experts in {found[0]} routing groups, of which "
+                f"{found[1]} compete; expected equal groups and at least one"
+            )
+        return Groups(found[0], found[1], self.min_per_group)
+
+
+def lookup(config: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Every place where one of `keys` stands, as (key, the dictionary holding it, value): top level first,
+    then the nested text config of multimodal wrappers."""
+    scopes = [config, *(config[n] for n in ("text_config", "language_config", "llm_config") if n in config)]
+    for scope in scopes:
+        for key in keys:
+            *path, last = key.split(".")
+            holder: Any = scope
+            for part in path:
+                holder = holder.get(part) if isinstance(holder, dict) else None
+            if isinstance(holder, dict) and last in holder:
+                yield key, holder, holder[last]
+
+
+def num_layers(config: dict[str, Any]) -> int:
+    """Decoder layers, from the config. Raises: CoterieError when no key says."""
+    found = next((v for _, _, v in lookup(config, NUM_LAYERS) if type(v) is int), None)
+    if found is None:
+        raise CoterieError(f"config.json: none of the keys {', '.join(NUM_LAYERS)}; expected the number of layers")
+    return found
+
+
+@cache
+def registry() -> dict[str, Family]:
+    """Every known family by `model_type`, collected from the files of `coterie.model.families`."""
+    package = importlib.import_module("coterie.model.families")
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        for family in importlib.import_module(f"coterie.model.families.{module.name}").FAMILIES:
+            for model_type in family.model_types:
+                assert model_type not in found, f"two records for {model_type}"
+                found[model_type] = family
+    return found
+
+
+def names_experts(names: Iterable[str]) -> bool:
+    """Whether any tensor's name is of a mixture of experts; else the model is dense, of whatever family."""
+    return any(re.search(r"experts?\b|router|moe", name) for name in names)
+
+
+def detect(config: dict[str, Any], names: Iterator[str] | list[str] | tuple[str, ...] = ()) -> Family:
+    """The family of a checkpoint. Raises: CoterieError for a dense or an unknown one."""
+    types = [v for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if isinstance(v, str)]
+    for model_type in types:
+        if model_type in registry():
+            return registry()[model_type]
+    shown = repr(types[0])[:60] if types else "no model_type"
+    if names and not names_experts(names):
+        raise CoterieError(
+            f"config.json: {shown} is dense (no tensor of an expert); expected a mixture-of-experts model"
+        )
+    near = difflib.get_close_matches(types[0][:60], registry(), n=3, cutoff=0.3) if types else []
+    hint = f"; the nearest known ones are {', '.join(near)}" if near else ""
+    raise CoterieError(
+        f"config.json: {shown} is not a family we know{hint}. Adding one is a file in coterie/families "
+        "(CONTRIBUTING.md says how)"
+    )

@@ -1,0 +1,290 @@
+"""The MoE blocks of a checkpoint in canonical form: which tensor is what, and each expert's matrices.
+
+Axes: L layer, E expert, K top-k, T token, D hidden, F expert hidden, O/I out/in.
+`find_blocks` claims every tensor of a checkpoint by exactly one rule of its family, or refuses.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coterie.codecs.packed import is_sparse
+from coterie.errors import CoterieError
+from coterie.model.family import NUM_LAYERS, Family, Layout, detect, lookup
+from coterie.model.own import OwnLayout, own_layout
+from coterie.storage.checkpoint import Checkpoint
+
+LAYER = re.compile(r"(?P<prefix>(?:.+?\.)?(?:layers|blocks)\.(?P<index>[0-9]{1,6})\.)(?P<rest>.+)", re.DOTALL)
+MTP = re.compile(r"(^|[._])(mtp|nextn)")
+CONSTANTS = "constants"  # of our own layout, under the experts' name
+EXPERT_LIKE = re.compile(r"(^|[._])(experts?|router)([._]|$)")
+MAX_ROUTER = 2**29  # bytes; routers are read whole, and the largest have 11 MB
+ROLES = ("expert", "constant", "shared", "router", "row", "table", "other")
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed as the one block it is
+class MoE:
+    """One MoE block: the names of its tensors by role. Exactly one of `experts` and `fused` is filled."""
+
+    key: str  # of the layer in plans: "3", or "mtp.0"
+    attention: bool  # the block is made of attention experts
+    mtp: bool  # of a multi-token-prediction layer, which stock inference leaves out
+    prefix: str  # "model.layers.3."
+    layout: Layout
+    num_experts: int
+    router: str
+    rows: tuple[str, ...]
+    tables: tuple[str, ...]
+    experts: tuple[dict[str, str], ...]  # per expert: "gate_proj.weight" -> full name
+    fused: tuple[str, ...]
+    shared: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+    routes: tuple[int, ...] = ()  # the stored expert that each router row leads to, -1 for none; (): one row for each
+    constants: str | None = None  # (R, D): what the R rows that lead to none give instead
+
+    @property
+    def num_rows(self) -> int:
+        """How many experts the router knows."""
+        return len(self.routes) or self.num_experts
+
+    @property
+    def stack(self) -> str:
+        """What stands before the layer's number: "model.layers"."""
+        return stack_of(self.prefix)
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.key}" + (" (attention)" if self.attention else "")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint understood: its family, its MoE blocks in order, and every tensor's role."""
+
+    checkpoint: Checkpoint
+    family: Family
+    moe: tuple[MoE, ...]
+    roles: dict[str, str] = field(repr=False)
+
+    @property
+    def main(self) -> list[MoE]:
+        """The blocks of ordinary layers: neither attention experts nor multi-token prediction."""
+        return [b for b in self.moe if not b.mtp and not b.attention]
+
+    @classmethod
+    def open(cls, model: str | Path) -> Model:
+        """MODEL, a folder or a hub id. Raises: CoterieError for what is damaged, dense, unknown or not whole."""
+        return cls.of(Checkpoint.open(model))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Model:
+        """A checkpoint that is open already, or a view of one. Raises: CoterieError as `open`."""
+        return find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
+
+
+def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
+    """Claims every tensor by one rule. Raises: CoterieError for an unclaimed one, or a block that is not whole."""
+    if is_sparse(checkpoint):
+        raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
+    found: list[MoE] = []
+    own = own_layout(checkpoint.config)
+    roles: dict[str, str] = {}
+    for prefix, names in _by_layer(checkpoint).items():
+        blocks = []
+        for attention, layouts in ((False, family.layouts), (True, family.attention)):
+            layout = _layout(layouts, names) if prefix else None
+            if layout:
+                blocks.append(_block(checkpoint, family, own, prefix, layout, names, attention))
+                _check_block(checkpoint, blocks[-1])
+        roles |= _claim(family, blocks, names)
+        found += blocks
+    seen: dict[tuple[str, bool], MoE] = {}
+    for block in found:
+        twin = seen.setdefault((block.key, block.attention), block)
+        if twin is not block:
+            raise CoterieError(
+                f"{checkpoint.path}: {twin.prefix!r} and {block.prefix!r} are both {block.name}; expected each once"
+            )
+    if all(block.mtp for block in found):
+        raise CoterieError(
+            f"{checkpoint.path}: no layer has a router named like {family.layouts[0].router!r}; "
+            f"a dense model, or a spelling that family {family.name} does not know"
+        )
+    return Model(checkpoint, family, tuple(sorted(found, key=lambda b: (b.mtp, _order(b.key), b.attention))), roles)
+
+
+def _by_layer(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Layer prefix -> the layer's tensors (relative name -> full name); "" holds what stands outside layers."""
+    layers: dict[str, dict[str, str]] = {}
+    for name in checkpoint.tensors:
+        match = LAYER.fullmatch(name)
+        layers.setdefault(match["prefix"] if match else "", {})[match["rest"] if match else name] = name
+    return layers
+
+
+def _layout(layouts: tuple[Layout, ...], names: dict[str, str]) -> Layout | None:
+    """The spelling whose router stands in the layer; of several that name it alike, the one whose experts do."""
+    fits = [layout for layout in layouts if layout.router in names]
+    for layout in fits if len(fits) > 1 else ():
+        if any(rest.startswith((f"{layout.experts}0.", *layout.fused)) for rest in names):
+            return layout
+    return fits[0] if fits else None
+
+
+def _claim(family: Family, blocks: list[MoE], names: dict[str, str]) -> dict[str, str]:
+    """The role of every tensor of a layer. Raises: CoterieError for an expert-like one that no rule claims."""
+    roles: dict[str, str] = {}
+    for block in blocks:
+        roles |= _claims(block)
+    below = tuple(b for block in blocks for b in block.layout.blocks)
+    for rest, name in names.items():
+        if name in roles:
+            continue
+        if below and rest.startswith(below):
+            raise CoterieError(
+                f"tensor {name!r} stands in a MoE block, but no rule of family {family.name} claims it; "
+                "refusing to guess: report it, or add it to the family's record"
+            )
+        if EXPERT_LIKE.search(rest) and "shared" not in rest:
+            raise CoterieError(
+                f"tensor {name!r} is named like an expert's or a router's, but belongs to no MoE block that family "
+                f"{family.name} knows; refusing to skip it"
+            )
+        roles[name] = "other"
+    return roles
+
+
+def _order(key: str) -> int:
+    return int(key.rpartition(".")[2])
+
+
+def _block(
+    checkpoint: Checkpoint,
+    family: Family,
+    own: OwnLayout,
+    prefix: str,
+    layout: Layout,
+    names: dict[str, str],
+    attention: bool,
+) -> MoE:
+    """Sorts a layer's tensors (`names`: relative -> full) into the block's roles."""
+    index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
+    mtp = is_mtp(prefix + "x", checkpoint.config)
+    key = f"mtp.{index}" if MTP.search(prefix) else str(index)
+    num_experts = own.counts[key] if key in own.counts else family.num_experts(checkpoint.config)
+    numbered = re.compile(re.escape(layout.experts) + r"(\d{1,6})\.(.+)", re.DOTALL)
+    experts: list[dict[str, str]] = [{} for _ in range(num_experts)]
+    fused, shared, whole = [], [], []
+    for rest, name in names.items():
+        match = numbered.fullmatch(rest)
+        if match:
+            number = int(match[1])
+            if number >= num_experts or match[1] != str(number):
+                raise CoterieError(f"tensor {name!r}: expert {match[1]}, but the config counts {num_experts} experts")
+            experts[number][match[2]] = name
+        elif any(rest == f or rest.startswith((f + "_", f + ".")) for f in layout.fused):
+            fused.append(name)
+        elif rest.startswith(layout.shared):
+            shared.append(name)
+        elif rest.startswith(layout.whole) if layout.whole else False:
+            whole.append(name)
+    return MoE(
+        key=key,
+        attention=attention,
+        mtp=mtp,
+        prefix=prefix,
+        layout=layout,
+        num_experts=num_experts,
+        router=names[layout.router],
+        rows=tuple(names[r] for r in layout.rows if r in names),
+        tables=tuple(names[t] for t in layout.tables if t in names),
+        experts=tuple(experts) if any(experts) else (),
+        fused=tuple(fused),
+        shared=tuple(shared),
+        whole=tuple(whole),
+        routes=() if attention else own.routes.get(key, ()),
+        constants=names.get(f"{layout.experts}{CONSTANTS}") if key in own.routes and not attention else None,
+    )
+
+
+def expert_names(block: MoE) -> list[str]:
+    """Every tensor of the routed experts."""
+    return [name for expert in block.experts for name in expert.values()] + list(block.fused)
+
+
+def _claims(block: MoE) -> dict[str, str]:
+    claims = [(block.router, "router"), *((n, "row") for n in block.rows), *((n, "table") for n in block.tables)]
+    claims += [(n, "expert") for n in expert_names(block)]
+    claims += [(block.constants, "constant")] if block.constants else []
+    claims += [(n, "shared") for n in block.shared] + [(n, "other") for n in block.whole]
+    assert len({n for n, _ in claims}) == len(claims), f"{block.name}: a tensor claimed twice"
+    return dict(claims)
+
+
+def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
+    """The block is whole: one spelling, all experts alike, one router row and one entry of each kind per expert."""
+    where = f"{checkpoint.path}: {block.name}"
+    tensors, num_experts = checkpoint.tensors, block.num_experts
+    if bool(block.experts) == bool(block.fused):
+        fault = "experts both fused and by number" if block.fused else "a router but no experts"
+        raise CoterieError(f"{where}: found {fault}; expected one of the two spellings")
+    for number, expert in enumerate(block.experts):
+        kinds, first = (
+            {key: (tensors[n].dtype, tensors[n].shape) for key, n in e.items()} for e in (expert, block.experts[0])
+        )
+        if kinds != first:
+            odd = ", ".join(sorted(set(kinds) ^ set(first))) or "dtype or shape"
+            raise CoterieError(f"{where}: expert {number} differs from expert 0 ({odd}); expected all alike")
+    for name in block.fused:
+        shape = tensors[name].shape
+        if not shape or shape[0] == 0 or shape[0] % num_experts:
+            raise CoterieError(f"{where}: {name!r} has shape {list(shape)}, which {num_experts} experts cannot share")
+    for name in (block.router, *block.rows, *block.tables):
+        if not 0 < tensors[name].num_bytes <= MAX_ROUTER:
+            raise CoterieError(f"{where}: {name!r} has {tensors[name].num_bytes:,} bytes; expected 1 to {MAX_ROUTER:,}")
+    for name in (block.router, *block.rows):
+        shape = tensors[name].shape
+        if expert_axis(shape, block.num_rows) is None:
+            raise CoterieError(f"{where}: {name!r} has shape {list(shape)}; the config counts {block.num_rows} experts")
+    if block.constants and tensors[block.constants].shape[:1] != (block.routes.count(-1),):
+        found, gone = list(tensors[block.constants].shape), block.routes.count(-1)
+        raise CoterieError(f"{where}: {block.constants!r} has shape {found}; {gone} router rows lead to no expert")
+
+
+def mtp_names(model: Model) -> list[str]:
+    """All tensors of the multi-token-prediction layers, with what stands beside them (`mtp.fc.weight`)."""
+    stacks = {block.stack for block in model.moe if not block.mtp}  # other stacks, such as vision, are longer
+    found = []
+    for name in model.checkpoint.tensors:
+        match = LAYER.fullmatch(name)
+        beyond = match is not None and stack_of(match["prefix"]) in stacks
+        if is_mtp(name, model.checkpoint.config if beyond else {}):
+            found.append(name)
+    return found
+
+
+def stack_of(prefix: str) -> str:
+    """`model.layers` of a layer's prefix `model.layers.3.`."""
+    return prefix.rstrip(".").rpartition(".")[0]
+
+
+def is_mtp(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor, by its name or by a layer index beyond the config's count, belongs to such a layer."""
+    if MTP.search(name):
+        return True
+    match = LAYER.fullmatch(name)
+    num_layers = next((v for _, _, v in lookup(config, NUM_LAYERS)), 0)
+    return match is not None and type(num_layers) is int and 0 < num_layers <= int(match["index"])
+
+
+def expert_axis(shape: tuple[int, ...], num_rows: int) -> int | None:
+    """The axis that counts experts, if everything before it has length 1 (so that rows are byte ranges)."""
+    for axis, length in enumerate(shape):
+        if length == num_rows:
+            return axis
+        if length != 1:
+            return None
+    return None

@@ -1,1 +1,0 @@
-"""Which experts stay: clusters, criteria, guards, reconstruction."""

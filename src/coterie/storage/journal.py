@@ -1,0 +1,158 @@
+"""What a run writes down about itself in `OUT.partial/`: the journal, its lock, and a log for people.
+
+The journal is JSON lines. One process at a time holds it, by a lock that dies with the process; so whoever finds it
+unlocked knows that the run is over. `writer` writes it; `status` reads it. The log stays in OUT, the journal does not.
+
+    {"identity": hash, "asked": {...}}           once: what a resume must be equal to, and what to tell people
+    {"began": time, "pid": number, "files": number, "bytes": to copy, "later": to fill in afterwards,
+     "written": kept from an earlier process, "source": {file: [size, time of change]}}
+                                                 each time that a process begins or goes on
+    {"at": time, "written": bytes}               about once a second while bytes are copied; not synced
+    {"shard": name, "bytes": size, "at", "written"}         a file is complete
+    {"unit": {...}, "of": number of layers, "at"}           a layer is complete
+    {"aside": name}                              where the result that is replaced waits to be removed
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from coterie.errors import CoterieError, guarded
+
+JOURNAL = "journal.jsonl"
+LOG = "coterie.log"
+LOCK_TRIES, LOCK_WAIT = 5, 0.05  # somebody who asks for the status holds the lock for an instant
+
+
+class Journal:
+    """The open and locked journal of a folder. Times are seconds since 1970."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder and the journal if need be. Raises: CoterieError when another run holds it."""
+        self.folder = folder
+        guarded(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+        self._file: BinaryIO = guarded(folder, lambda: (folder / JOURNAL).open("ab+", buffering=0))
+        try:
+            self._lock()
+        except BaseException:
+            self._file.close()
+            raise
+        raw = self._file.seek(0) or self._file.read()
+        self.entries, self._end = entries_of(raw)
+
+    def _lock(self) -> None:
+        for tried in range(1, LOCK_TRIES + 1):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if tried == LOCK_TRIES:
+                    raise held_by_another(self.folder) from error
+            time.sleep(LOCK_WAIT)
+        # A run that ended meanwhile took the folder, and this journal in it, away: the lock would be of nothing.
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self._file.fileno()), (self.folder / JOURNAL).stat()):
+                return
+        raise CoterieError(f"{self.folder}: another run ended here just now; see what it left, and ask again")
+
+    def keep(self) -> None:
+        """Goes on after the last whole line."""
+        self._file.truncate(self._end)
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self.entries = []
+        self._file.truncate(0)
+
+    def add(self, entry: dict[str, Any], *, sync: bool = True) -> None:
+        """Writes a line, which is on the disk afterwards if `sync`."""
+
+        def write() -> None:
+            view = memoryview(json.dumps(entry).encode() + b"\n")
+            while view:
+                view = view[self._file.write(view) :]
+            if sync:
+                os.fsync(self._file.fileno())
+
+        guarded(self.folder, write)
+        self.entries.append(entry)
+
+    def say(self, text: str) -> None:
+        """Adds a line to the log."""
+
+        def write() -> None:
+            with (self.folder / LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{stamp(time.time())} {' '.join(text.split())}\n")
+
+        guarded(self.folder, write)
+
+    def discard(self) -> None:
+        """Removes journal, log and folder, where a run ends before it wrote anything."""
+        with suppress(OSError):
+            (self.folder / LOG).unlink(missing_ok=True)
+            (self.folder / JOURNAL).unlink()
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def entries_of(raw: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The journal's whole lines, and where they end: what a cut line named is written again."""
+    entries, end = [], 0
+    for line in raw.splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(entry, dict) or not line.endswith(b"\n"):
+            break
+        entries.append(entry)
+        end += len(line)
+    return entries, end
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a folder's journal; none where it has none, or where it cannot be read."""
+    try:
+        if not (folder / JOURNAL).is_file():  # a named pipe would be waited for
+            return []
+        return entries_of((folder / JOURNAL).read_bytes())[0]
+    except OSError:
+        return []
+
+
+def shards_of(entries: list[dict[str, Any]]) -> dict[str, int]:
+    """Complete files and their sizes."""
+    found = {e["shard"]: e.get("bytes") for e in entries[1:] if isinstance(e.get("shard"), str)}
+    return {shard: size for shard, size in found.items() if type(size) is int}
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a living process writes the folder."""
+    try:
+        if not (folder / JOURNAL).is_file():
+            return False
+        with (folder / JOURNAL).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def held_by_another(folder: Path) -> CoterieError:
+    return CoterieError(f"{folder}: another run writes here; wait for it, or choose another OUT")
+
+
+def stamp(seconds: float) -> str:
+    """A time as people and programs read it: UTC, whole seconds."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,120 @@
+"""A checkpoint as it will be, before it is written: tensors made of byte runs of another one, and of computed parts.
+
+Lets one step plan on the result of the step before, and calibration read it, with nothing written in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from coterie.storage.checkpoint import Checkpoint, Tensor, read_bytes
+from coterie.storage.writer import Hole, Made, Output, Run
+
+Shards = dict[str, list[Output]]
+
+
+@dataclass(frozen=True)
+class Planned(Checkpoint):
+    """A checkpoint that is not on the disk yet, and reads as if it were."""
+
+    source: Checkpoint = field(kw_only=True)
+    outputs: dict[str, Output] = field(kw_only=True, repr=False)
+    shared_scale: float = field(default=1.0, kw_only=True)  # times the shared experts stored here: those of the source
+
+    @property
+    def hash(self) -> str:  # type: ignore[override]
+        """That of the checkpoint on the disk: the rest follows from it."""
+        return self.source.hash
+
+    def raw(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        length = self.tensors[name].num_bytes - start if length is None else length
+        return b"".join(self._part(name, part) for part in self.parts(name, start, length))
+
+    def parts(self, name: str, start: int, length: int) -> Iterator[Run | Made | Hole]:
+        """What the tensor's bytes `start:start + length` are made of, in terms of the source."""
+        position = 0
+        for part in self.outputs[name].parts:
+            first, last = max(start, position), min(start + length, position + part.num_bytes)
+            if first < last:
+                yield _cut(part, first - position, last - position)
+            position += part.num_bytes
+
+    def _part(self, name: str, part: Run | Made | Hole) -> bytes:
+        if isinstance(part, Made):
+            return part.make()
+        assert isinstance(part, Run)
+        return read_bytes(self.source.path / part.file, part.start, part.num_bytes, name)
+
+
+def view(checkpoint: Checkpoint, outputs: Shards, config: dict[str, Any], shared_scale: float = 1.0) -> Planned:
+    """The checkpoint that `outputs` (byte runs of files that exist) and `config` will make of another one."""
+    tensors = {}
+    for shard, group in outputs.items():
+        position = 0
+        for o in group:
+            tensors[o.name] = Tensor(o.name, o.dtype, o.shape, shard, position, position + o.num_bytes)
+            position += o.num_bytes
+    by_name = {o.name: o for group in outputs.values() for o in group}
+    metadata = {shard: checkpoint.metadata[shard] for shard in outputs}
+    return Planned(
+        checkpoint.path, config, tuple(outputs), tensors, metadata, checkpoint.indexed, source=root(checkpoint),
+        outputs=by_name, shared_scale=shared_scale * scale_of(checkpoint),
+    )  # fmt: skip
+
+
+def scale_of(checkpoint: Checkpoint) -> float:
+    """What the checkpoint's shared experts are multiplied by to be those of the files."""
+    return checkpoint.shared_scale if isinstance(checkpoint, Planned) else 1.0
+
+
+def root(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint on the disk behind a planned one, or itself."""
+    return checkpoint.source if isinstance(checkpoint, Planned) else checkpoint
+
+
+def resolved(checkpoint: Checkpoint, outputs: Shards) -> Shards:
+    """Outputs that name byte runs of a planned checkpoint, in terms of the files that exist."""
+    if not isinstance(checkpoint, Planned):
+        return outputs
+    places = _places(checkpoint)
+    return {shard: [_resolved(checkpoint, o, places) for o in group] for shard, group in outputs.items()}
+
+
+def _places(checkpoint: Planned) -> dict[str, list[Tensor]]:
+    """The planned tensors of each shard, in the order of their bytes."""
+    found: dict[str, list[Tensor]] = {}
+    for tensor in checkpoint.tensors.values():
+        found.setdefault(tensor.file, []).append(tensor)
+    return found
+
+
+def _resolved(checkpoint: Planned, output: Output, places: dict[str, list[Tensor]]) -> Output:
+    parts: list[Run | Made | Hole] = []
+    for part in output.parts:
+        parts += _traced(checkpoint, part, places) if isinstance(part, Run) else [part]
+    return replace(output, parts=tuple(parts))
+
+
+def _traced(checkpoint: Planned, run: Run, places: dict[str, list[Tensor]]) -> Iterator[Run | Made | Hole]:
+    """The parts behind a run of planned bytes: runs name whole tensors, or rows of one."""
+    group = places[run.file]
+    low, high = 0, len(group)
+    while low < high:  # the first tensor that ends beyond the run's beginning
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if group[middle].end <= run.start else (low, middle)
+    for tensor in group[low:]:
+        if tensor.start >= run.end:
+            break
+        first, last = max(run.start, tensor.start), min(run.end, tensor.end)
+        yield from checkpoint.parts(tensor.name, first - tensor.start, last - first)
+
+
+def _cut(part: Run | Made | Hole, first: int, last: int) -> Run | Made | Hole:
+    """Bytes first:last of a part."""
+    if isinstance(part, Run):
+        return Run(part.file, part.start + first, part.start + last)
+    if isinstance(part, Hole):
+        return Hole(last - first)
+    return part if last - first == part.num_bytes else Made(last - first, lambda: part.make()[first:last])

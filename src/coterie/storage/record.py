@@ -1,0 +1,143 @@
+"""The record of a run: what every verb returns, writes as `coterie.json`, and may find in a folder; and the model card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import resource
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie.errors import printable
+from coterie.storage.checkpoint import load_json
+
+OBJECT = "(given as an object)"  # what is recorded of a plan that is no file
+Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """The default: say nothing."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The content of `coterie.json`; `format` is 1."""
+
+    command: str
+    options: dict[str, Any]
+    source: dict[str, Any]
+    plan: dict[str, Any]
+    report: dict[str, Any]
+    versions: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "command": self.command,
+            "options": self.options,
+            "source": self.source,
+            "versions": self.versions,
+            "plan": self.plan,
+            "report": self.report,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that shaped the result (read from metadata: nothing is imported)."""
+    found = {"python": platform.python_version()}
+    for package in ("coterie", "numpy", "scipy", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Stopwatch:
+    """Seconds since it was made, and this process's peak resident bytes."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def read(self) -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        return {"seconds": round(time.monotonic() - self._began, 3), "peak_rss_bytes": peak}
+
+
+def model_card(source: str, report: Report) -> str:
+    """README.md of the result: what was done to what (`source`, a name), the numbers, and how to repeat it."""
+    before, after = report.report["before"], report.report["after"]
+    rows = "\n".join(
+        f"| {name} | {_show(before[key])} | {_show(after[key])} |"
+        for name, key in (("parameters", "parameters"), ("bytes", "bytes"), ("routed experts per layer", "experts"))
+    )
+    zeros = report.report.get("expert_zeros")
+    rows += "" if zeros is None else f"\n| of the experts' parameters zero | | {zeros:,} |"
+    again = "the command above repeats them" if zeros else "`coterie apply MODEL coterie.json OUT` repeats them"
+    return f"""---
+tags: [mixture-of-experts, compressed]
+---
+# {source}, made smaller by `coterie {report.command}`
+
+|  | before | after |
+|---|---|---|
+{rows}
+
+Made from `{report.source["path"]}` (fingerprint `{report.source["hash"][:16]}`) by
+
+```
+{typed(report.command, report.options)}
+```
+
+`coterie.json` holds every decision and number; {again}.
+The licence is the source model's.
+"""
+
+
+def typed(command: str, options: dict[str, Any]) -> str:
+    """The command as one would type it, in one line, from what it recorded; MODEL, OUT and PLAN stand for paths."""
+    words = ["coterie", command, "MODEL", "OUT"]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if command == "apply" and name == "plan":
+            words.insert(3, "PLAN" if value == OBJECT else str(value))
+        elif isinstance(value, dict):
+            words += [word for key, file in value.items() for word in (flag, f"{key}={file}")]
+        elif value is True:
+            words.append(flag)
+        elif value not in (None, "", []) and value is not False:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+    return printable(shlex.join(words))
+
+
+def _show(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+# --- as it is found in a folder, which may since have become anything -----------------------------------------
+
+
+def record_of(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's coterie.json; nothing where there is none. Raises: CoterieError for a damaged one."""
+    file = folder / "coterie.json"
+    return load_json(file) if file.is_file() else None
+
+
+def object_at(value: Any, *keys: str) -> dict[str, Any]:
+    """The object under these keys, one inside the other; an empty one where anything else is found."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON in which lists of numbers stay on one line."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # Strings hold no line breaks once encoded, so what has them is a list.
+    return re.sub(r"\[\n\s*([-\d.,\s]+?)\n\s*\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"

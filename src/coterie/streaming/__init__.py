@@ -1,1 +1,0 @@
-"""The streaming forward: one layer of transformers at a time, one expert at a time."""

@@ -1,0 +1,211 @@
+"""The training loop: which samples each step takes, float32 masters, AdamW, and a state that a killed run resumes from.
+
+Everything that a step does follows from its number and the state, so that a resumed run ends with the same bytes.
+Importing this module imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coterie.errors import CoterieError
+from coterie.storage.files import write_whole
+from coterie.train.objectives import Objective
+from coterie.train.trainable import Part
+
+WARMUP = 0.05  # share of the steps
+BETAS, EPSILON, CLIP = (0.9, 0.999), 1e-8, 1.0
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names them
+POINTS = 1000  # of a curve at most
+
+Sample = tuple[int, ...]
+
+
+# --- samples -----------------------------------------------------------------------------------------------------
+
+
+def batches(samples: list[Sample], size: int, device: Any = None) -> Iterator[torch.Tensor]:
+    """All samples as (B, T) ids, B <= size: those of one length together, so that nothing is padded."""
+    alike: dict[int, list[Sample]] = {}
+    for sample in samples:
+        alike.setdefault(len(sample), []).append(sample)
+    for group in alike.values():
+        for start in range(0, len(group), size):
+            yield torch.tensor(group[start : start + size], device=device)
+
+
+def taken(count: int, size: int, step: int, seed: int) -> list[int]:
+    """The samples of a step: all are taken once, in random order, before any is taken again."""
+    positions = range(step * size, (step + 1) * size)
+    return [int(_order(count, position // count, seed)[position % count]) for position in positions]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+# --- steps -------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first 5 % of the steps, then linear decay to 0, which a step after the last would have.
+
+    Source: the published program of CD-MoE decays linearly. Deviates: it asks for a warm-up, but in a setting that its
+    scheduler does not read.
+    """
+    warmup = max(1, round(WARMUP * steps))
+    return peak * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
+
+
+class Learner:
+    """AdamW on float32 masters of parts; the model computes in its own dtype.
+
+    No weight decay: weights that are fine as they are would shrink. Gradients are clipped to norm 1.
+    """
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
+        self.masters = {name: master for part in parts for name, master in part.masters.items()}
+        self.parameters = {name: p.requires_grad_() for part in parts for name, p in part.parameters.items()}
+        self.start()
+
+    def start(self) -> None:
+        """Forgets all moments."""
+        self.adam = torch.optim.AdamW(self.masters.values(), betas=BETAS, eps=EPSILON, weight_decay=0.0)
+
+    def step(self, objective: Objective, groups: list[torch.Tensor], rate: float) -> float:
+        """One update from the mean over all tokens of the groups; returns that mean."""
+        total, count = 0.0, 0
+        for ids in groups:
+            loss, number = objective(ids)
+            loss.backward()
+            total, count = total + loss.item(), count + number
+            self._collect()
+        for master in self.masters.values():
+            assert master.grad is not None
+            master.grad /= count
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), CLIP)
+        if not torch.isfinite(norm) or not np.isfinite(total):
+            raise CoterieError(f"the loss became {total / count}; use a smaller --lr, or --dtype float32")
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.adam.zero_grad()
+        self.round()
+        return total / count
+
+    def _collect(self) -> None:
+        """Adds the parameters' gradients to their masters', in float32."""
+        for name, parameter in self.parameters.items():
+            master, found = self.masters[name], parameter.grad
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            if found is not None:
+                master.grad += found
+            parameter.grad = None
+
+    def round(self) -> None:
+        for part in self.parts:
+            part.round()
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """What AdamW remembers; nothing before its first step."""
+        known = {name: self.adam.state[master] for name, master in self.masters.items() if self.adam.state[master]}
+        return {f"{kind}/{name}": state[kind] for name, state in known.items() for kind in MOMENTS}
+
+    def restore(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        """Masters and moments as they were saved after `step` steps of a stage."""
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"master/{name}"])
+            if f"{MOMENTS[0]}/{name}" in tensors:
+                kept = {kind: tensors[f"{kind}/{name}"].to(master.device) for kind in MOMENTS}
+                self.adam.state[master] = {"step": torch.tensor(float(step)), **kept}
+        self.round()
+
+
+# --- the state ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """How far training got: what the report says of each stage begun, their curves, and steps done of the last one."""
+
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    curve: dict[str, list[list[float]]] = field(default_factory=dict)
+    step: int = 0
+    power: dict[str, float] = field(default_factory=dict)  # of `objectives.Layers`
+
+    def save(self, learner: Learner, path: Path) -> None:
+        """One file, absent or complete: masters, moments, and the rest of the state as JSON."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = {f"master/{name}": master for name, master in learner.masters.items()} | learner.moments()
+
+        def write(partial: Path) -> None:
+            try:
+                save_file(tensors, partial, metadata={"state": json.dumps(vars(self))})
+            except SafetensorError as error:  # what the library makes of an OSError
+                raise OSError(str(error)) from error
+
+        write_whole(path, write, hint="; free some space and add --resume")
+
+    @classmethod
+    def load(cls, learner: Learner, path: Path) -> State:
+        """As saved, into the learner; a fresh one where nothing was saved. Raises: CoterieError for a damaged file."""
+        if not path.is_file():
+            return cls()
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                state = cls(**json.loads(file.metadata()["state"]))
+                learner.restore({name: file.get_tensor(name) for name in file.keys()}, state.step)  # noqa: SIM118
+        except Exception as error:  # a damaged file can provoke anything in there
+            raise CoterieError(f"{path}: damaged ({error!s:.200}); start anew with --overwrite") from error
+        return state
+
+
+def mean(objective: Objective, groups: Iterator[torch.Tensor]) -> float:
+    """An objective's mean over all tokens, without learning."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in groups:
+            loss, number = objective(ids)
+            total, count = total + loss.item(), count + number
+    return total / count
+
+
+def run(
+    learner: Learner,
+    objective: Objective,
+    groups: Callable[[int], list[torch.Tensor]],
+    *,
+    steps: int,
+    peak: float,
+    state: State,
+    curve: list[list[float]],
+    save: Callable[[], None],
+    save_every: int,
+    on_step: Callable[[int], None],
+) -> None:
+    """The steps of a stage that are not done yet. groups: the ids of each step's number."""
+    every = -(-steps // POINTS) if steps else 1
+    while state.step < steps:
+        step = state.step
+        loss = learner.step(objective, groups(step), learning_rate(step, steps, peak))
+        if step % every == 0 or step + 1 == steps:
+            curve.append([step, loss])
+        state.step += 1
+        if state.step % save_every == 0 and state.step < steps:
+            save()
+        on_step(state.step)

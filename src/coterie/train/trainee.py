@@ -1,0 +1,214 @@
+"""What `recover` trains and by what, as far as headers and configs tell: checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coterie.edits.folding import FOLDABLE, shared_names
+from coterie.edits.plan import Plan, read_plan
+from coterie.errors import CoterieError
+from coterie.model.experts import expert_weights
+from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
+from coterie.model.layer import LAYER, Model, MoE, find_blocks
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.record import record_of
+from coterie.storage.writer import Output, whole
+
+STAGES = {"all": ("local", "distill"), "local": ("local",), "lm": ("lm",), "distill": ("distill",)}
+SIZES = {"vocabulary": ("vocab_size",), "hidden size": ("hidden_size", "d_model"), "number of layers": NUM_LAYERS}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `recover` was asked for, with its defaults; recorded in coterie.json."""
+
+    teacher: str | None = None
+    data: dict[str, Path] = field(default_factory=dict)
+    stage: str = "all"
+    layer_ids: list[int] | None = None
+    steps: int = 200
+    lr: float | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    seq_len: int = 256
+    samples: int = 2048
+    seed: int = 0
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, by what, and what is known of it from headers."""
+
+    model: Model
+    plan: Plan  # of MODEL's own coterie.json
+    record: dict[str, Any]
+    options: Training
+    teacher: Checkpoint | None
+    mlps: dict[int, tuple[str, str, str]]  # (gate, up, down) tensors of a layer's dense MLP
+    blocks: dict[int, MoE]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> list[str]:
+        """Those that change."""
+        checkpoint = self.model.checkpoint
+        found = [name for names in self.mlps.values() for name in names]
+        for block in self.blocks.values():
+            found += [*expert_weights(checkpoint, block), *_shared(block)]
+        return found
+
+    @property
+    def outputs(self) -> dict[str, list[Output]]:
+        checkpoint = self.model.checkpoint
+        return {s: [whole(t) for t in checkpoint.tensors.values() if t.file == s] for s in checkpoint.shards}
+
+
+def make_job(checkpoint: Checkpoint, options: Training) -> Job:
+    """Raises: CoterieError for layers that do not exist, weights that cannot be trained, or a teacher that differs."""
+    record = record_of(checkpoint.path) or {}
+    plan = read_plan(record) if record else Plan({})
+    model = open_model(checkpoint)
+    layers, notes = chosen_layers(model, plan, options)
+    blocks = {int(b.key): b for b in model.main if int(b.key) in layers}
+    mlps = {i: mlp_names(model, i) for i in layers if i not in blocks}
+    teacher = open_teacher(checkpoint, options)
+    job = Job(model, plan, record, options, teacher, mlps, blocks, tuple(notes))
+    for name in job.tensors:
+        dtype = checkpoint.tensors[name].dtype
+        if dtype not in FOLDABLE:
+            raise CoterieError(f"tensor {name!r}: {dtype} weights cannot be trained; dequantise the checkpoint first")
+    return job
+
+
+def open_model(checkpoint: Checkpoint) -> Model:
+    """The checkpoint understood, also where every layer is condensed, so that no router is left."""
+    family = detect(checkpoint.config)
+    rest = {match["rest"] for name in checkpoint.tensors if (match := LAYER.fullmatch(name))}
+    if rest.isdisjoint({layout.router for layout in family.layouts}):
+        return Model(checkpoint, family, (), {})
+    return find_blocks(checkpoint, family)
+
+
+def chosen_layers(model: Model, plan: Plan, options: Training) -> tuple[list[int], list[str]]:
+    """The decoder layers to train, ascending, and what should be said aloud."""
+    path, known = model.checkpoint.path, stacks(model)
+    if options.layer_ids is not None:
+        wanted = sorted(set(options.layer_ids))
+        if not wanted or len(wanted) != len(options.layer_ids):
+            raise CoterieError(f"--layer-ids {options.layer_ids}: expected distinct layers, one at least")
+        wrong = next((i for i in wanted if i not in known or str(i) in plan.sparsity), None)
+        if wrong is not None:
+            fault = f"the model's {len(known)} layers end at {max(known)}"
+            fault = "it was made sparse, and training would fill its zeros" if str(wrong) in plan.sparsity else fault
+            raise CoterieError(f"--layer-ids {wrong}: {fault}; choose other layers")
+        return wanted, []
+    if not plan.condensed:
+        raise CoterieError(
+            f"{path}: its coterie.json records no condensed layers; expected what `coterie condense` wrote, or, for "
+            "any model, --stage lm with --layer-ids"
+        )
+    odd = next((k for k in plan.condensed if not k.isdecimal() or int(k) not in known), None)
+    whole = next((b.key for b in model.main if b.key in plan.condensed), None)
+    if odd is not None or whole is not None:
+        fault = f"layer {whole} has experts" if odd is None else f"there is no layer {odd!r}"
+        raise CoterieError(f"{path}: {fault}, but coterie.json records it as condensed; was one of the two changed?")
+    empty = [int(key) for key, c in plan.condensed.items() if not c.experts and not c.shared_gate]
+    left = sorted(int(key) for key in plan.condensed if int(key) not in empty)
+    if not left:
+        raise CoterieError(f"{path}: its condensed layers are all empty (dropped), so there is nothing to train")
+    said = f"layers {', '.join(map(str, empty))} were dropped: they are empty, and stay so"
+    return left, [said] if empty else []
+
+
+def stacks(model: Model) -> dict[int, list[str]]:
+    """Layer number -> what its tensors' names begin with: of the decoder, or of any stack where no router tells it."""
+    found = {m["prefix"]: int(m["index"]) for name in model.checkpoint.tensors if (m := LAYER.fullmatch(name))}
+    decoder = model.main[0].stack if model.main else ""
+    result: dict[int, list[str]] = {}
+    for prefix, index in sorted(found.items()):
+        if not decoder or prefix == f"{decoder}.{index}.":
+            result.setdefault(index, []).append(prefix)
+    return result
+
+
+def mlp_names(model: Model, index: int) -> tuple[str, str, str]:
+    """The (gate, up, down) tensors of a layer's dense MLP. Raises: CoterieError where there are none."""
+    tensors, dense = model.checkpoint.tensors, model.family.dense
+    places = dict.fromkeys([dense.mlp] if dense else []) | dict.fromkeys(x.blocks[0] for x in model.family.layouts)
+    spellings = dict.fromkeys([dense.names, GATED] if dense else [GATED])
+    for prefix in stacks(model).get(index, []):
+        for place in places:
+            for gate, up, down in spellings:
+                names = (f"{prefix}{place}{part}.weight" for part in (gate, up, down))
+                found = tuple(name for name in names if name in tensors)
+                if len(found) == 3:
+                    return found
+    raise CoterieError(f"{model.checkpoint.path}: layer {index} has neither experts nor a dense MLP that we know")
+
+
+def _shared(block: MoE) -> tuple[str, ...]:
+    """The three matrices of the shared expert, if there is one; a gate of its own is a router, and stays."""
+    found = shared_names(block)
+    return found[0] if found else ()
+
+
+def open_teacher(student: Checkpoint, options: Training) -> Checkpoint | None:
+    """Raises: CoterieError for a teacher that cannot be loaded, or whose sizes are not the student's."""
+    if options.teacher is None:
+        return None
+    teacher = Checkpoint.open(options.teacher)
+    if teacher.path.resolve() == student.path.resolve():
+        raise CoterieError(f"--teacher {options.teacher}: is MODEL itself; expected the model that was condensed")
+    known = registry().get(str(teacher.config.get("model_type")))
+    if known and not known.stock:
+        raise CoterieError(
+            f"{teacher.path}: transformers has no class for {teacher.config['model_type']!r}; repackage it first: "
+            "`coterie condense MODEL OUT --layers 0`"
+        )
+    for what, keys in SIZES.items():
+        if what == "number of layers" and "local" not in STAGES[options.stage]:
+            continue
+        sizes = [next((v for _, _, v in lookup(c.config, keys) if v is not None), None) for c in (student, teacher)]
+        if sizes[0] != sizes[1]:
+            raise CoterieError(
+                f"--teacher {teacher.path}: its {what} is {sizes[1]}, that of {student.path} is {sizes[0]}; "
+                "expected the model that was condensed"
+            )
+    return teacher
+
+
+def peak_rate(job: Job) -> float:
+    """The highest learning rate: as asked, or 0.25 over the hidden size, 1e-3 at most (1e-4 for a size of 2500).
+
+    Source: Yang et al., Tensor Programs V, arXiv 2203.03466: under Adam the best rate of hidden matrices falls with
+    one over their width. The factor is from the reference model. Published for a hidden size of 2048 and lm: 1e-5.
+    """
+    if job.options.lr is not None:
+        return job.options.lr
+    hidden = [v for _, _, v in lookup(job.model.checkpoint.config, SIZES["hidden size"]) if type(v) is int and v > 0]
+    return min(1e-3, 0.25 / hidden[0]) if hidden else 1e-4
+
+
+def num_trained(job: Job) -> int:
+    return sum(job.model.checkpoint.tensors[name].num_parameters for name in job.tensors)
+
+
+def memory_bytes(job: Job) -> int:
+    """About what training takes: both models, 16 bytes a trained weight, logits of one batch four times over, and, for
+    the closed form, five float64 matrices between the hidden units of a layer."""
+    config = job.model.checkpoint.config
+    size = 2 if job.options.dtype == "bfloat16" or (job.options.dtype == "auto" and stored_dtype(job) == "BF16") else 4
+    weights = sum(c.num_parameters for c in (job.model.checkpoint, job.teacher) if c)
+    vocabulary = next((v for _, _, v in lookup(config, ("vocab_size",)) if type(v) is int), 0)
+    tokens = job.options.batch_size * job.options.seq_len
+    fitted = job.mlps.values() if "local" in STAGES[job.options.stage] else ()
+    width = max((job.model.checkpoint.tensors[down].shape[1] for _, _, down in fitted), default=0)
+    return size * weights + 16 * num_trained(job) + 16 * tokens * vocabulary + 40 * width**2
+
+
+def stored_dtype(job: Job) -> str:
+    """Of the weights that are trained."""
+    return job.model.checkpoint.tensors[job.tensors[0]].dtype

@@ -1,1 +1,0 @@
-"""Recovery: the light fine-tuning of what was condensed."""

@@ -1,0 +1,142 @@
+"""`coterie compare`: which experts each criterion would keep, from one statistics file, and how far they agree.
+
+Nothing is run again: routers and sums decide, in seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from coterie.decide import clusters, criteria
+from coterie.decide.criteria import Guarded, Task
+from coterie.decide.experts import Pruning, check_options, count_kept
+from coterie.errors import CoterieError
+from coterie.methods import prune as methods
+from coterie.model.experts import read_layer
+from coterie.model.layer import Model
+from coterie.model.stats import Stats, agreement, parse_weights, stability
+from coterie.storage.record import Progress, Stopwatch, no_progress, versions
+
+DRAWS = 5  # of the method random
+LEFT_OUT = {
+    "weights": "reads every weight: coterie prune --method",
+    "base": "needs an earlier checkpoint: coterie prune --base",
+    "outputs": "runs every expert on data: coterie prune --data",
+}
+CONTROLS = ("first", "random")
+Kept = dict[str, Collection[int]]  # by layer key
+
+
+def compare(
+    model: str | Path,
+    stats: str | Path,
+    *,
+    ratio: float | None = None,
+    experts: int | None = None,
+    weights: str | Mapping[str, float] | None = None,
+    no_guard: bool = False,
+    seed: int = 0,
+    on_progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """What each criterion would keep of every measured layer, and how far they agree; in seconds, writing nothing.
+
+    ratio, experts, weights, no_guard: as in `prune`; ratio is 0.25 unless given. seed: of the random draws.
+    Returns `{"model", "stats", "options", "guarded", "criteria", "overlap", "random", "left_out", "versions",
+    "seconds", ...}`: `criteria[name]` holds "kept" by layer, "stability" between the halves of the data (None where
+    the criterion reads no data, or half is too little, which "notes" says) and "seconds"; `overlap[a][b]` is the mean
+    share of kept experts in common; `random["overlap"][name]` that with random draws, of which "expected" is the mean.
+    Raises: CoterieError for statistics of another model, and for options that `prune` refuses.
+    """
+    clock = Stopwatch()
+    options = Pruning("reap", ratio, experts, stats=str(stats), weights=parse_weights(weights), no_guard=no_guard)
+    contest = Contest.of(Model.open(model), options)
+    kept, found = contest.task.kept, contest.stats
+    named = [name for name in methods.names("stats", "router") if name not in CONTROLS]
+    results = {}
+    for done, name in enumerate(named):
+        results[name] = contest.result(name)
+        on_progress("scoring experts", done + 1, len(named))
+    draws = [contest.drawn(seed + i) for i in range(DRAWS)]
+    return {
+        "model": {"path": str(model), "hash": found.model},
+        "stats": str(stats),
+        "options": {"experts": kept, "weights": dict(options.weights), "no_guard": no_guard, "seed": seed},
+        "samples": found.samples,
+        "notes": contest.notes,
+        "guarded": criteria.listed(contest.guarded, found),
+        "criteria": results,
+        "overlap": {a: {b: _overlap(results[a]["kept"], results[b]["kept"]) for b in named} for a in named},
+        "random": {
+            "draws": DRAWS,
+            "expected": sum(kept / b.num_experts for b in contest.task.measured) / len(contest.task.measured),
+            "overlap": {a: sum(_overlap(results[a]["kept"], draw) for draw in draws) / DRAWS for a in named},
+        },
+        "left_out": {name: LEFT_OUT[methods.load(name).NEEDS] for name in methods.names(*LEFT_OUT)},
+        "versions": versions(),
+        **clock.read(),
+    }
+
+
+@dataclass
+class Contest:
+    """Criteria asked the same: of which layers how many experts stay, by which statistics."""
+
+    task: Task
+    options: Pruning
+    stats: Stats
+    guarded: Guarded
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: Model, options: Pruning) -> Contest:
+        """Raises: CoterieError for options that `prune` refuses, and for statistics of another model."""
+        check_options(options)
+        num_groups = model.family.groups(model.checkpoint.config).num_groups
+        layers = {b: read_layer(model.checkpoint, b) for b in model.main}
+        task = Task(layers, count_kept(model, options, model.main), num_groups, options.weights)
+        stats = criteria.read_stats(model, str(options.stats), methods.names("stats"))
+        return cls(task, options, stats, criteria.guard(task, None if options.no_guard else stats))
+
+    def result(self, name: str) -> dict[str, Any]:
+        """What a criterion keeps by layer, how stable that is, and the seconds it took."""
+        began = time.monotonic()
+        choose = self._stun if name == "stun" else self._by_stats(name)
+        if methods.load(name).NEEDS == "router" and name != "stun":
+            scores = criteria.by_weights(self.task, name, 0)
+            kept, stable = criteria.kept_of(self.task, criteria.keep(self.task, scores)), None
+        else:
+            kept, stable = choose(self.stats), self._stability(name, choose)
+        seconds = round(time.monotonic() - began, 3)
+        return {"kept": {key: list(ids) for key, ids in kept.items()}, "stability": stable, "seconds": seconds}
+
+    def drawn(self, seed: int) -> Kept:
+        """Experts kept at random."""
+        return criteria.kept_of(self.task, criteria.keep(self.task, criteria.by_weights(self.task, "random", seed)))
+
+    def _by_stats(self, name: str) -> Callable[[Stats], Kept]:
+        def choose(stats: Stats) -> Kept:
+            scores = criteria.by_stats(self.task, name, stats)
+            return criteria.kept_of(self.task, criteria.keep(self.task, scores, self.guarded))
+
+        return choose
+
+    def _stun(self, stats: Stats) -> Kept:
+        """Of router rows, and of usage where two are alike: as a dry run of `prune` has it, without weights."""
+        options, kept = replace(self.options, method="stun"), self.task.kept
+        task = clusters.Task(self.task.layers, options, kept, kept, self.task.num_groups, True, self.guarded)
+        return criteria.kept_of(self.task, clusters.decide(task, stats, no_progress)[0])
+
+    def _stability(self, name: str, choose: Callable[[Stats], Kept]) -> dict[str, Any] | None:
+        try:
+            return stability(self.stats, choose)
+        except CoterieError as error:
+            self.notes.append(f"how stable {name} is was not measured: from half of the data, {error}")
+            return None
+
+
+def _overlap(first: Kept, second: Kept) -> float:
+    return agreement(first, second)["mean"]

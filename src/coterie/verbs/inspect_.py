@@ -1,0 +1,80 @@
+"""`coterie inspect`: what is inside a checkpoint, from its headers alone, and what can be done to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from coterie.codecs.packed import DenseView, dense_view
+from coterie.edits.convert import conversion
+from coterie.edits.folding import check_foldable
+from coterie.errors import CoterieError
+from coterie.model.layer import ROLES, Model
+from coterie.storage.checkpoint import Checkpoint
+
+
+def inspect(model: str | Path) -> dict[str, Any]:
+    """Family, routing, experts per layer, parameters and bytes by role and by dtype. Reads headers only.
+
+    Returns `{"path", "family", "model_type", "stock", "moe_layers", "mtp_layers", "experts" (per layer),
+    "experts_per_token", "groups", "parameters", "bytes", "roles": {role: {"parameters", "bytes", "tensors"}},
+    "dtypes", "shards", "expert_bytes", "packed", "can": [...]}`. Parameters are those of the dense checkpoint; bytes
+    are those on the disk; `packed` counts the tensors that are packed, and their bytes.
+    Raises: CoterieError for a dense, unknown or damaged checkpoint.
+    """
+    checkpoint = dense_view(Checkpoint.open(model))
+    source = Model.of(checkpoint)
+    family, packed = source.family, checkpoint.packed if isinstance(checkpoint, DenseView) else {}
+    groups = family.groups(checkpoint.config)
+    roles = {role: {"tensors": 0, "parameters": 0, "bytes": 0} for role in ROLES}
+    dtypes: dict[str, int] = {}
+    for name, tensor in checkpoint.tensors.items():
+        found, stored = roles[source.roles[name]], packed[name].num_bytes if name in packed else tensor.num_bytes
+        found["tensors"] += 1
+        found["parameters"] += tensor.num_parameters
+        found["bytes"] += stored
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + stored
+    main = source.main
+    num_experts = sum(b.num_experts for b in source.moe)
+    return {
+        "path": str(model),
+        "family": family.name,
+        "model_type": checkpoint.config.get("model_type"),
+        "stock": family.stock,
+        "moe_layers": len(main),
+        "mtp_layers": sum(b.mtp for b in source.moe),
+        "experts": {b.key: b.num_experts for b in main},
+        "experts_per_token": family.num_experts_per_token(checkpoint.config),
+        "groups": groups.num_groups,
+        "parameters": checkpoint.num_parameters,
+        "bytes": sum(dtypes.values()),
+        "expert_bytes": roles["expert"]["bytes"] // num_experts,
+        "roles": {role: found for role, found in roles.items() if found["tensors"]},
+        "dtypes": dtypes,
+        "shards": len(checkpoint.shards),
+        "packed": {"tensors": len(packed), "bytes": sum(entry.num_bytes for entry in packed.values())},
+        "can": _abilities(source, packed=bool(packed)),
+    }
+
+
+def _abilities(model: Model, *, packed: bool) -> list[str]:
+    """What the commands can do to this checkpoint, and why they cannot where that is so."""
+    if packed:
+        return ["unpack: back to the dense checkpoint, byte for byte", "verify, eval, generate, bench: as it is"]
+    config, kind = model.checkpoint.config, model.checkpoint.config.get("model_type")
+    found = ["prune, apply: experts dropped by editing files", "pack: zeros stored as bits, where there are enough"]
+    if model.family.stock:
+        found.append("collect, analyze, sparsify, stun, merge, drop, eval, generate, bench: transformers computes it")
+    else:
+        found.append("verify: files and bytes only (transformers has no class for this family)")
+    repackaged = conversion(config)
+    if not model.family.stock and not repackaged:
+        return found
+    try:
+        for block in model.main:
+            check_foldable(model.checkpoint, block)
+    except CoterieError as error:
+        return [*found, f"not condense: {error}"]
+    said = f"after repackaging as {repackaged.target}" if repackaged else f"stays {kind}"
+    said = said if repackaged or model.family.dense else "in a layout that `coterie.load` reads"
+    return [*found, f"condense: layers become dense MLPs ({said})"]

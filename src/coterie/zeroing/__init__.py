@@ -1,1 +1,0 @@
-"""Zeros inside experts: budgets, what calibration sees, one expert after the other."""
