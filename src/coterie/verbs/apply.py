@@ -1,35 +1,38 @@
-"""`coterie apply`: executes a plan that was saved, or edited by hand."""
+"""Execute a saved or hand-edited plan.
+
+Example: coterie apply MODEL PRUNED/coterie.json OUT
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.edits.convert import converted
-from coterie.edits.execution import execute
-from coterie.edits.plan import command_of, read_plan
+from coterie.edits.execution import InPlace, Io, Request, Writing, execute
+from coterie.edits.plan import Decision, command_of, read_plan
 from coterie.edits.saving import savable
-from coterie.engine import Engine
+from coterie.engine import Cluster, Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
-from coterie.storage.in_place import check_in_place, went_on
-from coterie.storage.record import OBJECT, Progress, Report, Stopwatch, no_progress
+from coterie.options import Help, ModelPath, OutPath, public
+from coterie.pages.terminal import show_report as show
+from coterie.storage.record import OBJECT, Progress, Report, no_progress
+
+__all__ = ["apply", "show"]
 
 
-@savable
+@public
+@savable()
 def apply(
-    model: str | Path,
-    plan: str | Path | dict[str, Any],
-    out: str | Path,
+    model: ModelPath,
+    plan: Annotated[str | Path | dict[str, Any], Help("A coterie.json, or its plan alone.", "PLAN.json", given=Path)],
+    out: OutPath,
     *,
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
-    engine: str = "local",
-    ray_address: str | None = None,
-    in_place: bool = False,
+    writing: Writing,
+    io: Io = "auto",
+    cluster: Cluster,
+    in_place: InPlace = False,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Executes a saved (or hand-edited) plan on MODEL and writes OUT.
@@ -41,12 +44,14 @@ def apply(
     in_place: MODEL's files become OUT's (see `prune`).
     Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
     """
-    clock, read, where = Stopwatch(), read_plan(plan), Engine(engine, ray_address)
-    options = {"plan": str(plan) if not isinstance(plan, dict) else OBJECT, "save": save}
-    if in_place:
-        check_in_place(io=io, engine=engine, overwrite=overwrite)
-        if resume and not dry_run and (report := went_on(Path(out), "apply", options, model, clock, on_progress)):
-            return report
+    read = read_plan(plan)
+    request = Request(
+        command="apply", path=model, out=Path(out),
+        options={"plan": str(plan) if not isinstance(plan, dict) else OBJECT, "save": writing.save}, writing=writing,
+        io=io, engine=Engine.of(cluster), in_place=in_place, on_progress=on_progress,
+    )  # fmt: skip
+    if report := request.gone_on():
+        return report
     if command_of(plan) == "recover":
         raise CoterieError("plan: of `coterie recover`, whose training no plan holds; give the condensed model's own")
     if read.sparsity:
@@ -54,8 +59,4 @@ def apply(
             f"plan: layer {next(iter(read.sparsity))!r} records zeros inside the experts, which `coterie sparsify` or "
             "`coterie stun` make from data; to keep only the choice of experts, delete the `sparsity` entries"
         )
-    return execute(
-        converted(Model.open(model), read.converted), read, Path(out), command="apply", path=model,
-        options=options, clock=clock, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where,
-        in_place=in_place, on_progress=on_progress,
-    )  # fmt: skip
+    return execute(converted(Model.open(model), read.converted), Decision(read), request)

@@ -1,47 +1,44 @@
-"""`coterie sparsify`: zeros single weights inside the routed experts, by a rule, while the model streams."""
+"""Zero single weights inside the routed experts; all experts stay.
+
+Example: coterie sparsify MODEL OUT --method owl --sparsity 0.5 --data code=code.txt
+"""
 
 from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
-from coterie.decide.zeros import Zeroing, check_options, idle, parse_also, parse_pattern, prepared
+from coterie.decide.zeros import Scoring, Zeroing, check_options, idle, parse_pattern, prepared
 from coterie.edits import budget
-from coterie.edits.execution import execute
-from coterie.edits.plan import Plan
+from coterie.edits.execution import Io, Request, Writing, execute
+from coterie.edits.plan import Decision, Plan
 from coterie.edits.saving import savable
-from coterie.engine import Engine
+from coterie.engine import Cluster, Engine
 from coterie.errors import CoterieError
+from coterie.methods import sparsify as methods
 from coterie.model.layer import Model
-from coterie.storage.record import Progress, Report, Stopwatch, no_progress
+from coterie.options import Help, ModelPath, OutPath, public
+from coterie.pages.terminal import show_report as show
+from coterie.storage.record import Progress, Report, no_progress
 
+__all__ = ["show", "sparsify"]
 PER_ROW = ("magnitude", "wanda", "moe-pruner")  # as published: floor(S * I) zeros in every row
 
 
-@savable
+@public
+@savable()
 def sparsify(
-    model: str | Path,
-    out: str | Path,
+    model: ModelPath,
+    out: OutPath,
     *,
-    method: str = "wanda",
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    one_pass: bool = False,
-    also: str = "",
-    data: dict[str, Path] | list[str] | None = None,
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    min_tokens: int = 64,
-    outliers: float = 3.0,
-    dtype: str = "auto",
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
-    engine: str = "local",
-    ray_address: str | None = None,
+    method: Annotated[str, Help(f"How weights are chosen: {', '.join(methods.names())}.")] = "wanda",
+    sparsity: Annotated[float | None, Help("Share of expert weights to zero [default: 0.5].")] = None,
+    pattern: Annotated[str | None, Help("Zero N of every M consecutive inputs, instead of --sparsity.", "N:M")] = None,
+    scoring: Scoring,
+    writing: Writing,
+    io: Io = "auto",
+    cluster: Cluster,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Zeroes the share `sparsity` (default 0.5) of the routed experts' weights by a rule.
@@ -62,37 +59,23 @@ def sparsify(
     and OUT under the driver's paths. Not recorded: the bytes are the same.
     Raises: CoterieError, before anything is written.
     """
-    from coterie.forward.data import calibration_files
-
-    clock, where = Stopwatch(), Engine(engine, ray_address)
-    files = calibration_files(data)
-    groups = parse_pattern(pattern)
+    engine, groups = Engine.of(cluster), parse_pattern(pattern)
     if groups and sparsity is not None:
         raise CoterieError(f"--sparsity would be ignored: --pattern {pattern} zeroes {groups[0]} of every {groups[1]}")
-    asked = 0.5 if sparsity is None else sparsity
-    if not 0 <= asked < 1:
-        raise CoterieError(f"--sparsity {asked}: the share of zeros must be in [0, 1)")
-    share = Fraction(*groups) if groups else Fraction(str(asked))
+    wanted = 0.5 if sparsity is None else sparsity
+    if not 0 <= wanted < 1:
+        raise CoterieError(f"--sparsity {wanted}: the share of zeros must be in [0, 1)")
+    share = Fraction(*groups) if groups else Fraction(str(wanted))
     source = Model.open(model)
     weights = sum(budget.num_weights(source.checkpoint, block) for block in source.main)
     total = None if groups or method in PER_ROW else round(share * weights)
-    options = Zeroing(
-        method, share, total, groups, one_pass, parse_also(also), True, files, samples, seq_len, seed, min_tokens,
-        outliers, dtype,
-    )  # fmt: skip
+    options = Zeroing(method=method, sparsity=share, total=total, pattern=groups, scoring=scoring)
     check_options(options)
-    unused = idle(options)
     plan = Plan(layers={}, budget={"kind": "sparsity", "sparsity": float(share)})
-    recorded = {k: v for k, v in vars(options).items() if k not in ("total", "weighted")} | {
-        "sparsity": None if groups else float(share),  # one excludes the other
-        "pattern": pattern,
-        "also": also,
-        "data": {name: str(file) for name, file in files.items()},
-        "save": save,
-    }
-    return execute(
-        source, plan, Path(out), command="sparsify", path=model, options=recorded, clock=clock, warnings=unused,
-        dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where,
-        on_progress=on_progress,
-        prepare=prepared(options, source, plan, Path(out).parent, on_progress, where),
+    asked = {"method": method, "sparsity": None if groups else float(share), "pattern": pattern}  # one excludes another
+    request = Request(
+        command="sparsify", path=model, out=Path(out), options=asked | scoring.record() | {"save": writing.save},
+        writing=writing, io=io, engine=engine, on_progress=on_progress,
     )  # fmt: skip
+    prepare = prepared(options, source, plan, request)
+    return execute(source, Decision(plan, idle(options)), request, prepare=prepare)
