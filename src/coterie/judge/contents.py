@@ -187,19 +187,19 @@ class _Reader(contextlib.ExitStack):
 
 def _tally(source: Checkpoint, outputs: list[Output]) -> str:
     """How many tensors had which fate."""
-    fates = Counter(_fate(source, output) for output in outputs)
+    originals = {output.name: output for output in _whole(source)}
+    fates = Counter(_fate(originals, output) for output in outputs)
     fates["dropped"] = max(0, len(source.tensors) - len(outputs))
     always = dict.fromkeys(("kept as is", "renamed", "row-sliced", "computed", "dropped"), 0)
     return ", ".join(f"{count:,} {fate}" for fate, count in (always | fates).items())
 
 
-def _fate(source: Checkpoint, output: Output) -> str:
+def _fate(originals: dict[str, Output], output: Output) -> str:
     """What became of one source tensor on its way to an output."""
+    original = originals.get(output.name)
+    if original and output.parts == original.parts:
+        return "kept as is"
     if any(isinstance(part, Made) for part in output.parts):
         return "computed"
-    original = source.tensors.get(output.name)
-    runs = [(part.file, part.start, part.end) for part in output.parts if isinstance(part, Run)]
-    if original and runs == [(original.file, original.start, original.end)]:
-        return "kept as is"
     same_shape = original is None or original.shape == output.shape
-    return "renamed" if same_shape and len(runs) == 1 else "row-sliced"
+    return "renamed" if same_shape and len(output.parts) == 1 else "row-sliced"
