@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from coterie.codecs.open import opened
 from coterie.edits.checks import check_plan
 from coterie.edits.counts import count, removed_shares
 from coterie.edits.outputs import patched_config, plan_outputs, planned, with_holes
@@ -348,7 +349,7 @@ def _numbers(
     kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main if b.key not in plan.condensed}
     return {
         "before": {
-            "parameters": root(checkpoint).num_parameters,
+            "parameters": opened(root(checkpoint)).num_parameters,
             "bytes": root(checkpoint).num_bytes,
             "experts": _one_or_all({b.key: b.num_experts for b in model.main}),
         },
