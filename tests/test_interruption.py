@@ -17,7 +17,8 @@ from coterie.edits.plan import read_plan
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.journal import JOURNAL, Journal, entries_of, is_held
-from coterie.storage.writer import Hole, Output, Run, Writer
+from coterie.storage.shards import Hole, Output, Run
+from coterie.storage.writer import Writer
 from coterie.verbs.apply import apply
 from coterie.verbs.prune import prune
 from coterie.verbs.status import status

@@ -10,7 +10,8 @@ from coterie.cli import main
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.journal import JOURNAL
-from coterie.storage.writer import Output, Run, Writer
+from coterie.storage.shards import Output, Run
+from coterie.storage.writer import Writer
 from coterie.verbs.prune import prune
 from coterie.verbs.status import status
 from handmade import qwen

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import CoterieError, guarded
+from coterie.errors import CoterieError, writing
 
 NAMES = ("local", "ray")
 SCRATCH = "work"  # folder in OUT.partial for what units tell each other in files; never part of a result
@@ -88,9 +88,11 @@ class Engine:
             return
         self.scratch = folder.absolute() / SCRATCH / uuid.uuid4().hex
         try:
-            guarded(folder, lambda: self.scratch.mkdir(parents=True))
+            with writing(folder):
+                self.scratch.mkdir(parents=True)
             yield
-            guarded(folder, lambda: shutil.rmtree(folder / SCRATCH))
+            with writing(folder):
+                shutil.rmtree(folder / SCRATCH)
         finally:
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 

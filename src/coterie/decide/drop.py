@@ -19,8 +19,8 @@ from coterie.edits.plan import Condensed, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import compute_dtype, read_samples
 from coterie.model.layer import Model
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import existing
 
 if TYPE_CHECKING:
     import torch

@@ -34,8 +34,8 @@ from coterie.model import moe
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
 from coterie.model.stats import HALVES, Stats, agreement
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import existing
 
 if TYPE_CHECKING:
     from coterie.decide.experts import Pruning

@@ -27,7 +27,7 @@ from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import read_plan
 from coterie.engine import Engine, Unit
-from coterie.errors import guarded
+from coterie.errors import writing
 from coterie.forward.activations import Batch, Routed, save
 from coterie.forward.stream import Stream
 from coterie.methods import sparsify as methods
@@ -56,7 +56,8 @@ class Spread:
     def describe(self, job: dict[str, Any]) -> None:
         """Says to the units what all of them need to know: plan, method, shares, total, pattern, and so on."""
         job = job | {"threads": torch.get_num_threads()}  # the last bits of products depend on it
-        guarded(self.engine.scratch, lambda: (self.engine.scratch / JOB).write_text(json.dumps(job)))
+        with writing(self.engine.scratch):
+            (self.engine.scratch / JOB).write_text(json.dumps(job))
 
     def prune_all(self, model: Model, on_progress: Progress) -> None:
         """Every expert of every block, without data."""

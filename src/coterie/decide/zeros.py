@@ -26,8 +26,9 @@ from coterie.methods import sparsify as methods
 from coterie.methods.sparsify.select import check_pattern
 from coterie.model.experts import Experts, expert_shapes
 from coterie.model.layer import Model
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import Writer, existing
+from coterie.storage.writer import Writer
 
 if TYPE_CHECKING:
     from coterie.decide.linears import Linears

@@ -23,12 +23,13 @@ from coterie.errors import CoterieError
 from coterie.model.layer import Model, expert_names
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.storage.copying import check_io
+from coterie.storage.folders import check_out, left_over, partial_of, tidy
 from coterie.storage.in_place import Recipe, consume
 from coterie.storage.movers import mover
 from coterie.storage.planned import root
 from coterie.storage.record import Progress, Report, Stopwatch, model_card, no_progress, to_json, versions
-from coterie.storage.steps import left_over
-from coterie.storage.writer import Output, Writer, check_out, num_copied, partial_of, tidy
+from coterie.storage.shards import Output, num_copied
+from coterie.storage.writer import Writer
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.own import is_own
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.folders import check_out, partial_of
 from coterie.storage.record import (
     Progress,
     Report,
@@ -32,7 +33,8 @@ from coterie.storage.record import (
     to_json,
     versions,
 )
-from coterie.storage.writer import Hole, Made, Output, Writer, check_out, partial_of, whole
+from coterie.storage.shards import Hole, Made, Output, whole
+from coterie.storage.writer import Writer
 
 VALUES = ("as stored", "int8")
 OURS = ("pack", "unpack")  # commands that decide nothing about a model

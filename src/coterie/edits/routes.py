@@ -23,7 +23,7 @@ from coterie.model.layer import CONSTANTS, Model, MoE, expert_names
 from coterie.model.own import own_section
 from coterie.model.stats import Stats, mean
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.writer import Made, Output
+from coterie.storage.shards import Made, Output
 
 if TYPE_CHECKING:
     import numpy as np

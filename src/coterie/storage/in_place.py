@@ -27,12 +27,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import CoterieError, guarded
+from coterie.errors import CoterieError, reading, writing
 from coterie.storage.checkpoint import BITS, Checkpoint, load_json
 from coterie.storage.copying import write_at
+from coterie.storage.folders import IN_PLACE, partial_of, tidy
 from coterie.storage.planned import root
 from coterie.storage.record import Progress, Report, Stopwatch, model_card, record_of, to_json
-from coterie.storage.writer import IN_PLACE, Output, Run, Writer, header_bytes, num_copied, partial_of, tidy
+from coterie.storage.shards import Output, Run, header_bytes, num_copied
+from coterie.storage.writer import Writer
 
 COLLAPSE_RANGE = 8  # linux/falloc.h
 MAX_RECORD = 2**31  # bytes
@@ -117,10 +119,8 @@ class Recipe:
     def check(self, shard: str) -> Path:
         """The file to use up. Raises: CoterieError where it is not the one that was planned with."""
         path = self.path / shard
-        try:
+        with reading(path, "; it is needed to go on"):
             status = path.stat()
-        except OSError as error:
-            raise CoterieError(f"{path}: cannot be read ({error.strerror or error}); it is needed to go on") from error
         if [status.st_size, status.st_mtime_ns] != self.stamps[shard]:
             raise CoterieError(f"{path}: changed since this run began; what was planned no longer fits it")
         return path
@@ -309,7 +309,8 @@ def consume(
 def _remove(recipe: Recipe, shard: str) -> None:
     """What is left of a source file once its bytes are in OUT.partial under their final name."""
     if (recipe.path / shard).exists():
-        guarded(recipe.path, recipe.check(shard).unlink)
+        with writing(recipe.path):
+            recipe.check(shard).unlink()
 
 
 def _cut(recipe: Recipe, shard: str, path: Path) -> int:

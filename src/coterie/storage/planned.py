@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coterie.storage.checkpoint import Checkpoint, Tensor, read_bytes
-from coterie.storage.writer import Hole, Made, Output, Run
+from coterie.storage.shards import Hole, Made, Output, Run
 
 Shards = dict[str, list[Output]]
 

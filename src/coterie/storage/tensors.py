@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import torch
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, reading
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.copying import write_at
 
@@ -65,13 +65,10 @@ def read_into(tensor: torch.Tensor, checkpoint: Checkpoint, name: str, start: in
     if type(checkpoint) is not Checkpoint:  # planned, and made of parts of several places
         bytes_left[:] = checkpoint.raw(name, start, wanted)
         return
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(stored.start + start)
-            while bytes_left and (count := file.readinto(bytes_left)):
-                bytes_left = bytes_left[count:]
-    except OSError as error:
-        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+    with reading(path), path.open("rb", buffering=0) as file:
+        file.seek(stored.start + start)
+        while bytes_left and (count := file.readinto(bytes_left)):
+            bytes_left = bytes_left[count:]
     if bytes_left:
         raise CoterieError(f"{path}: ended while reading {name!r}; the file changed or is cut")
 
@@ -142,12 +139,9 @@ class Maps:
         if stored.start % dtype.itemsize or not stored.num_bytes:
             return read(checkpoint, name)
         path = checkpoint.path / stored.file
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+        with reading(path), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if size < stored.end:
             raise CoterieError(f"{path}: ended while reading {name!r}; the file changed or is cut")
         return self._tensor(pages, stored.start, stored.shape, dtype)

@@ -28,8 +28,8 @@ from coterie.forward.data import calibration_files
 from coterie.forward.samples import Data
 from coterie.model.layer import Model
 from coterie.storage.copying import check_io
+from coterie.storage.folders import check_out
 from coterie.storage.record import Progress, Report, Stopwatch, no_progress
-from coterie.storage.writer import check_out
 
 
 @savable

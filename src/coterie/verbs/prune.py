@@ -15,9 +15,9 @@ from coterie.methods.prune import stun
 from coterie.model.layer import Model
 from coterie.model.stats import parse_weights
 from coterie.storage.copying import check_io
+from coterie.storage.folders import check_out
 from coterie.storage.in_place import check_in_place, went_on
 from coterie.storage.record import Progress, Report, Stopwatch, no_progress
-from coterie.storage.writer import check_out
 
 OURS = (
     "routers keep the rows of removed experts, which no stock config can say: written in a layout that `coterie.load` "

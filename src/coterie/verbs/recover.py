@@ -26,9 +26,9 @@ from coterie.forward.samples import Data
 from coterie.model.loading import DTYPES
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.copying import check_io
+from coterie.storage.folders import check_out, left_over, partial_of
 from coterie.storage.record import Progress, Report, Stopwatch, no_progress, to_json, versions
-from coterie.storage.steps import left_over
-from coterie.storage.writer import Writer, check_out, partial_of
+from coterie.storage.writer import Writer
 from coterie.train.trainee import STAGES, Job, Training, make_job, memory_bytes, num_trained
 
 

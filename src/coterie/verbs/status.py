@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError
+from coterie.storage.folders import Folders, is_first, partial_of
 from coterie.storage.journal import is_held, read_journal, shards_of, stamp
 from coterie.storage.record import object_at, record_of
-from coterie.storage.steps import Folders, is_first
-from coterie.storage.writer import partial_of
 
 UNPACKED = (
     "the dense checkpoint is complete, and not packed yet; unless a process counts its zeros, add --resume to go on"

@@ -18,8 +18,8 @@ from coterie.edits.saving import savable
 from coterie.engine import Engine
 from coterie.model.layer import Model
 from coterie.storage.copying import check_io
+from coterie.storage.folders import check_out
 from coterie.storage.record import Progress, Report, Stopwatch, no_progress
-from coterie.storage.writer import check_out
 
 
 @savable
