@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,9 +40,14 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path, hint: str = "") -> Iterator[None]:
-    """While entered, a failing file operation is a CoterieError: `path` cannot be read. The hint ends the message."""
+def reading(path: Path, hint: str = "", passing: Collection[int | None] = ()) -> Iterator[None]:
+    """While entered, a failing file operation is a CoterieError: `path` cannot be read. The hint ends the message.
+
+    passing: error numbers that stay what they are.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in passing:
+            raise
         raise CoterieError(f"{path}: cannot be read ({error.strerror or error}){hint}") from error

@@ -24,7 +24,7 @@ from coterie.model.layer import Model, expert_names
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.storage.copying import check_io
 from coterie.storage.folders import check_out, left_over, partial_of, tidy
-from coterie.storage.in_place import Recipe, consume
+from coterie.storage.in_place import InPlace, consume
 from coterie.storage.movers import mover
 from coterie.storage.planned import root
 from coterie.storage.record import Progress, Report, Stopwatch, model_card, no_progress, to_json, versions
@@ -101,7 +101,7 @@ def execute(
     if aloud:
         logger.warning(aloud)
     if in_place:
-        recipe = Recipe.of(checkpoint, outputs, report, out)
+        recipe = InPlace.of(checkpoint, outputs, report, out)
         notes.append(recipe.note)
         if not dry_run:
             small = partial(_write_small, checkpoint=checkpoint, config=patched_config(model, plan))

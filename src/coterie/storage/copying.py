@@ -19,15 +19,14 @@ import mmap
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, reading
 
 PAGE = 4096
 CHUNK = 8 << 20  # bytes of one read and write
@@ -75,7 +74,7 @@ class Move:
 
 
 OnBytes = Callable[[int], None]
-Refuse = Callable[[Path, OSError], None]
+Refuse = Callable[[Path, OSError], None]  # told of an error with a source: raises it, unless another way may work
 
 
 class Files:
@@ -86,7 +85,7 @@ class Files:
         self._open: dict[tuple[Path, int], int] = {}
 
     def source(self, path: Path, flags: int = 0) -> int:
-        with reading(path):
+        with reading(path, passing=REFUSALS):
             return self._get(path, os.O_RDONLY | flags)
 
     def target(self, flags: int = 0) -> int:
@@ -100,17 +99,6 @@ class Files:
     def close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Says of a failure that it was the source's; a way that does not work there stays an OSError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in REFUSALS:
-            raise
-        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 # --- the ways -----------------------------------------------------------------------------------------------------
@@ -128,8 +116,6 @@ def reflink(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) 
         try:
             share(files.source(move.source), files.target(), middle)
         except OSError as error:
-            if error.errno not in REFUSALS:
-                raise
             refuse(move.source, error)
             refused.add(move.source)
             rest.append(move)
@@ -168,13 +154,13 @@ def direct(
     try:
         for first in range(0, len(chunks), BATCH):
             batch = chunks[first : first + BATCH]
-            for chunk, refusal in zip(batch, pool.map(partial(_move_direct, files, buffers), batch), strict=True):
-                if refusal is None:
+            for chunk, error in zip(batch, pool.map(partial(_move_direct, files, buffers), batch), strict=True):
+                if error is None:
                     on_bytes(chunk.num_bytes)
-                else:
-                    if refusal.errno:
-                        refuse(chunk.source, refusal)
-                    rest.append(chunk)
+                    continue
+                if error.errno:
+                    refuse(chunk.source, error)
+                rest.append(chunk)
     finally:
         pool.shutdown(cancel_futures=True)
     return rest
@@ -187,20 +173,18 @@ def _opens_direct(files: Files, source: Path, refuse: Refuse) -> bool:
         files.source(source, O_DIRECT)
         files.target(O_DIRECT)
     except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
         refuse(source, error)
         return False
     return True
 
 
 def _move_direct(files: Files, buffers: SimpleQueue[memoryview], chunk: Move) -> OSError | None:
-    """Moves one chunk of whole target pages; returns why it could not be, where another way may (with errno 0 for one
-    that was cut short, which says nothing against this way)."""
+    """Moves one chunk of whole target pages; returns why it could not be (with errno 0 for one that was cut short, which
+    says nothing against this way)."""
     view = buffers.get()
     try:
         shift, length = chunk.start % PAGE, chunk.num_bytes
-        with reading(chunk.source):
+        with reading(chunk.source, passing=REFUSALS):
             wanted = -(-(shift + length) // PAGE) * PAGE
             found = os.preadv(files.source(chunk.source, O_DIRECT), [view[:wanted]], chunk.start - shift)
         if shift and found - shift >= length:
@@ -208,8 +192,6 @@ def _move_direct(files: Files, buffers: SimpleQueue[memoryview], chunk: Move) ->
         if found - shift < length or os.pwrite(files.target(O_DIRECT), view[:length], chunk.to) < length:
             return OSError(0, "came to less than was asked")
     except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
         return error
     finally:
         buffers.put(view)
@@ -227,8 +209,6 @@ def copy(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) -> 
             try:
                 copied = os.copy_file_range(source, target, min(part.num_bytes, 1 << 30), part.start, part.to)
             except OSError as error:
-                if error.errno not in REFUSALS:
-                    raise
                 refuse(move.source, error)
                 copied = 0
             if copied == 0:
@@ -249,7 +229,7 @@ def plain(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) ->
         source, target = files.source(move.source), files.target()
         while position < stop:
             part = move.cut(position, min(stop, position + CHUNK))
-            with reading(move.source):
+            with reading(move.source, passing=REFUSALS):
                 block = os.pread(source, part.num_bytes, part.start)
             if not block:
                 raise CoterieError(
@@ -316,6 +296,8 @@ class Copier:
         on_bytes(num_bytes)
 
     def _refuse(self, source: Path, error: OSError) -> None:
+        if error.errno not in REFUSALS:
+            raise error
         if self.io != "auto":
             raise CoterieError(
                 f"--io {self.io}: not possible from {source} ({error.strerror or error}); use --io auto"
