@@ -39,7 +39,7 @@ class Unit:
     """One idempotent piece of work: `function` is "module:name", whose arguments and result are JSON."""
 
     function: str
-    arguments: dict[str, Any]
+    arguments: dict[str, object]
     disk: float = 1.0  # of a node's resource `disk`
     cpus: int = 1
 
@@ -113,7 +113,7 @@ class Engine:
         return True
 
     def _init(self) -> None:
-        quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        quiet = {"log_to_driver": False, "configure_logging": False}
         if self.address:
             if self.address != "auto":
                 _answers(self.address)
@@ -206,7 +206,7 @@ class Engine:
                 self._ray.wait(references, num_returns=len(references), timeout=CANCELLING)
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """For the report."""
         return {"name": self.name, "nodes": self._nodes, **self._count}
 

@@ -256,7 +256,7 @@ def parse_weights(weights: str | Mapping[str, float] | None) -> dict[str, float]
     return found
 
 
-def stability(stats: Stats, choose: Callable[[Stats], dict[str, Collection[int]]]) -> dict[str, Any]:
+def stability(stats: Stats, choose: Callable[[Stats], dict[str, Collection[int]]]) -> dict[str, object]:
     """How much of a choice depends on the data at hand: what two halves of them choose in common (`agreement`).
 
     `choose` keeps experts by layer. Raises: whatever `choose` raises on half of the data.

@@ -13,8 +13,9 @@ from typing import Any
 from coterie.errors import CoterieError
 from coterie.forward.data import parse_data, read_documents
 from coterie.judge import harness, paired
-from coterie.judge.quality import Judging, Load, Progress, _check_readable, judge, logger
+from coterie.judge.quality import Judging, Load, _check_readable, judge, logger
 from coterie.model import loading
+from coterie.storage.record import Progress
 
 
 def evaluate(

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 from coterie.model.family import Dense, Family, Layout
 
-GRANITE = Layout.under(
-    "block_sparse_moe.", router="router.layer.weight", fused=("input_linear.weight", "output_linear.weight")
-)
+LINEARS = ("input_linear.weight", "output_linear.weight")
+GRANITE = Layout.under("block_sparse_moe.", router="router.layer.weight", fused=LINEARS)
 GRANITE_SAVED = Layout.under("block_sparse_moe.", router="router.weight")
 
 FAMILIES = (
@@ -69,19 +68,12 @@ FAMILIES = (
     # Attention has experts of its own, chosen by a router of its own; one count rules both.
     Family(
         ("jetmoe",),
-        layouts=(
-            Layout.under(
-                "mlp.",
-                router="router.layer.weight",
-                fused=("input_linear.weight", "output_linear.weight"),
-                whole=("bias",),
-            ),
-        ),
+        layouts=(Layout.under("mlp.", router="router.layer.weight", fused=LINEARS, whole=("bias",)),),
         attention=(
             Layout.under(
                 "self_attention.experts.",
                 router="router.layer.weight",
-                fused=("input_linear.weight", "output_linear.weight"),
+                fused=LINEARS,
                 experts="",
                 whole=("bias",),
                 gate=None,
