@@ -79,7 +79,7 @@ def test_a_run_that_lives(tmp_path):
     outputs = {"model.safetensors": [Output("x", "U8", (100,), (Run("model.safetensors", 0, 100),))]}
     with Writer(tmp_path / "out", {"command": "prune", "options": {"ratio": 0.5}}) as writer:
         writer.begin(model, outputs)
-        writer.shard("model.safetensors", outputs["model.safetensors"], {}, model)
+        writer.shard("model.safetensors")
         found = status(tmp_path / "out")
         assert found == status(tmp_path / "out.partial") | {"updated": found["updated"]}
         assert (found["state"], found["alive"], found["command"]) == ("running", True, "prune")

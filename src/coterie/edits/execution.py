@@ -214,7 +214,9 @@ def _written(execution: Execution, request: Request) -> Report:
         if filled:
             _add_filled(execution, filled, outputs)
         report.report.update(request.clock.read())
-        _finish(writer, report, model_card(checkpoint.path.name, report), outputs, checkpoint)
+        writer.text("coterie.json", to_json(report.as_dict()))
+        writer.text("README.md", model_card(checkpoint.path.name, report))
+        writer.finish()
     return report
 
 
@@ -224,15 +226,6 @@ def _add_filled(execution: Execution, filled: Filled, outputs: dict[str, list[Ou
     report.plan.update(replace(plan, sparsity=filled.sparsity).as_dict())
     report.report.update(filled.report | _numbers(execution.model, plan, outputs, filled.zeros))
     execution.notes.extend(filled.notes)
-
-
-def _finish(
-    writer: Writer, report: Report, card: str, outputs: dict[str, list[Output]], checkpoint: Checkpoint
-) -> None:
-    """Writes the record and the model card, and gives OUT its name."""
-    writer.text("coterie.json", to_json(report.as_dict()))
-    writer.text("README.md", card)
-    writer.finish({s: {o.name: o for o in os} for s, os in outputs.items()}, checkpoint.indexed)
 
 
 def finished(out: Path, asked: Report) -> Report:
@@ -290,8 +283,8 @@ def write(
         done += num_bytes
         on_progress("writing", done, total)
 
-    for shard, tensors in outputs.items():
-        writer.shard(shard, tensors, checkpoint.metadata[shard], checkpoint, advance)
+    for shard in outputs:
+        writer.shard(shard, advance)
     _write_small(writer, checkpoint, config)
 
 

@@ -163,7 +163,7 @@ def _execute(
         report.report.update(clock.read() if not made else {})
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", _card(job, report))
-        writer.finish({s: {o.name: o for o in os} for s, os in job.outputs.items()}, source.indexed)
+        writer.finish()
     return report
 
 

@@ -118,6 +118,10 @@ class InPlace:
         return list(self.stamps)
 
     @property
+    def metadata(self) -> dict[str, dict[str, str]]:
+        return {name: file.metadata for name, file in self.files.items()}
+
+    @property
     def copied(self) -> list[WeightFile]:
         return [file for file in self.files.values() if not file.cut]
 
@@ -313,7 +317,7 @@ def consume(
             if file.cut:
                 writer.file(name, partial(_cut, work, file))
             else:
-                writer.shard(name, file.tensors, file.metadata, work)
+                writer.shard(name)
             work.remove(name)
             done += num_copied(file.tensors)
             on_progress("writing", done, total)
@@ -323,7 +327,7 @@ def consume(
         report.report.update(clock.read() | {"io": {"asked": "in-place", "files": counts}})
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", model_card(work.path.name, report))
-        writer.finish({s: {o.name: o for o in tensors} for s, tensors in outputs.items()}, work.indexed)
+        writer.finish()
     return report
 
 

@@ -32,7 +32,7 @@ SAID_EVERY = 60.0  # seconds between two lines of the log, while one file is cop
 
 
 class Source(Protocol):
-    """Where bytes are copied from: a `Checkpoint`, or what is left of one (`in_place.Recipe`)."""
+    """Where bytes are copied from: a `Checkpoint`, or what is left of one (`InPlace`)."""
 
     @property
     def path(self) -> Path: ...
@@ -42,6 +42,12 @@ class Source(Protocol):
 
     @property
     def stamps(self) -> dict[str, list[int]]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, dict[str, str]]: ...
+
+    @property
+    def indexed(self) -> bool: ...
 
 
 class Writer:
@@ -63,8 +69,9 @@ class Writer:
         self.move: Callable[[Path, list[Move], Callable[[int], None]], None] = self.copier.move
         self._places: dict[str, Tensor] = {}  # of the shards written so far
         self._open: dict[str, int] = {}
-        self._sources: Source | None = None
+        self._source: Source
         self._stamps: dict[str, list[int]] = {}
+        self._outputs: dict[str, list[Output]] = {}
         self._copied, self._kept, self._total = 0, 0, 0  # bytes: so far, of these by an earlier run, of all
         self._began = self._said = time.monotonic()
         self._beat = 0.0
@@ -125,7 +132,7 @@ class Writer:
         Raises: CoterieError when the disk has no room for it (then nothing is left), or the source's files are not
         those of the run that is resumed.
         """
-        self._sources, self._stamps = source, source.stamps
+        self._source, self._stamps, self._outputs = source, source.stamps, outputs
         earlier = next((e["source"] for e in self._journal.entries if "began" in e and "source" in e), self._stamps)
         if earlier != self._stamps:
             raise self._another()
@@ -158,22 +165,16 @@ class Writer:
                 self._journal.discard()
             raise CoterieError(f"{self.out}: needs {needed:,} bytes, the disk has {free:,} free; free some space")
 
-    def shard(
-        self,
-        name: str,
-        outputs: list[Output],
-        metadata: dict[str, str],
-        source: Source,
-        on_bytes: Callable[[int], None] = lambda _: None,
-    ) -> None:
+    def shard(self, name: str, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         """Writes one safetensors file, unless the journal says it is done. Tensors keep the given order."""
+        outputs, source = self._outputs[name], self._source
 
         def advance(num_bytes: int) -> None:
             self._advance(num_bytes)
             on_bytes(num_bytes)
 
         def write(path: Path) -> int:
-            layout = FileLayout.of(outputs, metadata, source.path)
+            layout = FileLayout.of(outputs, source.metadata[name], source.path)
             with path.open("wb", buffering=0) as file:
                 write_at(file.fileno(), layout.header, 0)
                 os.truncate(file.fileno(), layout.num_bytes)
@@ -262,23 +263,22 @@ class Writer:
             shutil.copyfile(path, self.partial / path.name)
             fsync(self.partial / path.name)
 
-    def finish(self, expected: dict[str, dict[str, Output]], indexed: bool) -> None:
+    def finish(self) -> None:
         """Writes the index, reads every header back against what was meant, and renames the folder to OUT.
 
         Raises: CoterieError when somebody wrote to the source meanwhile: what was copied is then nobody's model.
         """
-        if indexed:
-            weight_map = {name: shard for shard, outputs in expected.items() for name in outputs}
-            total = num_bytes({shard: outputs.values() for shard, outputs in expected.items()})
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        if self._source.indexed:
+            weight_map = {output.name: shard for shard, outputs in self._outputs.items() for output in outputs}
+            metadata = {"total_size": num_bytes(self._outputs)}
+            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
             self.text(INDEX, json.dumps(index, indent=2) + "\n")
-        for shard, outputs in expected.items():
+        for shard, outputs in self._outputs.items():
             found, _ = read_header(self.partial / shard)
-            written = {n: (t.dtype, t.shape) for n, t in found.items()}
-            assert written == {n: (o.dtype, o.shape) for n, o in outputs.items()}, f"{shard} is not what was meant"
-
-        if self._sources and self._sources.stamps != self._stamps:
-            raise CoterieError(f"{self._sources.path}: the source changed while it was copied; start anew, --overwrite")
+            written = {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}
+            assert written == {o.name: (o.dtype, o.shape) for o in outputs}, f"{shard} is not what was meant"
+        if self._source.stamps != self._stamps:
+            raise CoterieError(f"{self._source.path}: the source changed while it was copied; start anew, --overwrite")
         self._journal.say(f"complete after {time.monotonic() - self._began:.1f} s")
         with writing(self.partial):
             self._swap()

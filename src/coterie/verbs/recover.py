@@ -108,7 +108,7 @@ def recover(
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", card(checkpoint, report))
         (writer.partial / STATE).unlink(missing_ok=True)
-        writer.finish({s: {o.name: o for o in os} for s, os in job.outputs.items()}, checkpoint.indexed)
+        writer.finish()
     return report
 
 
