@@ -1,7 +1,7 @@
 """A merging method on a whole model: each layer's clusters, who stands for them, and how much of it data decided.
 
-Between the verb (`verbs/merge.py`), which says how many experts stay, and the methods (`methods/merge/`), which are about the
-sums of one routing group.
+Between the verb (`verbs/merge.py`), which says how many experts stay, and the methods (`methods/merge/`), which are
+about the sums of one routing group.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 `routes` gives, for every row, the stored expert (its new index), or -1 for none: then the token gets nothing of it, or
 weight times a constant, a row of the layer's tensor `constants`. `alias` leads several rows to one stored expert. Used
-by `apply`, which writes this, and `verify`; `model/routed.py` computes it. Axes: E expert, D hidden, R experts that are gone.
+by `apply`, which writes this, and `verify`; `model/routed.py` computes it. Axes: E expert, D hidden, R experts that are
+removed.
 """
 
 from __future__ import annotations

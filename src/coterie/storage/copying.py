@@ -179,8 +179,8 @@ def _opens_direct(files: Files, source: Path, refuse: Refuse) -> bool:
 
 
 def _move_direct(files: Files, buffers: SimpleQueue[memoryview], chunk: Move) -> OSError | None:
-    """Moves one chunk of whole target pages; returns why it could not be (with errno 0 for one that was cut short, which
-    says nothing against this way)."""
+    """Moves one chunk of whole target pages. Returns why it could not be moved; errno 0 for one that was cut short,
+    which says nothing against this way."""
     view = buffers.get()
     try:
         shift, length = chunk.start % PAGE, chunk.num_bytes

@@ -1,9 +1,9 @@
 """`--in-place`: MODEL becomes OUT without room for a second copy, and is used up.
 
-Beside `edits/execution.py`, which says what stands where, and `writer.py`, which names and journals files. A weight file is moved
-into OUT.partial, and the filesystem takes out of it what goes (`fallocate`, FALLOC_FL_COLLAPSE_RANGE: ext4, XFS), in
-whole blocks and without moving a byte. Where a file does not lend itself to that, it is copied as ever and its source
-removed: room for one file is needed.
+Beside `edits/execution.py`, which says what stands where, and `writer.py`, which names and journals files. A weight
+file is moved into OUT.partial, and the filesystem takes out of it what goes (`fallocate`, FALLOC_FL_COLLAPSE_RANGE:
+ext4, XFS), in whole blocks and without moving a byte. Where a file does not lend itself to that, it is copied as ever
+and its source removed: room for one file is needed.
 
 After the first file there is no MODEL to decide from again. So everything that is still to be done stands in
 OUT.partial/in-place.json before it begins, and a resume needs that alone:

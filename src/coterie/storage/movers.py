@@ -1,7 +1,7 @@
 """Copying as units of work: what `Writer.shard` copies, cut into windows that any node can fill.
 
-Called by `edits/execution.py` where the engine spreads work. A window is an aligned part of one target file, so two units never
-write to one page, and each copies in whichever way its node allows.
+Called by `edits/execution.py` where the engine spreads work. A window is an aligned part of one target file, so two
+units never write to one page, and each copies in whichever way its node allows.
 """
 
 from __future__ import annotations
