@@ -1,8 +1,8 @@
 """Pruning experts as units of work: what `pruner.py` does in one process, one expert per unit on any node.
 
-Called by `zeros.py` where the engine spreads work. A unit reads its expert from MODEL, writes it with its zeros into its
-place in OUT.partial, and answers with counts. Where data decide, a layer's inputs lie in a file that units read their
-tokens from, and each leaves its expert's outputs in a file, which the driver adds in the experts' order: sums of
+Called by `zeros.py` where the engine spreads work. A unit reads its expert from MODEL, writes it with its zeros into
+its place in OUT.partial, and answers with counts. Where data decide, a layer's inputs lie in a file that units read
+their tokens from, and each leaves its expert's outputs in a file, which the driver adds in the experts' order: sums of
 floats depend on it.
 """
 

@@ -1,6 +1,7 @@
 """`coterie status`: how far a run is, or was when it ended. Reads the journal of OUT.partial, or a record.
 
-Everything here is what the run itself wrote down (`storage/journal.py`), so it can be asked for at any time, from anywhere.
+Everything here is what the run itself wrote down (`storage/journal.py`), so it can be asked for at any time, from
+anywhere.
 """
 
 from __future__ import annotations
