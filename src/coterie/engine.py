@@ -167,13 +167,17 @@ class Engine:
                 waiting.append((unit, self._submit(unit)))
                 self._count["units"] += 1
                 if len(waiting) >= self._ahead:
-                    yield self._result(*waiting[0])
-                    waiting.popleft()
+                    yield self._oldest(waiting)
             while waiting:
-                yield self._result(*waiting[0])
-                waiting.popleft()
+                yield self._oldest(waiting)
         finally:
             self._cancel([reference for _, reference in waiting])
+
+    def _oldest(self, waiting: deque[tuple[Unit, Any]]) -> Any:
+        """The result of the unit that waited longest, which leaves once it is there."""
+        found = self._result(*waiting[0])
+        waiting.popleft()
+        return found
 
     def _submit(self, unit: Unit) -> Any:
         task = self._ray.remote(perform).options(

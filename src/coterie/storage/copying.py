@@ -200,23 +200,15 @@ def _move_direct(files: Files, buffers: SimpleQueue[memoryview], chunk: Move) ->
 
 def copy(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) -> list[Move]:
     """Copies inside the kernel. Returns what is left: that from which on the kernel would not."""
-    rest = []
-    for move in moves:
-        position, stop = move.to, move.to + move.num_bytes
-        source, target = files.source(move.source), files.target()
-        while position < stop:
-            part = move.cut(position, stop)
-            try:
-                copied = os.copy_file_range(source, target, min(part.num_bytes, 1 << 30), part.start, part.to)
-            except OSError as error:
-                refuse(move.source, error)
-                copied = 0
-            if copied == 0:
-                rest.append(part)
-                break
-            position += copied
-            on_bytes(copied)
-    return rest
+
+    def step(source: int, target: int, part: Move) -> int:
+        try:
+            return os.copy_file_range(source, target, min(part.num_bytes, 1 << 30), part.start, part.to)
+        except OSError as error:
+            refuse(part.source, error)
+            return 0
+
+    return [rest for move in moves if (rest := _stepwise(files, move, step, on_bytes)).num_bytes]
 
 
 def plain(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) -> list[Move]:
@@ -224,21 +216,27 @@ def plain(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) ->
 
     Raises: CoterieError when a source is shorter than it was.
     """
-    for move in moves:
-        position, stop = move.to, move.to + move.num_bytes
-        source, target = files.source(move.source), files.target()
-        while position < stop:
-            part = move.cut(position, min(stop, position + CHUNK))
-            with reading(move.source, passing=REFUSALS):
-                block = os.pread(source, part.num_bytes, part.start)
-            if not block:
-                raise CoterieError(
-                    f"{move.source}: ended at byte {part.start:,}, expected {move.end:,}; the source changed"
-                )
-            write_at(target, block, position)
-            position += len(block)
-            on_bytes(len(block))
-    return []
+
+    def step(source: int, target: int, part: Move) -> int:
+        with reading(part.source, passing=REFUSALS):
+            block = os.pread(source, min(part.num_bytes, CHUNK), part.start)
+        if not block:
+            raise CoterieError(
+                f"{part.source}: ended at byte {part.start:,}, expected {part.end:,}; the source changed"
+            )
+        write_at(target, block, part.to)
+        return len(block)
+
+    return [rest for move in moves if (rest := _stepwise(files, move, step, on_bytes)).num_bytes]
+
+
+def _stepwise(files: Files, move: Move, step: Callable[[int, int, Move], int], on_bytes: OnBytes) -> Move:
+    """Repeats `step(source, target, rest)`, which copies as many bytes as it says, until it copies none; returns the rest."""
+    source, target, stop = files.source(move.source), files.target(), move.to + move.num_bytes
+    while move.num_bytes and (copied := step(source, target, move)):
+        move = move.cut(move.to + copied, stop)
+        on_bytes(copied)
+    return move
 
 
 def write_at(target: int, data: bytes | memoryview, position: int) -> None:

@@ -38,8 +38,8 @@ def check_out(out: Path, source: Path, *, resume: bool, overwrite: bool) -> None
 def _check_place(out: Path, source: Path, may_exist: bool) -> None:
     if out.name in ("", "..") or "\0" in out.name:
         raise CoterieError(f"{out}: names no folder of its own; choose another OUT")
-    home = source.resolve()
-    for target in (out.resolve(), partial_of(out).resolve()):
+    home, partial = source.resolve(), partial_of(out)
+    for target in (out.resolve(), partial.resolve()):
         if target == home or home in target.parents or target in home.parents:
             raise CoterieError(f"{target}: lies inside MODEL ({source}), or MODEL inside it; choose another OUT")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -48,19 +48,19 @@ def _check_place(out: Path, source: Path, may_exist: bool) -> None:
         raise CoterieError(f"{out}: exists already; choose another OUT, or add --overwrite")
     if out.exists() and any(out.iterdir()) and not (out / "coterie.json").is_file():
         raise CoterieError(f"{out}: is not a folder that coterie wrote (no coterie.json); refusing to replace it")
-    if is_held(partial_of(out)):
-        raise held_by_another(partial_of(out))
-    if partial_of(out).exists() and not may_exist:
+    if is_held(partial):
+        raise held_by_another(partial)
+    if partial.exists() and not may_exist:
         raise CoterieError(
-            f"{partial_of(out)}: left by an interrupted run; add --resume to go on, or --overwrite to start anew"
+            f"{partial}: left by an interrupted run; add --resume to go on, or --overwrite to start anew"
         )
-    if (partial_of(out) / IN_PLACE).exists():
+    if (partial / IN_PLACE).exists():
         raise CoterieError(
-            f"{partial_of(out)}: holds what --in-place left of a model; repeat that command with --resume, which alone "
+            f"{partial}: holds what --in-place left of a model; repeat that command with --resume, which alone "
             "completes it"
         )
-    if not _ours(partial_of(out)):
-        raise CoterieError(f"{partial_of(out)}: in the way, and nothing that coterie wrote; choose another OUT")
+    if not _ours(partial):
+        raise CoterieError(f"{partial}: in the way, and nothing that coterie wrote; choose another OUT")
 
 
 def partial_of(out: Path) -> Path:
@@ -69,20 +69,18 @@ def partial_of(out: Path) -> Path:
 
 def _ours(partial: Path) -> bool:
     """Whether `OUT.partial` may be emptied: it is absent, empty, or a plain folder with our journal or report."""
-    if not partial.exists():
-        return not partial.is_symlink()
-    if not partial.is_dir() or partial.is_symlink():
-        return False
+    if partial.is_symlink() or not partial.is_dir():
+        return not partial.is_symlink() and not partial.exists()
+    found = list(partial.iterdir())
     # A link in it would be written through, a pipe waited for; coterie makes neither.
-    plain = all(not path.is_symlink() and (path.is_file() or path.is_dir()) for path in partial.iterdir())
-    return plain and (not any(partial.iterdir()) or any((partial / n).is_file() for n in (JOURNAL, "coterie.json")))
+    plain = all(not path.is_symlink() and (path.is_file() or path.is_dir()) for path in found)
+    return plain and (not found or any((partial / name).is_file() for name in (JOURNAL, "coterie.json")))
 
 
 def tidy(out: Path, entries: list[Entry] | None = None) -> None:
     """Removes what a finished run has no more use for: the result that it replaced, and what it wrote down."""
-    if entries is None:
-        entries = read_journal(out)
-    for name in (entry["aside"] for entry in entries if "aside" in entry):
+    for entry in read_journal(out) if entries is None else entries:
+        name = entry.get("aside")
         if isinstance(name, str) and name == Path(name).name and name.startswith(f"{out.name}.old-"):
             shutil.rmtree(out.with_name(name), ignore_errors=True)
     with suppress(OSError):

@@ -37,15 +37,8 @@ class Report:
     versions: dict[str, str]
 
     def as_dict(self) -> dict[str, object]:
-        return {
-            "format": 1,
-            "command": self.command,
-            "options": self.options,
-            "source": self.source,
-            "versions": self.versions,
-            "plan": self.plan,
-            "report": self.report,
-        }
+        names = ("command", "options", "source", "versions", "plan", "report")
+        return {"format": 1} | {name: getattr(self, name) for name in names}
 
 
 def versions() -> dict[str, str]:

@@ -194,16 +194,14 @@ class Writer:
     def file(self, name: str, make: Callable[[Path], int]) -> None:
         """A safetensors file that `make(path)` leaves complete and on the disk under another name, returning its size;
         unless the journal says it is done."""
-        if name in self._done:
-            self._places |= read_header(self.partial / name)[0]
-            return
-        temporary, began, before = self.partial / f"{name}.tmp", time.monotonic(), Counter(self.copier.moved)
-        with writing(self.partial):
-            size = make(temporary)
-            temporary.rename(self.partial / name)
-        self._journal.add({"shard": name, "bytes": size, "at": time.time(), "written": self._copied})
-        seconds, ways = time.monotonic() - began, "+".join(self.copier.moved - before) or "nothing copied"
-        self._journal.say(f"wrote {name}: {size:,} bytes in {seconds:.1f} s ({ways}); {self._progress()}")
+        if name not in self._done:
+            temporary, began, before = self.partial / f"{name}.tmp", time.monotonic(), Counter(self.copier.moved)
+            with writing(self.partial):
+                size = make(temporary)
+                temporary.rename(self.partial / name)
+            self._journal.add({"shard": name, "bytes": size, "at": time.time(), "written": self._copied})
+            seconds, ways = time.monotonic() - began, "+".join(self.copier.moved - before) or "nothing copied"
+            self._journal.say(f"wrote {name}: {size:,} bytes in {seconds:.1f} s ({ways}); {self._progress()}")
         self._places |= read_header(self.partial / name)[0]
 
     def _advance(self, num_bytes: int) -> None:
