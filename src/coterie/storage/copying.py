@@ -231,7 +231,7 @@ def plain(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) ->
 
 
 def _stepwise(files: Files, move: Move, step: Callable[[int, int, Move], int], on_bytes: OnBytes) -> Move:
-    """Repeats `step(source, target, rest)`, which copies as many bytes as it says, until it copies none; returns the rest."""
+    """Repeats `step(source, target, rest)`, which returns how many bytes it copied, until none. Returns the rest."""
     source, target, stop = files.source(move.source), files.target(), move.to + move.num_bytes
     while move.num_bytes and (copied := step(source, target, move)):
         move = move.cut(move.to + copied, stop)
