@@ -16,6 +16,7 @@ file is one document. Where sources are allowed, `NAME=FOLDER` stands for all su
 
 import codecs
 import json
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,17 +93,14 @@ def check_file(path: str | Path) -> Path:
     """
     path = Path(path)
     try:
-        if not path.exists():
-            raise CoterieError(f"{path}: no such file; expected a text or JSONL file")
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "not a regular file"
-            raise CoterieError(f"{path}: {found}; expected a text or JSONL file")
-        if path.stat().st_size == 0:
-            raise CoterieError(f"{path}: the file is empty; expected text or JSON lines")
-    except CoterieError:
-        raise
+        mode, size = (path.stat().st_mode, path.stat().st_size) if path.exists() else (0, 0)
     except (OSError, ValueError) as e:  # ValueError: a null byte in the name
         raise CoterieError(f"{str(path)!r}: cannot be read ({e}); expected a text or JSONL file") from e
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "not a regular file" if mode else "no such file"
+        raise CoterieError(f"{path}: {found}; expected a text or JSONL file")
+    if not size:
+        raise CoterieError(f"{path}: the file is empty; expected text or JSON lines")
     return path
 
 

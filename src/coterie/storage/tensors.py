@@ -84,8 +84,8 @@ class Maps:
         self._resident, self._passed = max(resident, LEAST_RESIDENT), 0
         self._touched: dict[int, int] = {}  # bytes by the address where a map begins
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
-        self._open: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # a map closes when its last tensor goes
-        self._files: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()
+        # Where each map begins in memory, and the file of one that may be written; it closes when its last tensor goes.
+        self._open: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int | None]] = weakref.WeakKeyDictionary()
 
     def zeros(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Zeros whose room on the disk is taken now. Raises: CoterieError when there is too little."""
@@ -100,9 +100,7 @@ class Maps:
                 f"{self.folder}: cannot hold {size / 1e9:.1f} GB of activations ({error.strerror or error}); "
                 "free some room there, or calibrate on fewer or shorter samples"
             ) from error
-        found = self._tensor(pages, 0, shape, dtype)
-        self._files[pages] = found.data_ptr(), descriptor
-        return found
+        return self._tensor(pages, 0, shape, dtype, descriptor)
 
     def put(self, place: torch.Tensor, values: torch.Tensor) -> None:
         """place[...] = values, without touching pages where `place` is an unbroken stretch of a map of `zeros`."""
@@ -128,7 +126,7 @@ class Maps:
     def _file(self, place: torch.Tensor) -> tuple[int | None, int]:
         """The file that an unbroken stretch of a map stands in, and where."""
         if place.is_contiguous() and place.numel():
-            for pages, (begin, descriptor) in self._files.items():
+            for pages, (begin, descriptor) in self._open.items():
                 if 0 <= place.data_ptr() - begin < len(pages):
                     return descriptor, place.data_ptr() - begin
         return None, 0
@@ -146,12 +144,23 @@ class Maps:
             raise CoterieError(f"{path}: ended while reading {name!r}; the file changed or is cut")
         return self._tensor(pages, stored.start, stored.shape, dtype)
 
-    def _tensor(self, pages: mmap.mmap, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        _small_pages(pages)
-        self._open.add(pages)
+    def _tensor(
+        self,
+        pages: mmap.mmap,
+        start: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        descriptor: int | None = None,
+    ) -> torch.Tensor:
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            # Touching a row then makes its own pages resident, not the two megabytes that the cache may hold as one.
+            with suppress(OSError):  # a kernel without huge pages
+                pages.madvise(mmap.MADV_NOHUGEPAGE)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of maps that are only read
-            return torch.frombuffer(pages, dtype=dtype, offset=start, count=math.prod(shape)).view(shape)
+            found = torch.frombuffer(pages, dtype=dtype, offset=start, count=math.prod(shape)).view(shape)
+        self._open[pages] = found.data_ptr() - start, descriptor
+        return found
 
     def touched(self, tensor: torch.Tensor, num_rows: int) -> None:
         """Notes that so many rows of a map were read or written, anywhere in it, and gives pages back before they are
@@ -175,13 +184,6 @@ class Maps:
         self._touched, self._passed = {}, 0
         for pages in self._open:
             pages.madvise(mmap.MADV_DONTNEED)
-
-
-def _small_pages(pages: mmap.mmap) -> None:
-    """Touching a row then makes its own pages resident, not the two megabytes that the page cache may hold as one."""
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
 
 
 def _allocate(file: IO[bytes], size: int) -> None:
