@@ -228,22 +228,21 @@ def perform(version: str, scratch: str, function: str, arguments: str) -> str:
 
     Refuses where the scratch folder is not to be seen, which also stops units of a run that has ended.
     """
-    node = os.uname().nodename
     if version != _version():
-        return _refusal(f"node {node}: has coterie {_version()}, the driver {version}; install the same everywhere")
+        return _refusal(f"has coterie {_version()}, the driver {version}; install the same everywhere")
     if not os.path.isdir(scratch):  # noqa: PTH112 - Path.is_dir raises for some names
-        return _refusal(f"node {node}: does not see {scratch}; MODEL and OUT must lie where all nodes see them")
+        return _refusal(f"does not see {scratch}; MODEL and OUT must lie where all nodes see them")
     module, _, name = function.partition(":")
     try:
         return json.dumps({"result": getattr(importlib.import_module(module), name)(**json.loads(arguments))})
     except CoterieError as error:
-        return _refusal(f"node {node}: {error}")
+        return _refusal(str(error))
     except OSError as error:
-        return _refusal(f"node {node}: {error.filename or scratch}: {error.strerror or error}; see to it, add --resume")
+        return _refusal(f"{error.filename or scratch}: {error.strerror or error}; see to it, add --resume")
 
 
-def _refusal(text: str) -> str:
-    return json.dumps({"refused": text})
+def _refusal(reason: str) -> str:
+    return json.dumps({"refused": f"node {os.uname().nodename}: {reason}"})
 
 
 def _answers(address: str) -> None:

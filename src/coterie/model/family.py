@@ -92,7 +92,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Groups:
+class RoutingGroups:
     """Group-limited routing: experts stand in `num_groups` equal groups, of which the best `top_groups` compete."""
 
     num_groups: int
@@ -137,21 +137,21 @@ class Family:
             raise CoterieError(f"config.json ({self.name}): expected one positive integer, found {found!r:.200}")
         return value
 
-    def groups(self, config: Config) -> Groups:
+    def groups(self, config: Config) -> RoutingGroups:
         """The routing groups; one group of all experts where the family or the config knows none."""
         if self.group_switch:
             key, value = self.group_switch
             if next((v for _, _, v in lookup(config, (key,))), None) != value:
-                return Groups(1, 1, 1)
+                return RoutingGroups(1, 1, 1)
         num_groups, top_groups = (whole_number(config, (key,), 1) for key in self.group_keys)
         if num_groups <= 1:
-            return Groups(1, 1, 1)
+            return RoutingGroups(1, 1, 1)
         if self.num_experts(config) % num_groups or top_groups < 1:
             raise CoterieError(
                 f"config.json ({self.name}): {self.num_experts(config)} experts in {num_groups} routing groups, of "
                 f"which {top_groups} compete; expected equal groups and at least one"
             )
-        return Groups(num_groups, top_groups, self.min_per_group)
+        return RoutingGroups(num_groups, top_groups, self.min_per_group)
 
 
 def lookup(config: Config, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], Any]]:

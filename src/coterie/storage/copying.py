@@ -4,7 +4,7 @@ Last step of the data flow: `writer` says which bytes, this says how. A way take
 back the rest; the next way goes on with it, and the last one can do everything:
 
     reflink   the filesystem shares the blocks: nothing moves (XFS, btrfs; both sides at one offset modulo 4096)
-    direct    past the page cache, by a few threads: little processor time, and nobody's cache is lost
+    direct    past the page cache, by a few threads: little processor time, and the cache keeps what it holds
     copy      inside the kernel (copy_file_range)
     plain     through a buffer
 

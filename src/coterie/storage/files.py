@@ -1,4 +1,4 @@
-"""Files that a command writes by themselves, such as statistics and pages: refused early, and never half there."""
+"""Files that a command writes by themselves, such as statistics and pages: checked early, and written whole."""
 
 from __future__ import annotations
 

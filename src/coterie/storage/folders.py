@@ -26,7 +26,7 @@ def existing(folder: Path) -> Path:
 
 
 def check_out(out: Path, source: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuses an OUT that would destroy or swallow something. Raises: CoterieError."""
+    """Raises: CoterieError for an OUT whose writing would destroy other files, or mix with them."""
     if resume and overwrite:
         raise CoterieError("--resume and --overwrite exclude each other; choose one")
     try:

@@ -12,7 +12,7 @@ OUT.partial/in-place.json before it begins, and a resume needs that alone:
     that go | cuts, from the last to the first | header, of the old length | rename to the final name | journal
 
 Each step can be repeated but for the cuts, and the file's size says how many of those are done. This holds for a run
-that is killed; whether it holds when power fails between two cuts is the filesystem's affair.
+that is killed; whether it holds when power fails between two cuts depends on the filesystem.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class InPlace:
 
 
 def _demand(condition: bool) -> None:
-    """Raises: ValueError, also where Python leaves assertions out: a record is somebody else's word."""
+    """Raises: ValueError. A record is not trusted, so this is no assertion, which `python -O` leaves out."""
     if not condition:
         raise ValueError("a value that no run writes")
 

@@ -113,7 +113,7 @@ def _show(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-# --- as it is found in a folder, which may since have become anything -----------------------------------------
+# --- a record that is found in a folder, and may hold anything -------------------------------------------------
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:

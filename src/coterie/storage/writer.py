@@ -264,7 +264,7 @@ class Writer:
     def finish(self) -> None:
         """Writes the index, reads every header back against what was meant, and renames the folder to OUT.
 
-        Raises: CoterieError when somebody wrote to the source meanwhile: what was copied is then nobody's model.
+        Raises: CoterieError when the source changed meanwhile: the copy may then be a mixture of two states of it.
         """
         if self._source.indexed:
             weight_map = {output.name: shard for shard, outputs in self._outputs.items() for output in outputs}
