@@ -32,7 +32,7 @@ SAID_EVERY = 60.0  # seconds between two lines of the log, while one file is cop
 
 
 class Source(Protocol):
-    """Where bytes are copied from: a `Checkpoint`, or what is left of one (`InPlace`)."""
+    """Where bytes are copied from: a `Checkpoint`, or what is left of one (`UsedUp`)."""
 
     @property
     def path(self) -> Path: ...
