@@ -23,7 +23,7 @@ from coterie.edits.plan import Plan
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.methods import sparsify as methods
-from coterie.methods.sparsify.select import check_pattern
+from coterie.methods.masks import check_pattern
 from coterie.model.experts import Experts, expert_shapes
 from coterie.model.layer import Model
 from coterie.storage.record import Progress

@@ -6,19 +6,20 @@ Nothing is run again: routers and sums decide, in seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coterie.decide import clusters, criteria
+from coterie.decide import criteria
+from coterie.decide.clusters import Clusterer, nearest
 from coterie.decide.criteria import Guarded, Task
 from coterie.decide.experts import Pruning, check_options, count_kept
-from coterie.errors import CoterieError
 from coterie.methods import prune as methods
 from coterie.model.experts import read_layer
 from coterie.model.layer import Model
-from coterie.model.stats import Stats, agreement, parse_weights, stability
+from coterie.model.stats import Stats, agreement, parse_weights
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
 DRAWS = 5  # of the method random
@@ -27,7 +28,6 @@ LEFT_OUT = {
     "base": "needs an earlier checkpoint: coterie prune --base",
     "outputs": "runs every expert on data: coterie prune --data",
 }
-CONTROLS = ("first", "random")
 Kept = dict[str, Collection[int]]  # by layer key
 
 
@@ -55,7 +55,7 @@ def compare(
     options = Pruning("reap", ratio, experts, stats=str(stats), weights=parse_weights(weights), no_guard=no_guard)
     contest = Contest.of(Model.open(model), options)
     kept, found = contest.task.kept, contest.stats
-    named = [name for name in methods.names("stats", "router") if name not in CONTROLS]
+    named = [n for n in methods.names("stats", "router", "clusters") if getattr(methods.load(n), "COMPARED", True)]
     results = {}
     for done, name in enumerate(named):
         results[name] = contest.result(name)
@@ -103,13 +103,15 @@ class Contest:
 
     def result(self, name: str) -> dict[str, Any]:
         """What a criterion keeps by layer, how stable that is, and the seconds it took."""
-        began = time.monotonic()
-        choose = self._stun if name == "stun" else self._by_stats(name)
-        if methods.load(name).NEEDS == "router" and name != "stun":
+        began, needs = time.monotonic(), methods.load(name).NEEDS
+        if needs == "router":
             scores = criteria.by_weights(self.task, name, 0)
             kept, stable = criteria.kept_of(self.task, criteria.keep(self.task, scores)), None
         else:
-            kept, stable = choose(self.stats), self._stability(name, choose)
+            choose = self._by_clusters if needs == "clusters" else partial(self._by_stats, name)
+            kept = choose(self.stats)
+            stable, unstable = criteria.how_stable(self.stats, f"{name} is", choose)
+            self.notes += unstable
         seconds = round(time.monotonic() - began, 3)
         return {"kept": {key: list(ids) for key, ids in kept.items()}, "stability": stable, "seconds": seconds}
 
@@ -117,25 +119,14 @@ class Contest:
         """Experts kept at random."""
         return criteria.kept_of(self.task, criteria.keep(self.task, criteria.by_weights(self.task, "random", seed)))
 
-    def _by_stats(self, name: str) -> Callable[[Stats], Kept]:
-        def choose(stats: Stats) -> Kept:
-            scores = criteria.by_stats(self.task, name, stats)
-            return criteria.kept_of(self.task, criteria.keep(self.task, scores, self.guarded))
+    def _by_stats(self, name: str, stats: Stats) -> Kept:
+        scores = criteria.by_stats(self.task, name, stats)
+        return criteria.kept_of(self.task, criteria.keep(self.task, scores, self.guarded))
 
-        return choose
-
-    def _stun(self, stats: Stats) -> Kept:
+    def _by_clusters(self, stats: Stats) -> Kept:
         """Of router rows, and of usage where two are alike: as a dry run of `prune` has it, without weights."""
-        options, kept = replace(self.options, method="stun"), self.task.kept
-        task = clusters.Task(self.task.layers, options, kept, kept, self.task.num_groups, True, self.guarded)
-        return criteria.kept_of(self.task, clusters.decide(task, stats, no_progress)[0])
-
-    def _stability(self, name: str, choose: Callable[[Stats], Kept]) -> dict[str, Any] | None:
-        try:
-            return stability(self.stats, choose)
-        except CoterieError as error:
-            self.notes.append(f"how stable {name} is was not measured: from half of the data, {error}")
-            return None
+        clusterer = Clusterer(self.task, self.options, self.guarded, dry_run=True)
+        return criteria.kept_of(self.task, clusterer.choose(stats, nearest)[0])
 
 
 def _overlap(first: Kept, second: Kept) -> float:
