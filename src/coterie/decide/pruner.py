@@ -7,7 +7,7 @@ produce, pruned, and its pruned output feeds the next. One-pass scores every lay
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -106,17 +106,13 @@ class Pruner:
     num_judged: int | None = None  # only the first so many tokens are measured; the rest pass through
     _measured: dict[int, Norms] | None = None  # of the experts of a rehearsed layer
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """What a resumed run has to know of the layers done."""
         moments = [self.before.sums, self.after.sums]
         return {"cold": self.cold, "zeros": dict(self.num_zeros), "moments": moments}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.cold, self.num_zeros = state["cold"], Counter(state["zeros"])
-        self.before, self.after = (Moments(sums) for sums in state["moments"])
-
-    def absorb(self, state: dict[str, Any]) -> None:
-        """Adds what another pruner did, by its `state`."""
+    def absorb(self, state: Mapping[str, Any]) -> None:
+        """Adds what another pruner did, or an earlier run, by its `state`."""
         self.cold += state["cold"]
         self.num_zeros.update(state["zeros"])
         before, after = (Moments(sums) for sums in state["moments"])
@@ -180,26 +176,25 @@ class Pruner:
 
     def prune(self, block: MoE, e: int, matrices: Matrices, norms: Norms | None) -> Matrices:
         """Writes one expert with its zeros, and returns it so. No norms: by magnitude, or a rule that needs no data."""
-        pruned: list[np.ndarray | None] = []
-        masks: list[np.ndarray | None] = []
+        pruned: list[Any] = [None, None, None]
+        masks: list[Any] = [None, None, None]
         before, after = Moments(), Moments()  # of this expert: sums do not depend on who pruned the others
-        for part, weight in zip(PARTS, matrices, strict=True):
-            kept, mask = (None, None) if weight is None else self._prune_matrix(block, e, part, weight, norms)
-            pruned.append(kept)
-            masks.append(mask)
-            if weight is not None and kept is not None:
-                left = int(np.count_nonzero(kept))
-                self.num_zeros[block.key] += kept.size - left
+        for i, (part, weight) in enumerate(zip(PARTS, matrices, strict=True)):
+            if weight is not None:
+                pruned[i], masks[i] = self._prune_matrix(block, e, part, weight, norms)
+                left = int(np.count_nonzero(pruned[i]))
+                self.num_zeros[block.key] += weight.size - left
                 before.add(weight)
-                after.add(kept, left)
+                after.add(pruned[i], left)
         self.before, self.after = self.before + before, self.after + after
+        gate, up, down = pruned
         if norms and self.corrects:
-            stored = store_expert(self.checkpoint, block, e, _three(pruned))
+            stored = store_expert(self.checkpoint, block, e, (gate, up, down))
         else:
-            stored = zero_expert(self.checkpoint, block, e, _three(masks))
+            stored = zero_expert(self.checkpoint, block, e, (masks[0], masks[1], masks[2]))
         for name, offset, raw in stored:
             self.put(name, offset, raw)
-        return _three(pruned)
+        return gate, up, down
 
     def _prune_matrix(
         self, block: MoE, e: int, part: str, weight: np.ndarray, norms: Norms | None
@@ -267,8 +262,3 @@ def read_finite(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
         if weight is not None and not np.isfinite(weight).all():
             raise CoterieError(f"{block.name}, expert {e}, {part}: weights are NaN or infinite; expected finite")
     return matrices
-
-
-def _three(found: list[Any]) -> Any:
-    gate, up, down = found
-    return gate, up, down

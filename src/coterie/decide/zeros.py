@@ -247,7 +247,7 @@ def _calibrated(job: Job, calibration: Calibration, writer: Writer, on_progress:
     batches, first = calibration.batches(), 0
     if done:
         first = done["layer"] + 1
-        pruner.restore(done)
+        pruner.absorb(done)
         others.zeros = Counter({(layer, kind): n for layer, kind, n in done["others"]})
         restore(batches, writer.partial / f"hidden-{done['layer']}.safetensors")
     apart = job.engine.spread and not others.also
