@@ -22,7 +22,8 @@ from coterie.errors import CoterieError, printable
 from coterie.methods import merge as joining
 from coterie.methods import prune as pruning
 from coterie.methods import sparsify as zeroing
-from coterie.methods.condense import LAYER_SEARCH, SELECT
+from coterie.methods.condense import names as selections
+from coterie.methods.layer_search import SEARCHES
 from coterie.storage.copying import IO
 
 app = typer.Typer(
@@ -337,9 +338,9 @@ def condense(
     keep: Annotated[
         int | None, typer.Option(help="Experts always on in each, beside the shared one [default: top-k].")
     ] = None,
-    select: Annotated[str, typer.Option(help=f"How experts are chosen: {', '.join(SELECT)}.")] = "least-squares",
+    select: Annotated[str, typer.Option(help=f"How experts are chosen: {', '.join(selections())}.")] = "least-squares",
     layer_search: Annotated[
-        str | None, typer.Option(help=f"How layers are chosen: {', '.join(LAYER_SEARCH)} [default: greedy].")
+        str | None, typer.Option(help=f"How layers are chosen: {', '.join(SEARCHES)} [default: greedy].")
     ] = None,
     data: Calibration = None,
     samples: Annotated[

@@ -1,6 +1,6 @@
 """STUN on a whole model: distances to clusters under a budget, one expert of each, and how much of it data decided.
 
-Between `prune.py`, which says how many experts stay, and the method (`methods/prune/stun.py`), which is about one
+Between `experts.py`, which says how many experts stay, and the method (`methods/prune/stun.py`), which is about one
 layer's arrays.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from coterie.decide.criteria import Guarded, Selected, Task, how_stable, kept_of, origin, tokens_of, total
-from coterie.decide.experts import Pruning
+from coterie.decide.pruning import Pruning
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
 from coterie.methods.prune import stun

@@ -7,25 +7,24 @@ executes the plan. Everything is decided before anything is written.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from coterie.edits.convert import CONVERSIONS, conversion
 from coterie.edits.dense import check_writable, is_stock, num_layers
 from coterie.edits.folding import check_foldable, shared_names
 from coterie.edits.plan import Condensed, Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import read_samples
-from coterie.methods.condense import LAYER_SEARCH, SELECT
+from coterie.forward.samples import Calibration
+from coterie.methods import condense as methods
+from coterie.methods.layer_search import SEARCHES
 from coterie.model.layer import Model
+from coterie.options import flat
 from coterie.storage.planned import Planned
-from coterie.storage.record import Progress
 
 logger = logging.getLogger("coterie")
 logger.addHandler(logging.NullHandler())  # a library says nothing unless it is asked to
 
-SAMPLES, OFFICIAL_SAMPLES = 128, 100
+SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,7 @@ class Condensing:
     keep: int | None = None
     select: str = "least-squares"
     layer_search: str | None = None
-    data: dict[str, Path] = field(default_factory=dict)
-    samples: int | None = None
-    seq_len: int = 2048
-    seed: int = 0
+    calibration: Calibration = field(default_factory=lambda: Calibration(samples=None))
     dtype: str = "auto"
 
 
@@ -63,12 +59,9 @@ def check_options(options: Condensing) -> None:
     if (options.layers is None) == (options.layer_ids is None):
         found = "neither" if options.layers is None else "both"
         raise CoterieError(f"--layers N or --layer-ids A,B,...: found {found}; give one of them")
-    if options.select not in SELECT:
-        raise CoterieError(f"--select {options.select!r}: unknown; expected one of {', '.join(SELECT)}")
-    if options.layer_search is not None and options.layer_search not in LAYER_SEARCH:
-        raise CoterieError(
-            f"--layer-search {options.layer_search!r}: unknown; expected one of {', '.join(LAYER_SEARCH)}"
-        )
+    methods.load(options.select)
+    if options.layer_search is not None and options.layer_search not in SEARCHES:
+        raise CoterieError(f"--layer-search {options.layer_search!r}: unknown; expected one of {', '.join(SEARCHES)}")
     if options.layer_search is not None and options.layer_ids is not None:
         raise CoterieError("--layer-search would be ignored: --layer-ids names the layers")
     if options.layers is not None and options.layers < 0:
@@ -77,14 +70,15 @@ def check_options(options: Condensing) -> None:
         raise CoterieError(f"--keep {options.keep}: expected a number of experts, 0 or more")
 
 
-def _unused(options: Condensing) -> list[str]:
+def unused(options: Condensing) -> list[str]:
     """What to say of options that shape what `--layers 0` does not do."""
-    given = [name for name, value in vars(options).items() if value != getattr(Condensing(), name) and name != "layers"]
+    default = flat(Condensing())
+    given = [name for name, value in flat(options).items() if value != default[name] and name != "layers"]
     idle = given if options.layers == 0 else []
     return [f"--{name.replace('_', '-')} had no effect: --layers 0 condenses none, it repackages" for name in idle]
 
 
-def target_type(model: Model, options: Condensing) -> str | None:
+def target_type(model: Model, layers: int | None, layer_ids: list[int] | None = None) -> str | None:
     """The model type to convert to, so that a stock config can say what is condensed; None where none is needed."""
     config = model.checkpoint.config
     found = CONVERSIONS.get(str(config.get("model_type")))
@@ -98,9 +92,9 @@ def target_type(model: Model, options: Condensing) -> str | None:
                 f"repackaged as {found.target} ({obstacle})"
             )
         return found.target
-    fits = options.layer_ids is not None and is_stock(model, _plan_of(options.layer_ids))
-    everything = options.layers == len(model.main) and model.family.dense is not None
-    return None if fits or everything or options.layers == 0 or conversion(config) is None else found.target
+    fits = layer_ids is not None and is_stock(model, _plan_of(layer_ids))
+    everything = layers == len(model.main) and model.family.dense is not None
+    return None if fits or everything or layers == 0 or conversion(config) is None else found.target
 
 
 def _plan_of(layer_ids: list[int], condensed: Condensed | None = None, target: str | None = None) -> Plan:
@@ -150,13 +144,13 @@ def _kept(model: Model, options: Condensing) -> int:
     return options.keep
 
 
-def _size_plan(model: Model, options: Condensing, keep: int, target: str | None) -> Plan:
+def size_plan(model: Model, options: Condensing, keep: int, target: str | None) -> Plan:
     """A plan of the right size; which layers and experts it names means nothing."""
     ids = options.layer_ids or [int(block.key) for block in model.main][: options.layers]
     return _plan_of(ids, Condensed(tuple(range(keep)), (1.0,) * keep), target)
 
 
-def _announce(original: Model, source: Model, options: Condensing) -> None:
+def announce(original: Model, source: Model, options: Condensing) -> None:
     """Says before the work starts what the result will be, where that is not the model's own type."""
     kind, target = original.checkpoint.config.get("model_type"), source.checkpoint.config.get("model_type")
     if kind != target:
@@ -174,36 +168,8 @@ def _announce(original: Model, source: Model, options: Condensing) -> None:
         )  # fmt: skip
 
 
-# --- what is decided from data ---------------------------------------------------------------------------------
-
-
-def _samples(model: Model, options: Condensing) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
-    """The calibration data by domain, and what should be said aloud about it."""
-    usual = OFFICIAL_SAMPLES if options.select == "official" else SAMPLES
-    number = usual if options.samples is None else options.samples
-    return read_samples(model, options.data, samples=number, seq_len=options.seq_len, seed=options.seed)
-
-
-def decide(
-    model: Model,
-    options: Condensing,
-    keep: int,
-    target: str | None,
-    by_domain: dict[str, list[tuple[int, ...]]],
-    spill: Path,
-    on_progress: Progress,
-) -> tuple[Plan, dict[str, Any]]:
-    """The plan, and what was measured on the way: see `Decision.findings`.
-
-    spill: the folder for activations that are too large for memory.
-    """
-    if options.layers == 0:
-        return Plan({}, converted=target), {"notes": []}
-    from coterie.decide.condensed import Decision
-
-    given = [s for samples in by_domain.values() for s in samples]
-    decision = Decision(model, options, keep, given, spill, on_progress)
-    condensed, findings = decision.make()
-    findings["calibration"] = {"samples": {name: len(given) for name, given in by_domain.items()}}
-    plan = Plan({}, condensed={str(i): condensed[i] for i in sorted(condensed)}, converted=target)
-    return plan, findings
+def calibration_of(options: Condensing) -> Calibration:
+    """What to measure on; as many samples as the selection wants, unless a number was asked for."""
+    usual = getattr(methods.load(options.select), "SAMPLES", SAMPLES)
+    number = usual if options.calibration.samples is None else options.calibration.samples
+    return replace(options.calibration, samples=number)

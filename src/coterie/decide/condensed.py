@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from coterie.decide.always_on import Blocks, Work
 from coterie.decide.choosing import Chooser, Fits
-from coterie.decide.condense import Condensing, make_plan
+from coterie.decide.condense import Condensing
 from coterie.decide.sweep import BESIDE, Sweep, hidden_divergence, logit_divergence
-from coterie.edits.plan import Plan
+from coterie.edits.plan import Decision, Plan
 from coterie.forward.samples import compute_dtype
 from coterie.forward.stream import Batch
 from coterie.methods import condense as methods
@@ -30,7 +30,29 @@ SEARCHED_TOKENS = 256  # of each sample that the published searches read
 HELD_OUT, MOST_HELD_OUT = 4, 16  # every 4th sample judges layers instead of fitting gates; so many at most
 
 
-class Search:
+def decided(
+    model: Model,
+    options: Condensing,
+    keep: int,
+    target: str | None,
+    by_domain: dict[str, Samples],
+    spill: Path,
+    on_progress: Progress,
+) -> Decision:
+    """The layers, experts and gates that the data speak for, and what was measured on the way.
+
+    keep: experts of each layer. target: the model type that the result is to be of, if another.
+    spill: the folder for activations that are too large for memory.
+    """
+    samples = [s for given in by_domain.values() for s in given]
+    condenser = Condenser(model, options, keep, samples, spill, on_progress)
+    order, fits, findings = condenser.make()
+    findings["calibration"] = {"samples": {name: len(given) for name, given in by_domain.items()}}
+    plan = Plan({}, condensed={str(i): fits.condensed[i] for i in sorted(order)}, converted=target)
+    return Decision(plan, tuple(condenser.notes), findings)
+
+
+class Condenser:
     """One run's search for experts, gates and layers of one model, and what it costs."""
 
     def __init__(
@@ -61,8 +83,8 @@ class Search:
         taken = set(range(HELD_OUT - 1, len(samples), HELD_OUT)[:MOST_HELD_OUT])
         return [sample for i, sample in enumerate(samples) if i not in taken], held_out
 
-    def make(self, target: str | None) -> tuple[Plan, dict[str, Any]]:
-        """The plan, and the findings for the report."""
+    def make(self) -> tuple[list[int], Fits, dict[str, Any]]:
+        """The layers in the order chosen, what each becomes, and the findings for the report."""
         named, refits = self.options.layer_ids, self.needs == "moments"
         fits = Fits() if named is not None and refits else self._timed("experts", self._choose)
         order, scores = (named, []) if named is not None else self._timed("layers", lambda: self._search(fits))
@@ -78,7 +100,7 @@ class Search:
             "passes": {kind: round(work.passes, 4) for kind, work in self.work.items()},
             "search_seconds": {kind: round(seconds, 3) for kind, seconds in self.seconds.items()},
         }
-        return make_plan({i: fits.condensed[i] for i in sorted(order)}, target), findings
+        return order, fits, findings
 
     def _timed(self, kind: str, step: Callable[[], Result]) -> Result:
         began = time.monotonic()

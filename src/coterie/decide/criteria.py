@@ -1,6 +1,6 @@
 """A criterion on a whole model: what each layer's experts score, which are guarded, and how stable the choice is.
 
-Between `prune.py` and `verbs/compare.py`, which say how many experts stay, and the methods (`methods/prune/`), which
+Between `experts.py` and `verbs/compare.py`, which say how many experts stay, and the methods (`methods/prune/`), which
 are about one layer's arrays.
 """
 
