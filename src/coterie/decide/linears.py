@@ -80,6 +80,15 @@ class Linears:
         return run
 
 
+def sizes(model: Model, also: tuple[str, ...]) -> Counter[tuple[str, str]]:
+    """How many weights such matrices have, by layer and kind."""
+    found: Counter[tuple[str, str]] = Counter()
+    for index, names in by_layer(model, also).items():
+        for name, kind in names.items():
+            found[str(index), kind] += model.checkpoint.tensors[name].num_parameters
+    return found
+
+
 def parameters(stream: Stream, index: int, layer: torch.nn.Module, names: dict[str, str]) -> dict[str, str]:
     """Parameter of the layer -> tensor, for the tensors to prune.
 

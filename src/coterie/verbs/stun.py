@@ -10,7 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from coterie.decide.stun import SPLITS_HERE, Recipe, _check, search
+from coterie.decide.stun import SPLITS_HERE, StunRecipe, _check, search
 from coterie.decide.zeros import Scoring, Zeroing, check_options, idle, prepared
 from coterie.edits import beside
 from coterie.edits.execution import Request, Writing, execute
@@ -84,7 +84,7 @@ def stun(
     check_options(zeroing)
     unused = idle(zeroing) if expert_ratio != "auto" else ()  # auto judges on data, whatever zeroes
     source = Model.open(model)
-    recipe = Recipe(
+    recipe = StunRecipe(
         source=source, sparsity=Fraction(str(sparsity)), preset=preset, lambda1=lambda1, lambda2=lambda2,
         stats=str(stats) if stats else None, no_guard=no_guard, zeroing=zeroing, dry_run=dry_run,
     )  # fmt: skip

@@ -21,3 +21,8 @@ names, load = _folder.names, _folder.load
 def corrects(name: object) -> bool:
     """Whether it is a rule that also changes the weights that stay."""
     return name in names("hessian")
+
+
+def chooses_shares(name: str) -> bool:
+    """Whether it is a rule that chooses each layer's share of zeros itself."""
+    return hasattr(load(name), "layer_sparsities")
