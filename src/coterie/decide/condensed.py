@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from coterie.decide.always_on import Blocks, Work
 from coterie.decide.choosing import Chooser, Fits
-from coterie.decide.condense import Condensing
+from coterie.decide.condensing import Condensing
 from coterie.decide.sweep import BESIDE, Sweep, hidden_divergence, logit_divergence
+from coterie.edits.execution import Request
 from coterie.edits.plan import Decision, Plan
 from coterie.forward.samples import compute_dtype
 from coterie.forward.stream import Batch
@@ -30,22 +31,15 @@ SEARCHED_TOKENS = 256  # of each sample that the published searches read
 HELD_OUT, MOST_HELD_OUT = 4, 16  # every 4th sample judges layers instead of fitting gates; so many at most
 
 
-def decided(
-    model: Model,
-    options: Condensing,
-    keep: int,
-    target: str | None,
-    by_domain: dict[str, Samples],
-    spill: Path,
-    on_progress: Progress,
+def searched(
+    model: Model, options: Condensing, keep: int, target: str | None, by_domain: dict[str, Samples], request: Request
 ) -> Decision:
     """The layers, experts and gates that the data speak for, and what was measured on the way.
 
     keep: experts of each layer. target: the model type that the result is to be of, if another.
-    spill: the folder for activations that are too large for memory.
     """
     samples = [s for given in by_domain.values() for s in given]
-    condenser = Condenser(model, options, keep, samples, spill, on_progress)
+    condenser = Condenser(model, options, keep, samples, request.out.parent, request.on_progress)
     order, fits, findings = condenser.make()
     findings["calibration"] = {"samples": {name: len(given) for name, given in by_domain.items()}}
     plan = Plan({}, condensed={str(i): fits.condensed[i] for i in sorted(order)}, converted=target)

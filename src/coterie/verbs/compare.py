@@ -63,7 +63,6 @@ def compare(
     for done, name in enumerate(named):
         results[name] = contest.result(name)
         on_progress("scoring experts", done + 1, len(named))
-    draws = [contest.drawn(seed + i) for i in range(DRAWS)]
     return {
         "model": {"path": str(model), "hash": found.model},
         "stats": str(stats),
@@ -73,11 +72,7 @@ def compare(
         "guarded": criteria.listed(contest.guarded, found),
         "criteria": results,
         "overlap": {a: {b: _overlap(results[a]["kept"], results[b]["kept"]) for b in named} for a in named},
-        "random": {
-            "draws": DRAWS,
-            "expected": sum(kept / b.num_experts for b in contest.task.measured) / len(contest.task.measured),
-            "overlap": {a: sum(_overlap(results[a]["kept"], draw) for draw in draws) / DRAWS for a in named},
-        },
+        "random": _against_draws(contest, seed, {name: result["kept"] for name, result in results.items()}),
         "left_out": {name: LEFT_OUT[methods.load(name).NEEDS] for name in methods.names(*LEFT_OUT)},
         "versions": versions(),
         **clock.read(),
@@ -130,6 +125,16 @@ class Contest:
         """Of router rows, and of usage where two are alike: as a dry run of `prune` has it, without weights."""
         clusterer = Clusterer(self.task, self.options, self.guarded, dry_run=True)
         return criteria.kept_of(self.task, clusterer.choose(stats, nearest)[0])
+
+
+def _against_draws(contest: Contest, seed: int, kept: dict[str, Kept]) -> dict[str, object]:
+    """How far what each criterion keeps agrees with random draws, and what is to be expected of that."""
+    draws, measured = [contest.drawn(seed + i) for i in range(DRAWS)], contest.task.measured
+    return {
+        "draws": DRAWS,
+        "expected": sum(contest.task.kept / b.num_experts for b in measured) / len(measured),
+        "overlap": {name: sum(_overlap(ids, draw) for draw in draws) / DRAWS for name, ids in kept.items()},
+    }
 
 
 def _overlap(first: Kept, second: Kept) -> float:

@@ -8,23 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coterie.decide.condense import (
-    Condensing,
-    announce,
-    calibration_of,
-    check_model,
-    check_options,
-    parse_ids,
-    size_plan,
-    target_type,
-    unused,
-)
+from coterie.decide.condense import decided
+from coterie.decide.condensing import Condensing, check_options, parse_ids, target_type
 from coterie.edits.convert import converted
 from coterie.edits.execution import Request, Writing, execute
-from coterie.edits.plan import Decision, Plan
 from coterie.edits.saving import savable
 from coterie.forward.data import calibration_files
-from coterie.forward.samples import Calibration, Data, read_samples
+from coterie.forward.samples import Calibration, Data
 from coterie.model.layer import Model
 from coterie.options import flat
 from coterie.storage.record import Progress, Report, no_progress
@@ -82,21 +72,4 @@ def condense(
     request.check(original.checkpoint)
     target = target_type(original, options.layers, options.layer_ids)
     source = converted(original, target)
-    keep, notes = check_model(source, options)
-    idle = dry_run or layers == 0
-    by_domain, said = ({}, []) if idle else read_samples(source, calibration_of(options))
-    notes += [*said, *unused(options)]
-    announce(original, source, options)
-    if dry_run:
-        size_only = "a dry run computes sizes; which layers, experts and gates comes from data"
-        decision = Decision(size_plan(source, options, keep, target), (size_only,))
-    elif layers == 0:
-        decision = Decision(Plan({}, converted=target))
-    else:
-        from coterie.decide.condensed import decided  # imports torch
-
-        decision = decided(source, options, keep, target, by_domain, request.out.parent, on_progress)
-    findings = dict(decision.findings)
-    if target:
-        findings["converted"] = {"from": original.checkpoint.config["model_type"], "to": target}
-    return execute(source, Decision(decision.plan, (*notes, *decision.notes), findings), request)
+    return execute(source, decided(original, source, target, options, request), request)

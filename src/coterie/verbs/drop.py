@@ -6,15 +6,12 @@ Source: He et al., Demystifying the Compression of Mixture-of-Experts, arXiv 240
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from coterie.decide.condense import target_type
-from coterie.decide.drop import Dropping, check_kinds, check_model, check_options, decided, make_plan
+from coterie.decide.condensing import target_type
+from coterie.decide.drop import Dropping, check_options, decided
 from coterie.edits.convert import converted
 from coterie.edits.execution import Request, Writing, execute
-from coterie.edits.plan import Decision
 from coterie.edits.saving import savable
 from coterie.forward.data import calibration_files
 from coterie.forward.samples import Calibration, Data
@@ -63,13 +60,4 @@ def drop(
     request.check(original.checkpoint)
     target = target_type(original, count) if unit == "layer" else None
     source = converted(original, target)
-    candidates = check_model(source, options)
-    findings: dict[str, Any] = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}}
-    findings = findings if target else {}
-    if dry_run:
-        said = "a dry run computes sizes; which layers go comes from data"
-        decision = Decision(make_plan(source, options, candidates, target), (said,))
-    else:
-        decision = decided(source, options, candidates, target, request.out.parent, on_progress)
-    check_kinds(source, decision.plan)
-    return execute(source, replace(decision, findings=findings | decision.findings), request)
+    return execute(source, decided(original, source, target, options, request), request)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from coterie.decide.condense import parse_ids
+from coterie.decide.condensing import parse_ids
 from coterie.edits.execution import finished, left_behind, write
 from coterie.edits.saving import savable
 from coterie.errors import CoterieError
