@@ -25,7 +25,7 @@ import torch
 
 from coterie.edits.budget import row_zeros
 from coterie.methods.sparsify import magnitude, wanda
-from coterie.methods.sparsify.select import choose, lowest_per_group, lowest_per_row, zero
+from coterie.methods.masks import choose, lowest_per_group, lowest_per_row, zero
 from coterie.storage.numerics import decode, encode
 from tables import markdown
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from coterie.decide.condense import parse_ids
+from coterie.decide.condensing import parse_ids
 from coterie.edits.folding import FOLDABLE, shared_names
 from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError
