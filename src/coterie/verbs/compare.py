@@ -6,7 +6,7 @@ Example: coterie compare MODEL STATS --ratio 0.25
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -141,7 +141,7 @@ def _overlap(first: Kept, second: Kept) -> float:
     return agreement(first, second)["mean"]
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """A square of overlaps, criterion by criterion."""
     names = list(found["criteria"])
     yield "share of kept experts in common (and of the same criterion on two halves of the data)"
@@ -151,7 +151,7 @@ def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
     yield f"by chance: {found['random']['expected']:.2f}; {found['seconds']:.1f} s"
 
 
-def _overlaps(found: dict[str, Any], name: str, names: list[str]) -> str:
+def _overlaps(found: Mapping[str, Any], name: str, names: list[str]) -> str:
     stable = found["criteria"][name]["stability"]
     own = f"({stable['mean']:.2f})" if stable else "(-)"
     return "  ".join(f"{own if other == name else format(found['overlap'][name][other], '.2f'):>18}" for other in names)

@@ -6,7 +6,7 @@ Example: coterie status OUT
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -168,7 +168,7 @@ def _shown(seconds: Any) -> str | None:
     return None if value is None or value > 2**35 else stamp(value)
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """What was asked, and how far it is."""
     rows = [("command", f"coterie {found['command']}")]
     rows += [(f"  {name}", f"{value}") for name, value in found["options"].items() if value not in (None, "", {})]
