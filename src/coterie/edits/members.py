@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coterie.edits.plan import Choice
-from coterie.methods.merge import align
+from coterie.methods import align
 from coterie.methods.prune.stun import mean_of
 from coterie.model.experts import expert_biases, expert_matrices
 from coterie.model.layer import MoE

@@ -18,6 +18,7 @@ from coterie.edits.routes import compared_constants, constants_name, routed_bloc
 from coterie.edits.zeros import zero_faults
 from coterie.errors import reading
 from coterie.judge.files import Answer, first
+from coterie.methods.sparsify import corrects
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.planned import Planned
@@ -116,7 +117,7 @@ def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = n
 def _corrected(record: dict[str, Any] | None) -> bool:
     """Whether the rule also changed the weights that stayed."""
     options = object_at(record, "options")
-    return "sparsegpt" in (options.get("method"), options.get("second"))
+    return corrects(options.get("method")) or corrects(options.get("second"))
 
 
 def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:

@@ -15,10 +15,11 @@ are folded into the MLPs, and so learn with them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.codecs.open import codec_of
-from coterie.decide.condense import parse_ids
+from coterie.decide.condensing import parse_ids
 from coterie.edits.folding import shared_names
 from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError
@@ -40,7 +41,7 @@ class Training:
     """What `recover` was asked for, with its defaults; recorded in coterie.json."""
 
     teacher: Annotated[str | None, Help("The original, to learn from.", "MODEL", read=as_text)] = None
-    data: Annotated[dict[str, Any], DATA] = field(default_factory=dict)
+    data: Annotated[dict[str, Path], DATA] = field(default_factory=dict)
     stage: Annotated[str, Help("all (local, then distill), local, distill, or lm.")] = "all"
     layer_ids: Annotated[
         list[int] | None,

@@ -5,7 +5,7 @@ Example: coterie analyze MODEL --data prose=prose.txt -o analysis.html
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,7 +161,7 @@ def _notes(source: Model, layers: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """The advice."""
     yield f"{asked['out'] or asked['model']}: done in {found['seconds']:.1f} s"
     yield from paragraphs([(advice["about"], advice["text"]) for advice in found["advice"]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from coterie.codecs.open import coded
@@ -84,7 +84,7 @@ def _abilities(model: Model, *, packed: bool) -> list[str]:
     return [*found, f"condense: layers become dense MLPs ({said})"]
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """One line per number; bytes by role, and what can be done."""
     counts, packed = set(found["experts"].values()), found["packed"]
     mtp = f" (+{found['mtp_layers']} MTP)" if found["mtp_layers"] else ""

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from coterie.edits.kurtosis import of_experts
 from coterie.errors import CoterieError
 from coterie.forward.data import MAX_DATA, Document, read_documents
 from coterie.forward.samples import DTYPE
-from coterie.judge.judging import Judging, judged_files
+from coterie.judge.judging import Files, Judging, judged_files
 from coterie.model.family import names_experts
 from coterie.model.layer import Model
 from coterie.options import Help, public
@@ -44,7 +44,7 @@ def report(
     out: Annotated[str | Path, Help("The page to write; must not exist.", "FILE", flags=("--out", "-o"), given=Path)],
     *,
     data: Annotated[
-        dict[str, Any],
+        Files,
         Help(
             "As for eval; repeatable [default: texts that ship].",
             "NAME=FILE",
@@ -75,7 +75,7 @@ def report(
         raise CoterieError("no model was given; expected the original first, then what was made of it")
     clock, target = Stopwatch(), Path(out)
     check_new_file(target, overwrite)
-    files: dict[str, Any] = data or HELD_OUT
+    files: Files = data or HELD_OUT
     work = Work(paths, judging, on_progress)
     if not data:
         work.notes.append(f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})")
@@ -110,7 +110,7 @@ class Work:
     original: Any = None  # what the original's evaluation leaves to be compared
     parameters: int = 0  # of the original
 
-    def entries(self, documents: dict[str, list[Document]], files: dict[str, Any]) -> list[dict[str, Any]]:
+    def entries(self, documents: dict[str, list[Document]], files: Files) -> list[dict[str, Any]]:
         """One entry per model, in order."""
         from coterie.judge import paired
 
@@ -212,7 +212,7 @@ def _speed(found: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
     return spread | {"relative_decode": single["decode"]["50"] / original["decode"]["1"]["50"]}
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """Bytes and loss of every model on the page."""
     entries = [*found["models"], *found["references"]]
     shown = [f"{m['bytes']:,} bytes" + (f", loss {interval(m['mean'])}" if m["mean"] else "") for m in entries]

@@ -5,7 +5,7 @@ Exits with 3 when a check finds a fault. Example: coterie verify OUT --against M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +99,6 @@ def _own_logits(
     return sequences, run("computes", lambda: check_computes(model, sequences))
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """One line per check."""
     return (f"{'ok   ' if c['ok'] else 'FAULT'}  {c['name']}: {c['detail']}" for c in found["checks"])
