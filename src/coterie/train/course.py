@@ -99,9 +99,12 @@ class Course:
             chosen = training.taken(len(self.train_on), size, step, options.seed)
             return [*self._batches([self.train_on[i] for i in chosen])]
 
+        peak = peak_rate(self.job)
+        schedule = training.Schedule(
+            options.steps, lambda step: training.learning_rate(step, options.steps, peak), place, self.save_every
+        )
         training.run(
-            self.learner, self.objectives[stage], groups, steps=options.steps, peak=peak_rate(self.job), state=state,
-            curve=state.curve[stage], save=lambda: state.save(self.learner, place), save_every=self.save_every,
+            self.learner, self.objectives[stage], groups, schedule, state, stage,
             on_step=lambda step: self.on_progress(f"recovering ({stage})", step, options.steps),
         )  # fmt: skip
         state.stages[-1]["after"] = self._measured()
