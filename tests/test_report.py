@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import coterie
 from coterie.cli import main
 from coterie.errors import CoterieError
-from coterie.judge.rounding import round_experts, rounded, rounded_bytes
+from coterie.judge.rounding import round_experts, rounded_bytes, symmetric
 from coterie.model import family
 from coterie.model.layer import Model
 from coterie.model.loading import load
@@ -164,7 +164,7 @@ def slow_rounded(row):
 @given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=150))
 def test_rounding_is_that_of_each_group(row):
     """Against a slow loop; the last group may be short."""
-    found = rounded(torch.tensor([row], dtype=torch.float32))[0].tolist()
+    found = symmetric(torch.tensor([row], dtype=torch.float32))[0].tolist()
     assert found == pytest.approx(slow_rounded([float(v) for v in row]), abs=1e-6)
 
 
@@ -172,7 +172,7 @@ def test_rounding_by_hand():
     """max 7: the scale is 1, and 2.4 becomes 2; what is in another group has another scale."""
     row = torch.zeros(128)
     row[0], row[1], row[2], row[64], row[65] = 7.0, 2.4, -6.6, 0.7, 0.24
-    found = rounded(row)
+    found = symmetric(row)
     assert found[:4].tolist() == [7, 2, -7, 0]
     assert found[64:66].tolist() == pytest.approx([0.7, 0.2], rel=1e-3)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.judge.bits import LEVELS
+from coterie.judge.rounding import LEVELS
 from coterie.judge.numbers import correlation, number, pairs
 from coterie.methods.prune.stun import dendrogram
 

@@ -22,7 +22,7 @@ from coterie.forward.activations import Batch, Routed, dense_weights
 from coterie.forward.measure import Routers
 from coterie.forward.stream import Stream
 from coterie.judge import locality
-from coterie.judge.bits import BITS, GROUP, rounded_expert
+from coterie.judge.rounding import BITS, GROUP, rounded_expert
 from coterie.judge.locality import Tokens
 from coterie.judge.numbers import correlation, listed, number, pairs, ratio
 from coterie.methods.condense.least_squares import explained, pursue

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.judge.bits import LEVELS
+from coterie.judge.rounding import LEVELS
 from coterie.pages.page import (
     Bar,
     Bars,
