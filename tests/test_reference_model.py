@@ -19,7 +19,9 @@ def tiny():
     """The recipe's model, but small, and in the recipe's bfloat16."""
     torch.manual_seed(0)
     fewer = {"num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 50}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**CONFIG.to_diff_dict(), "layer_types": None, **SMALL, **NARROW, **fewer})).bfloat16()
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**{**CONFIG.to_diff_dict(), "layer_types": None, **SMALL, **NARROW, **fewer})
+    ).bfloat16()
 
 
 @pytest.fixture(scope="module")

@@ -59,9 +59,7 @@ def symmetric(weights: torch.Tensor) -> torch.Tensor:
     return _by_group(weights.float(), GROUP, nearest).to(weights.dtype)
 
 
-def _by_group(
-    weights: torch.Tensor, group: int, nearest: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def _by_group(weights: torch.Tensor, group: int, nearest: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Weights (..., I), each group of neighbours along the last axis replaced; the last one of a row may be shorter."""
     parts = weights.split(group * max(1, weights.shape[-1] // group), dim=-1)
     grouped = [part.unflatten(-1, (-1, min(group, part.shape[-1]))) for part in parts]

@@ -211,7 +211,7 @@ def run(
     stage: str,
     on_step: Callable[[int], None],
 ) -> None:
-    """The steps of a stage that are not done yet, each noted in its curve; what is left to save after the last is the caller's.
+    """The steps of a stage that are not done yet, each noted in its curve; the state is not saved after the last.
 
     groups: the ids of each step's number. on_step: is told how many steps are done.
     """
