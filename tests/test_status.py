@@ -130,7 +130,7 @@ def test_on_the_command_line(tmp_path, capsys):
 
 def test_asking_is_cheap():
     """Neither torch nor transformers is imported to read a journal."""
-    code = "import sys, coterie.status; assert not {'torch', 'transformers', 'scipy'} & set(sys.modules)"
+    code = "import sys, coterie.verbs.status; assert not {'torch', 'transformers', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

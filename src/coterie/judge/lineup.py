@@ -55,6 +55,18 @@ class Measured(Judged, total=False):
     speed: Speed
 
 
+class Comparison(TypedDict):
+    """What `report` returns, but for where its page is."""
+
+    models: list[Measured]  # the original first
+    references: list[Measured]
+    options: dict[str, object]
+    notes: list[str]
+    versions: dict[str, str]
+    seconds: float
+    peak_rss_bytes: int
+
+
 @dataclass
 class Lineup:
     """The models to be measured, the first of which is the original; on what, how, and what has to be said about it."""

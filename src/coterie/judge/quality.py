@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, encode
 from coterie.judge import harness
-from coterie.judge.paired import Kept, bootstrap_mean
+from coterie.judge.paired import Interval, Kept, Paired, bootstrap_mean
 from coterie.model import causal, loading
 from coterie.model.family import lookup
 from coterie.model.loading import DTYPES
@@ -68,8 +68,18 @@ class Judging:
             raise CoterieError(f"task_path is {self.task_path} but no tasks were asked; name them with tasks")
 
 
+class Judged(TypedDict):
+    """One model's entry in the result of `eval`; by data set, or task and metric."""
+
+    path: str
+    perplexity: dict[str, Interval]
+    exact_match: dict[str, Interval]
+    tasks: NotRequired[dict[str, dict[str, float]]]
+    paired: NotRequired[Paired]
+
+
 @dataclass(frozen=True)
-class Job:
+class Trial:
     """One model on one data set: how to measure, whom to tell, and where to leave what a comparison needs."""
 
     name: str  # of the data set
@@ -97,17 +107,19 @@ def judge(
     manager: Any = None,
     *,
     routers: bool = True,
-) -> tuple[dict[str, Any], Kept]:
+) -> tuple[Judged, Kept]:
     """One model's entry in the result of `evaluate`, and what a comparison needs, with `routers` of those too."""
     model = causal.without_router_loss(load(path).eval())
     needed = options.tasks or any(d.input_ids is None for entries in documents.values() for d in entries)
     tokenizer = loading.load_tokenizer(path) if needed else None
-    result: dict[str, Any] = {"path": str(path), "perplexity": {}, "exact_match": {}}
+    result: Judged = {"path": str(path), "perplexity": {}, "exact_match": {}}
     kept = Kept(routers=routers)
     for name, entries in documents.items():
-        kind, measure = ("exact_match", exact_match) if entries[0].is_problem else ("perplexity", perplexity)
-        what = f"{path}: {name}"
-        result[kind][name] = measure(model, tokenizer, entries, Job(name, what, options, report, kept))
+        trial = Trial(name, f"{path}: {name}", options, report, kept)
+        if entries[0].is_problem:
+            result["exact_match"][name] = exact_match(model, tokenizer, entries, trial)
+        else:
+            result["perplexity"][name] = perplexity(model, tokenizer, entries, trial)
     if options.tasks:
         result["tasks"] = harness.run_tasks(
             model, tokenizer, options.tasks, manager, batch_size=options.batch_size, seed=options.seed, what=str(path)
@@ -141,22 +153,22 @@ def windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], job: Job) -> dict[str, float | int]:
+def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], trial: Trial) -> Interval:
     """Perplexity over all documents, each a sequence of its own, with its interval and the number of scored tokens.
 
         exp(-1/N sum_t log p(x_t | the tokens before t in its window))        N: all tokens but each document's first
 
-    Raises: CoterieError naming the job if a document has fewer than two tokens or a token is unknown to the model,
+    Raises: CoterieError naming both if a document has fewer than two tokens or a token is unknown to the model,
     or if the result is not finite.
     """
-    what, options = job.what, job.options
+    what, options = trial.what, trial.options
     sequences = [_tokens(model, tokenizer, document, least=2) for document in documents]
     window = _clamped_window(model, options.window, what)
     stride = options.stride or max(1, window // 2)
     _check_stride(window, stride)
-    with job.kept.watch(job.name, model):
-        sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: job.report(what, *a))
-    job.kept.losses[job.name], job.kept.counts[job.name] = sums, counts
+    with trial.kept.watch(trial.name, model):
+        sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: trial.report(what, *a))
+    trial.kept.losses[trial.name], trial.kept.counts[trial.name] = sums, counts
     if not np.isfinite(sums).all():
         raise CoterieError(f"{what}: the model's logits hold NaN or infinity; the weights are damaged, or need float32")
     if len(sums) < FEW_BLOCKS:
@@ -277,15 +289,15 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], job: Job) -> dict[str, float | int]:
+def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], trial: Trial) -> Interval:
     """Share of problems whose answer, greedily generated, equals the expected one as a string (both normalised).
 
     Prompts of equal length in tokens are generated together, so that nothing is padded; a row ends with the
     end-of-text token, a complete `Answer:` line, or after `max_new_tokens` (fewer where the model's positions end).
 
-    Raises: CoterieError naming the job if logits are NaN, or the problem if its prompt fills the model's positions.
+    Raises: CoterieError naming both if logits are NaN, or the problem if its prompt fills the model's positions.
     """
-    what, options = job.what, job.options
+    what, options = trial.what, trial.options
     prompts = [_tokens(model, tokenizer, problem, least=1) for problem in problems]
     room = _room(model, problems, prompts, options.max_new_tokens, what)
     alike, done = defaultdict(list), 0
@@ -300,7 +312,7 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], job: J
             for i, row in zip(batch, _generate(model, tokenizer, ids, most, what), strict=True):
                 generated[i], full[i] = row, len(row) >= most
             done += len(batch)
-            job.report(what, done, len(problems))
+            trial.report(what, done, len(problems))
     texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
     answers = [normalise_answer(str(problem.answer)) for problem in problems]
     right = np.array([extract_answer(text) == answer for text, answer in zip(texts, answers, strict=True)])
@@ -310,7 +322,7 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], job: J
             "%s: %d of %d answers were cut off at %d new tokens, unfinished; give --max-new-tokens more",
             what, cut.sum(), len(problems), options.max_new_tokens,
         )  # fmt: skip
-    job.kept.right[job.name], job.kept.generated[job.name], job.kept.cut[job.name] = right, generated, cut
+    trial.kept.right[trial.name], trial.kept.generated[trial.name], trial.kept.cut[trial.name] = right, generated, cut
     correct = int(right.sum())
     low, high = wilson_interval(correct, len(problems))
     return {"value": correct / len(problems), "low": low, "high": high, "count": len(problems)}

@@ -35,6 +35,7 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "em
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 BIG = 64 << 20  # bytes of a copy that only bandwidth is measured on
 SMALL = 1 << 20  # bytes of a matrix below which the call itself is what is timed
+Speeds = dict[str, dict[str, dict[str, float]]]  # "prefill" or "decode" -> batch -> percentile -> tokens per second
 
 
 def _batches(given: str | list[int]) -> list[int]:
@@ -68,9 +69,7 @@ def _clock_name(threads: int) -> str:
     return "processor time of the one thread" if threads == 1 else "wall time"
 
 
-def _entry(
-    path: str, view: Checkpoint, speeds: dict[str, Any], bandwidth: float | None, notes: list[str]
-) -> dict[str, Any]:
+def _entry(path: str, view: Checkpoint, speeds: Speeds, bandwidth: float | None, notes: list[str]) -> dict[str, object]:
     """What is said of one model."""
     try:
         read: int | None = bytes_per_token(view)
@@ -120,9 +119,9 @@ class Runner:
         return found
 
 
-def measure(runners: list[Runner], sizes: list[int], on_progress: Progress) -> list[dict[str, Any]]:
+def measure(runners: list[Runner], sizes: list[int], on_progress: Progress) -> list[Speeds]:
     """Per runner: tokens per second by batch, of prefill and of decode."""
-    speeds: list[dict[str, Any]] = [{"prefill": {}, "decode": {}} for _ in runners]
+    speeds: list[Speeds] = [{"prefill": {}, "decode": {}} for _ in runners]
     length = prompt_length(runners)
     if length < PROMPT:
         runners[0].notes.append(f"prompts have {length} tokens instead of {PROMPT}: the models' positions end there")
@@ -248,7 +247,7 @@ def subject(view: Checkpoint) -> Subject | None:
     return Subject(name, packed, "BF16", bits)
 
 
-def kernel_rows(view: Checkpoint, threads: int, notes: list[str]) -> dict[str, Any] | None:
+def kernel_rows(view: Checkpoint, threads: int, notes: list[str]) -> dict[str, object] | None:
     """One expert matrix by every kernel."""
     import torch
 
