@@ -194,11 +194,11 @@ def _experts(models: list[Measured]) -> list[Part]:
     if not models:
         return []
     views = tuple(View(m["name"], (_grid(m["fate"]),)) for m in models)
-    rows = tuple(
+    rows: list[tuple[Cell, ...]] = [
         (m["name"], key, *map(levels.count, range(len(LEVELS)))) for m in models for key, levels in m["fate"].items()
-    )
+    ]
     plot = Heatmap("What became of the original's experts", "expert", "layer", views, LEVELS)
-    return [plot, Table(("model", "layer", *LEVELS), rows)]
+    return [plot, Table(("model", "layer", *LEVELS), tuple(rows))]
 
 
 def _grid(fate: dict[str, list[int]]) -> Grid:

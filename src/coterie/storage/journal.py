@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,7 +130,7 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def shards_of(entries: list[dict[str, Any]]) -> dict[str, int]:
+def shards_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Complete files and their sizes."""
     found = {e["shard"]: e.get("bytes") for e in entries[1:] if isinstance(e.get("shard"), str)}
     return {shard: size for shard, size in found.items() if type(size) is int}

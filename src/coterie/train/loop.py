@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 import torch
@@ -142,11 +142,22 @@ class Learner:
 # --- the state ---------------------------------------------------------------------------------------------------
 
 
+class Stage(TypedDict, total=False):
+    """What the report says of a stage: what was asked, and every objective's mean on held-out samples."""
+
+    stage: Required[str]
+    steps: int
+    lr: float
+    before: Required[dict[str, float]]
+    closed_form: dict[str, dict[str, float | None]]  # by layer: the ridge, and errors before and after
+    after: dict[str, float]  # once it is through
+
+
 @dataclass
 class State:
     """How far training got: what the report says of each stage begun, their curves, and steps done of the last one."""
 
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     curve: dict[str, list[list[float]]] = field(default_factory=dict)
     step: int = 0
     power: dict[str, float] = field(default_factory=dict)  # of `objectives.Layers`

@@ -6,6 +6,8 @@ Everything here is what the run itself wrote down (`journal.py`), so it can be a
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,19 @@ from coterie.storage.writer import partial_of
 UNPACKED = (
     "the dense checkpoint is complete, and not packed yet; unless a process counts its zeros, add --resume to go on"
 )
-Entries = list[dict[str, Any]]
+Entry = Mapping[str, object]  # a line of a journal, or a record, in which anything may stand
+Entries = Sequence[Entry]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How much of something is done, and of how much; None where that is not known yet."""
+
+    done: int
+    all: int | None
+
+
+NONE = Done(0, 0)  # of layers, where nothing is filled in after copying
 
 
 def status(out: str | Path) -> dict[str, Any]:
@@ -56,7 +70,7 @@ def status(out: str | Path) -> dict[str, Any]:
     raise CoterieError(f"{given}: neither a result of coterie (no coterie.json) nor a run (no {given.name}.partial)")
 
 
-def _complete(out: Path, found: dict[str, Any]) -> dict[str, Any]:
+def _complete(out: Path, found: Entry) -> dict[str, object]:
     return {
         "path": str(out),
         "state": "complete",
@@ -67,7 +81,7 @@ def _complete(out: Path, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(folder: Path, entries: Entries) -> dict[str, Any]:
+def _run(folder: Path, entries: Entries) -> dict[str, object]:
     """Of a folder that is being written, or that an ended run left."""
     asked = object_at(entries[0], "asked") if entries else {}
     begun = [i for i, e in enumerate(entries) if _number(e.get("began")) is not None]
@@ -76,41 +90,34 @@ def _run(folder: Path, entries: Entries) -> dict[str, Any]:
     layers = [e for e in entries if isinstance(e.get("unit"), dict)]
     # A file that was cut short is written again, so its bytes count only while somebody writes it.
     counted = entries if alive else [e for e in entries if "began" in e or "shard" in e]
-    bytes_ = {"done": _written(counted), "all": _number(last.get("bytes"))}
-    now = time.time() if alive else _last(entries)
-    rate = _rate(entries[begun[-1] :]) if begun else None
-    found = {
+    copied = Done(int(_last(counted, "written") or 0), _number(last.get("bytes")))
+    solved = Done(len(layers), _number(layers[-1].get("of")) if layers else None)
+    rate, later = _rate(entries[begun[-1] :]) if begun else None, bool(last.get("later"))
+    return {
         "path": str(folder),
         "state": "running" if alive else "interrupted",
         "command": asked.get("command"),
         "options": object_at(asked, "options"),
         "alive": alive,
         "pid": last.get("pid"),
-        "began": _shown(last.get("began")),
-        "updated": _shown(now if alive and not entries else _last(entries)),
-        "files": {"done": len(shards_of(entries)), "all": _number(last.get("files"))},
-        "layers": {"done": len(layers), "all": _number(layers[-1].get("of")) if layers else None},
-        "bytes": bytes_,
+        "began": _shown(_number(last.get("began"))),
+        "updated": _shown(time.time() if alive and not entries else _last(entries, "at", "began")),
+        "files": vars(Done(len(shards_of(entries)), _number(last.get("files")))),
+        "layers": vars(solved),
+        "bytes": vars(copied),
         "bytes_per_second": rate,
+        "seconds_left": _left(copied, rate, solved if later else NONE, _seconds_per_layer(entries) if later else 0.0),
     }
-    return found | {"seconds_left": _left(found, entries, last)}
 
 
-def _left(found: dict[str, Any], entries: Entries, last: dict[str, Any]) -> float | None:
-    """Seconds: what is left of bytes and of layers, each at its own rate."""
-    bytes_, layers, rate = found["bytes"], found["layers"], found["bytes_per_second"]
-    if bytes_["all"] is None:
+def _left(copied: Done, rate: float | None, solved: Done, seconds: float | None) -> float | None:
+    """Seconds: what is left of bytes at a rate, and of layers, which take some seconds each."""
+    if copied.all is None or solved.all is None or seconds is None:
         return None
-    missing = max(0, bytes_["all"] - bytes_["done"])
+    missing = max(0, copied.all - copied.done)
     if missing and not rate:
         return None
-    left = missing / rate if missing else 0.0
-    if not last.get("later"):  # nothing is filled in after copying
-        return left
-    seconds = _seconds_per_layer(entries)
-    if seconds is None or layers["all"] is None:
-        return None
-    return left + seconds * max(0, layers["all"] - layers["done"])
+    return (missing / rate if missing and rate else 0.0) + seconds * max(0, solved.all - solved.done)
 
 
 def _seconds_per_layer(entries: Entries) -> float | None:
@@ -139,22 +146,17 @@ def _rate(entries: Entries) -> float | None:
     return (said[-1][1] - first) / (said[-1][0] - began)
 
 
-def _written(entries: Entries) -> int:
-    """Bytes that are there, by the last entry that says so."""
-    said = [n for e in entries if (n := _number(e.get("written"))) is not None]
-    return int(said[-1]) if said else 0
+def _last(entries: Entries, *keys: str) -> float | None:
+    """The last number under one of these keys."""
+    return next(
+        (n for e in reversed(entries) for key in reversed(keys) if (n := _number(e.get(key))) is not None), None
+    )
 
 
-def _last(entries: Entries) -> float | None:
-    times = [n for e in entries for key in ("at", "began") if (n := _number(e.get(key))) is not None]
-    return times[-1] if times else None
-
-
-def _number(value: Any) -> Any:
+def _number(value: object) -> Any:
     """A sensible number, or nothing: a journal may have been damaged."""
-    return value if type(value) in (int, float) and 0 <= value < 2**63 else None
+    return value if type(value) in (int, float) and 0 <= value < 2**63 else None  # type: ignore[operator]
 
 
-def _shown(seconds: Any) -> str | None:
-    value = _number(seconds)
-    return None if value is None or value > 2**35 else stamp(value)
+def _shown(seconds: float | None) -> str | None:
+    return None if seconds is None or seconds > 2**35 else stamp(seconds)
