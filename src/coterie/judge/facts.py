@@ -29,27 +29,19 @@ Digest = tuple[int, str]  # bytes of a file, and their hash
 class Facts:
     """Sizes and fingerprint of a model, and what its coterie.json recorded."""
 
-    num_bytes: int
-    num_parameters: int
+    bytes: int
+    parameters: int
+    experts: dict[str, int] | None  # by layer, none where no layer has any left; None where they are not understood
     hash: str
     command: str | None  # as one would type it
     sparsity: float | None  # share of expert weights that are removed or zero
     kurtosis: dict[str, float]  # of expert weights, by stage: as recorded, or as it is
-    experts: dict[str, int] | None  # by layer, none where no layer has any left; None where they are not understood
     calibrated: Mapping[str, object]  # files, by name
     notes: tuple[str, ...] = ()  # of what is unknown
 
     def as_dict(self) -> dict[str, object]:
         """As `report` returns them."""
-        return {
-            "bytes": self.num_bytes,
-            "parameters": self.num_parameters,
-            "experts": self.experts,
-            "hash": self.hash,
-            "command": self.command,
-            "sparsity": self.sparsity,
-            "kurtosis": self.kurtosis,
-        }
+        return {key: value for key, value in vars(self).items() if key not in ("calibrated", "notes")}
 
     @classmethod
     def of(cls, path: str | Path) -> Facts:
@@ -73,13 +65,13 @@ class Facts:
             except CoterieError as error:  # rounded, or in a coding that is not read
                 notes = [f"the kurtosis of its experts' weights is unknown: {error}"]
         return cls(
-            num_bytes=checkpoint.num_bytes,
-            num_parameters=view.num_parameters,
+            bytes=checkpoint.num_bytes,
+            parameters=view.num_parameters,
+            experts=experts,
             hash=checkpoint.hash,
             command=_command(record.get("command"), options),
             sparsity=_number(object_at(made, "sparsity").get("experts")),
             kurtosis=kurtosis,
-            experts=experts,
             calibrated=object_at(options, "data"),
             notes=tuple(notes),
         )

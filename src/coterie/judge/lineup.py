@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
 from coterie.errors import CoterieError
-from coterie.forward.data import Document
+from coterie.forward.data import Document, read_documents
 from coterie.judge import paired, rounding
 from coterie.judge.facts import Facts, digest_of, names_of, overlaps
 from coterie.judge.paired import Interval, Kept
@@ -23,7 +23,8 @@ from coterie.judge.speed import STEPS, Runner, Speeds, prompt_length
 from coterie.judge.speed import measure as measure_speeds
 from coterie.model import loading
 from coterie.model.layer import Model
-from coterie.storage.record import Progress
+from coterie.reference_model import HELD_OUT
+from coterie.storage.record import Progress, Stopwatch, versions
 
 
 class Speed(TypedDict):
@@ -67,6 +68,34 @@ class Comparison(TypedDict):
     peak_rss_bytes: int
 
 
+def side_by_side(
+    paths: list[str | Path], files: Mapping[str, str | Path], options: Judging, on_progress: Progress, *, speed: bool
+) -> Comparison:
+    """All that is measured of the models; on the held-out texts that ship where no files are given."""
+    clock, notes = Stopwatch(), list[str]()
+    if not files:
+        files = HELD_OUT
+        notes.append(f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})")
+    documents = {name: list(read_documents(file, notes)) for name, file in files.items()}
+    lineup = Lineup(paths, documents, options, on_progress, notes)
+    with warnings_to(notes):
+        models = lineup.models(files)
+        references = lineup.references()
+        if speed:
+            lineup.add_speed(models)
+        else:
+            notes.append("speed was not measured: not asked for")
+    asked = {**vars(options), "task_path": None, "data": {name: str(file) for name, file in files.items()}}
+    return {
+        "models": models,
+        "references": references,
+        "options": asked,
+        "notes": _grouped(notes, [f"{path}: {name}: " for path in paths for name in files]),
+        "versions": versions(),
+        **clock.read(),  # type: ignore[typeddict-item]
+    }
+
+
 @dataclass
 class Lineup:
     """The models to be measured, the first of which is the original; on what, how, and what has to be said about it."""
@@ -83,12 +112,12 @@ class Lineup:
         """All models in order. files: the data, by name."""
         facts = [Facts.of(path) for path in self.paths]
         paired.check_tokens(self.paths[0], self.paths[1:], self.documents)
-        self.parameters, digests = facts[0].num_parameters, {name: digest_of(file) for name, file in files.items()}
+        self.parameters, digests = facts[0].parameters, {name: digest_of(file) for name, file in files.items()}
         found = []
         for path, name, fact in zip(self.paths, names_of(self.paths), facts, strict=True):
             self.notes += [f"{name}: {note}" for note in fact.notes]
             self.notes += overlaps(name, fact.calibrated, digests)
-            found.append(self._measured(path, {"name": name, **fact.as_dict()}, fact.num_bytes))
+            found.append(self._measured(path, {"name": name, **fact.as_dict()}, fact.bytes))
             if fate := self._fate(path, name) if len(found) > 1 else None:
                 found[-1]["fate"] = fate
         return found
@@ -179,3 +208,16 @@ def warnings_to(notes: list[str]) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(note)
+
+
+def _grouped(notes: Sequence[str], prefixes: Sequence[str]) -> list[str]:
+    """The notes, those that differ in their model and data set alone as one."""
+    found: dict[str, list[str]] = {}
+    for note in notes:
+        prefix = next((p for p in prefixes if note.startswith(p)), "")
+        found.setdefault(note.removeprefix(prefix), []).append(prefix)
+    more = {rest: len(dict.fromkeys(where)) - 1 for rest, where in found.items()}
+    return [
+        where[0] + rest + (f" (and in {more[rest]} more of these evaluations)" if more[rest] else "")
+        for rest, where in found.items()
+    ]

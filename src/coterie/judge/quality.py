@@ -1,8 +1,7 @@
-"""`coterie eval`: perplexity, exact match and lm-evaluation-harness tasks of finished checkpoints.
+"""How good one model is: perplexity of texts, and exact match of answers. `coterie eval` and `report` judge with it.
 
-Last step of the flow: it knows nothing of plans or methods and judges a compressed model as it would any other.
-Every number comes with a 95 % interval. Models are loaded one after the other, by stock transformers, and a
-checkpoint that does not fill its model exactly is refused: `from_pretrained` succeeding proves nothing.
+It knows nothing of plans or methods, and judges a compressed model as it would any other. Every number comes with a
+95 % interval. Importing this module imports torch.
 """
 
 import logging
@@ -79,7 +78,7 @@ class Judged(TypedDict):
 
 
 @dataclass(frozen=True)
-class Trial:
+class Measurement:
     """One model on one data set: how to measure, whom to tell, and where to leave what a comparison needs."""
 
     name: str  # of the data set
@@ -89,7 +88,7 @@ class Trial:
     kept: Kept
 
 
-def _check_readable(path: str | Path, documents: dict[str, list[Document]]) -> None:
+def check_readable(path: str | Path, documents: dict[str, list[Document]]) -> None:
     """Raises: CoterieError for no checkpoint, or token ids that its config does not know."""
     config = Checkpoint.open(path).config
     size = max((v for _, _, v in lookup(config, ("vocab_size",)) if type(v) is int), default=math.inf)
@@ -115,11 +114,11 @@ def judge(
     result: Judged = {"path": str(path), "perplexity": {}, "exact_match": {}}
     kept = Kept(routers=routers)
     for name, entries in documents.items():
-        trial = Trial(name, f"{path}: {name}", options, report, kept)
+        one = Measurement(name, f"{path}: {name}", options, report, kept)
         if entries[0].is_problem:
-            result["exact_match"][name] = exact_match(model, tokenizer, entries, trial)
+            result["exact_match"][name] = exact_match(model, tokenizer, entries, one)
         else:
-            result["perplexity"][name] = perplexity(model, tokenizer, entries, trial)
+            result["perplexity"][name] = perplexity(model, tokenizer, entries, one)
     if options.tasks:
         result["tasks"] = harness.run_tasks(
             model, tokenizer, options.tasks, manager, batch_size=options.batch_size, seed=options.seed, what=str(path)
@@ -153,22 +152,22 @@ def windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], trial: Trial) -> Interval:
+def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], one: Measurement) -> Interval:
     """Perplexity over all documents, each a sequence of its own, with its interval and the number of scored tokens.
 
         exp(-1/N sum_t log p(x_t | the tokens before t in its window))        N: all tokens but each document's first
 
-    Raises: CoterieError naming both if a document has fewer than two tokens or a token is unknown to the model,
-    or if the result is not finite.
+    Raises: CoterieError naming model and data set if a document has fewer than two tokens or a token is unknown to the
+    model, or if the result is not finite.
     """
-    what, options = trial.what, trial.options
+    what, options = one.what, one.options
     sequences = [_tokens(model, tokenizer, document, least=2) for document in documents]
     window = _clamped_window(model, options.window, what)
     stride = options.stride or max(1, window // 2)
     _check_stride(window, stride)
-    with trial.kept.watch(trial.name, model):
-        sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: trial.report(what, *a))
-    trial.kept.losses[trial.name], trial.kept.counts[trial.name] = sums, counts
+    with one.kept.watch(one.name, model):
+        sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: one.report(what, *a))
+    one.kept.losses[one.name], one.kept.counts[one.name] = sums, counts
     if not np.isfinite(sums).all():
         raise CoterieError(f"{what}: the model's logits hold NaN or infinity; the weights are damaged, or need float32")
     if len(sums) < FEW_BLOCKS:
@@ -289,15 +288,16 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], trial: Trial) -> Interval:
+def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], one: Measurement) -> Interval:
     """Share of problems whose answer, greedily generated, equals the expected one as a string (both normalised).
 
     Prompts of equal length in tokens are generated together, so that nothing is padded; a row ends with the
     end-of-text token, a complete `Answer:` line, or after `max_new_tokens` (fewer where the model's positions end).
 
-    Raises: CoterieError naming both if logits are NaN, or the problem if its prompt fills the model's positions.
+    Raises: CoterieError naming model and data set if logits are NaN, or the problem if its prompt fills the model's
+    positions.
     """
-    what, options = trial.what, trial.options
+    what, options = one.what, one.options
     prompts = [_tokens(model, tokenizer, problem, least=1) for problem in problems]
     room = _room(model, problems, prompts, options.max_new_tokens, what)
     alike, done = defaultdict(list), 0
@@ -312,7 +312,7 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], trial:
             for i, row in zip(batch, _generate(model, tokenizer, ids, most, what), strict=True):
                 generated[i], full[i] = row, len(row) >= most
             done += len(batch)
-            trial.report(what, done, len(problems))
+            one.report(what, done, len(problems))
     texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
     answers = [normalise_answer(str(problem.answer)) for problem in problems]
     right = np.array([extract_answer(text) == answer for text, answer in zip(texts, answers, strict=True)])
@@ -322,7 +322,7 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], trial:
             "%s: %d of %d answers were cut off at %d new tokens, unfinished; give --max-new-tokens more",
             what, cut.sum(), len(problems), options.max_new_tokens,
         )  # fmt: skip
-    trial.kept.right[trial.name], trial.kept.generated[trial.name], trial.kept.cut[trial.name] = right, generated, cut
+    one.kept.right[one.name], one.kept.generated[one.name], one.kept.cut[one.name] = right, generated, cut
     correct = int(right.sum())
     low, high = wilson_interval(correct, len(problems))
     return {"value": correct / len(problems), "low": low, "high": high, "count": len(problems)}

@@ -13,7 +13,7 @@ from typing import Any
 from coterie.errors import CoterieError
 from coterie.forward.data import parse_data, read_documents
 from coterie.judge import harness, paired
-from coterie.judge.quality import Judging, Load, Progress, _check_readable, judge, logger
+from coterie.judge.quality import Judging, Load, Progress, check_readable, judge, logger
 from coterie.model import loading
 
 
@@ -35,8 +35,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures each model on each data set: exact match on files of problems, perplexity on all others.
 
-    `data`: files by name, or `NAME=FILE` strings (`coterie.forward.data` has the formats). `against`: the original, with which
-    every other model is compared on the same tokens. `window`, `stride`: in tokens, as in
+    `data`: files by name, or `NAME=FILE` strings (`coterie.forward.data` has the formats). `against`: the original,
+    with which every other model is compared on the same tokens. `window`, `stride`: in tokens, as in
     `perplexity`; the window is clamped to the model's positions and the stride is half of it unless given.
     `tasks`: names for lm-evaluation-harness, searched in the folder `task_path` as well. `load(path)` returns the
     model; by default `coterie.load`. `on_progress(what, done, total)` is called as work advances.
@@ -76,7 +76,7 @@ def evaluate(
         paired.check_tokens(against, paths, documents)
     manager = harness.task_manager(names, task_path) if names else None
     for path in paths if load is None else ():
-        _check_readable(path, documents)
+        check_readable(path, documents)
     for note in notes:
         logger.warning("%s", note)
     report = on_progress or (lambda what, done, total: None)

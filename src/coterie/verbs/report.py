@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError
-from coterie.forward.data import parse_data, read_documents
-from coterie.pages.report import render
-from coterie.reference_model import HELD_OUT
+from coterie.forward.data import parse_data
 from coterie.storage.files import check_new_file, write_whole
-from coterie.storage.record import Progress, Stopwatch, no_progress, versions
+from coterie.storage.record import Progress, no_progress
 
 
 def report(
@@ -45,51 +43,19 @@ def report(
     holds the original with experts rounded to 4 bits.
     Raises: CoterieError for bad options, data or models, and when `out` exists (unless `overwrite`) or is no place.
     """
-    from coterie.judge.lineup import Comparison, Lineup, warnings_to
+    from coterie.judge.lineup import side_by_side
     from coterie.judge.quality import Judging
+    from coterie.pages.report import render
 
     paths = [models] if isinstance(models, str | Path) else list(models)
     if not paths:
         raise CoterieError("no model was given; expected the original first, then what was made of it")
-    clock, target = Stopwatch(), Path(out)
+    target = Path(out)
     check_new_file(target, overwrite)
     options = Judging(
         window=window, stride=stride, batch_size=batch_size, max_new_tokens=max_new_tokens, dtype=dtype, seed=seed
     )
     files: Any = data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data)
-    notes: list[str] = []
-    if not files:
-        files = HELD_OUT
-        notes.append(f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})")
-    documents = {name: list(read_documents(file, notes)) for name, file in files.items()}
-    lineup = Lineup(paths, documents, options, on_progress, notes)
-    with warnings_to(notes):
-        measured = lineup.models(files)
-        references = lineup.references()
-        if speed:
-            lineup.add_speed(measured)
-        else:
-            notes.append("speed was not measured: not asked for")
-    found: Comparison = {
-        "models": measured,
-        "references": references,
-        "options": {**vars(options), "task_path": None, "data": {name: str(file) for name, file in files.items()}},
-        "notes": _grouped(notes, [f"{path}: {name}: " for path in paths for name in files]),
-        "versions": versions(),
-        **clock.read(),  # type: ignore[typeddict-item]
-    }
+    found = side_by_side(paths, files, options, on_progress, speed=speed)
     write_whole(target, lambda partial: partial.write_text(render(found), encoding="utf-8"))
     return {"out": str(out), **found}
-
-
-def _grouped(notes: Sequence[str], prefixes: Sequence[str]) -> list[str]:
-    """The notes, those that differ in their model and data set alone as one."""
-    found: dict[str, list[str]] = {}
-    for note in notes:
-        prefix = next((p for p in prefixes if note.startswith(p)), "")
-        found.setdefault(note.removeprefix(prefix), []).append(prefix)
-    more = {rest: len(dict.fromkeys(where)) - 1 for rest, where in found.items()}
-    return [
-        where[0] + rest + (f" (and in {more[rest]} more of these evaluations)" if more[rest] else "")
-        for rest, where in found.items()
-    ]

@@ -23,7 +23,7 @@ from coterie.storage.record import Progress, no_progress
 
 MAX_SEQUENCES = 8  # of a file that gives token ids
 
-Check = dict[str, Any]
+Check = dict[str, object]  # "name", "ok", "detail"
 
 
 def verify(
