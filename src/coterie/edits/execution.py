@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from coterie.codecs.open import opened
 from coterie.edits.checks import check_plan
 from coterie.edits.counts import count, removed_shares
 from coterie.edits.outputs import patched_config, plan_outputs, planned, with_holes
@@ -21,8 +22,9 @@ from coterie.edits.routes import constants_name, routed_blocks, sealed
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model, expert_names
+from coterie.options import Help
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
-from coterie.storage.copying import check_io
+from coterie.storage.copying import IO, check_io
 from coterie.storage.in_place import Recipe, check_in_place, consume, went_on
 from coterie.storage.movers import mover
 from coterie.storage.planned import root
@@ -42,10 +44,14 @@ OURS = ("coterie.json", "coterie.log", "README.md", "report.html")
 class Writing:
     """How OUT is written: dense or with zeros as bits, only planned, gone on with, or in place of an earlier one."""
 
-    save: str = "dense"
-    dry_run: bool = False
-    resume: bool = False
-    overwrite: bool = False
+    save: Annotated[str, Help("dense, or sparse: zeros take one bit each, as `coterie pack` stores them.")] = "dense"
+    dry_run: Annotated[bool, Help("Decide and show sizes from headers and routers; write nothing.")] = False
+    resume: Annotated[bool, Help("Go on where an interrupted run stopped.")] = False
+    overwrite: Annotated[bool, Help("Replace OUT, if coterie wrote it.")] = False
+
+
+Io = Annotated[str, Help(f"How bytes are copied, instead of the first way that works: {', '.join(IO)}.")]
+InPlace = Annotated[bool, Help("Make OUT of MODEL's own files: no second copy, and MODEL is no more.")]
 
 
 @dataclass(frozen=True)
@@ -213,7 +219,7 @@ def _written(execution: Execution, request: Request) -> Report:
         if filled:
             _add_filled(execution, filled, outputs)
         report.report.update(request.clock.read())
-        _finish(writer, report, model_card(checkpoint.path.name, report), outputs, checkpoint)
+        finish_record(writer, report, model_card(checkpoint.path.name, report), outputs, checkpoint)
     return report
 
 
@@ -225,7 +231,7 @@ def _add_filled(execution: Execution, filled: Filled, outputs: dict[str, list[Ou
     execution.notes.extend(filled.notes)
 
 
-def _finish(
+def finish_record(
     writer: Writer, report: Report, card: str, outputs: dict[str, list[Output]], checkpoint: Checkpoint
 ) -> None:
     """Writes the record and the model card, and gives OUT its name."""
@@ -343,7 +349,7 @@ def _numbers(
     kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main if b.key not in plan.condensed}
     return {
         "before": {
-            "parameters": root(checkpoint).num_parameters,
+            "parameters": opened(root(checkpoint)).num_parameters,
             "bytes": root(checkpoint).num_bytes,
             "experts": _one_or_all({b.key: b.num_experts for b in model.main}),
         },

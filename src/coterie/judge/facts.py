@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.codecs.packed import dense_view
+from coterie.codecs.open import opened
 from coterie.edits.kurtosis import of_experts
 from coterie.errors import CoterieError
 from coterie.forward.data import MAX_DATA
@@ -48,7 +48,7 @@ class Facts:
         """Raises: CoterieError for no checkpoint, and for a damaged record."""
         folder = resolve(path)
         checkpoint, record = Checkpoint.open(folder), record_of(folder) or {}
-        view = dense_view(checkpoint)
+        view = opened(checkpoint)
         made, options = object_at(record, "report"), object_at(record, "options")
         stages = object_at(made, "kurtosis").items()
         kurtosis = {str(stage): n for stage, value in stages if (n := _number(value)) is not None}

@@ -17,8 +17,9 @@ from coterie.errors import CoterieError
 from coterie.forward.data import Document, read_documents
 from coterie.judge import paired, rounding
 from coterie.judge.facts import Facts, digest_of, names_of, overlaps
+from coterie.judge.judging import Judging
 from coterie.judge.paired import Interval, Kept
-from coterie.judge.quality import Judged, Judging, judge
+from coterie.judge.quality import Judged, judge
 from coterie.judge.speed import STEPS, Runner, Speeds, prompt_length
 from coterie.judge.speed import measure as measure_speeds
 from coterie.model import loading

@@ -19,7 +19,6 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 import torch
 
-from coterie.codecs.packed import dense_view
 from coterie.edits.lineage import Fate, fate, plans_between
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, encode
@@ -272,5 +271,5 @@ def experts_fate(path: str | Path, against: str | Path) -> Fate | None:
     plans = plans_between(path, checkpoint.hash)
     if plans is None:
         return None
-    source = Model.of(dense_view(checkpoint))
+    source = Model.of(checkpoint)
     return fate(plans, {block.key: block.num_experts for block in source.main})

@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, encode
-from coterie.judge import harness
+from coterie.judge import harness, paired
+from coterie.judge.judging import Judging, check_stride
 from coterie.judge.paired import Interval, Kept, Paired, bootstrap_mean
 from coterie.model import causal, loading
 from coterie.model.family import lookup
-from coterie.model.loading import DTYPES
 from coterie.storage.checkpoint import Checkpoint
 
 logger = logging.getLogger("coterie")
@@ -40,31 +40,6 @@ THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 Load = Callable[[str | Path], Any]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judging:
-    """The options of `evaluate`, checked."""
-
-    window: int = 2048
-    stride: int | None = None
-    tasks: tuple[str, ...] = ()
-    task_path: str | Path | None = None
-    batch_size: int = 32
-    max_new_tokens: int = 128
-    dtype: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {"window": 2, "stride": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if (name, value) != ("stride", None) and (type(value) is not int or value < least):
-                raise CoterieError(f"{name} is {value!r}; expected a whole number, at least {least}")
-        _check_stride(self.window, self.stride)
-        if self.dtype not in DTYPES:
-            raise CoterieError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        if self.task_path is not None and not self.tasks:
-            raise CoterieError(f"task_path is {self.task_path} but no tasks were asked; name them with tasks")
 
 
 class Judged(TypedDict):
@@ -126,6 +101,43 @@ def judge(
     return result, kept
 
 
+def judge_all(
+    paths: Sequence[str | Path],
+    documents: dict[str, list[Document]],
+    notes: list[str],
+    against: str | Path | None,
+    options: Judging,
+    load: Load | None,
+    report: Progress,
+) -> list[Judged]:
+    """An entry per model; beside the original, if one is given, what a comparison with it gives.
+
+    Whatever can be refused without loading a model is refused first; then notes are logged.
+    """
+    if against is not None:
+        paired.check_tokens(against, paths, documents)
+    manager = harness.task_manager(options.tasks, options.task_path) if options.tasks else None
+    for path in paths if load is None else ():
+        check_readable(path, documents)
+    for note in notes:
+        logger.warning("%s", note)
+    load = load or (lambda path: loading.load(path, dtype=options.dtype))
+    if against is None:
+        return [judge(path, documents, options, load, report, manager, routers=False)[0] for path in paths]
+    listed = any(paired.same_model(path, against) for path in paths)
+    alone = options if listed else replace(options, tasks=(), task_path=None)  # tasks of a model nobody listed
+    first, original = judge(against, documents, alone, load, report, manager)
+    entries = list[Judged]()
+    for path in paths:
+        if paired.same_model(path, against):
+            entries.append({**first, "path": str(path)})
+        else:
+            entry, kept = judge(path, documents, options, load, report, manager)
+            pair = paired.compare(path, kept, against, original, seed=options.seed)
+            entries.append({**entry, "paired": pair})
+    return entries
+
+
 # Perplexity
 
 
@@ -164,7 +176,7 @@ def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], one: M
     sequences = [_tokens(model, tokenizer, document, least=2) for document in documents]
     window = _clamped_window(model, options.window, what)
     stride = options.stride or max(1, window // 2)
-    _check_stride(window, stride)
+    check_stride(window, stride)
     with one.kept.watch(one.name, model):
         sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: one.report(what, *a))
     one.kept.losses[one.name], one.kept.counts[one.name] = sums, counts
@@ -242,14 +254,6 @@ def _clamped_window(model: Any, window: int, what: str) -> int:
         return window
     logger.warning("%s: window of %d tokens clamped to the model's %d positions", what, window, limit)
     return limit
-
-
-def _check_stride(window: int, stride: int | None) -> None:
-    if stride is not None and stride >= window:
-        raise CoterieError(
-            f"stride is {stride} and the window {window} tokens; expected a stride of at most {window - 1}, "
-            "since each token is scored with one before it in its window"
-        )
 
 
 def _batches(members: list[int], size: int) -> Iterator[list[int]]:

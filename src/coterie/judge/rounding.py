@@ -19,6 +19,7 @@ from coterie.errors import CoterieError
 from coterie.model.experts import expert_shapes, expert_weights
 from coterie.model.layer import Model
 from coterie.model.moe import Expert, experts_modules
+from coterie.storage.checkpoint import FLOATS
 
 BITS = (8, 4, 3, 2)  # of even levels
 GROUP, SCALE_BYTES = 64, 2  # consecutive inputs that share numbers (a step and a lowest value, or a scale) of 16 bits
@@ -29,7 +30,6 @@ DESCRIPTION = (
     f"plain rounding of the experts to {REFERENCE_BITS} bits, symmetric, one scale per group of {GROUP}, simulated"
 )
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-STORED = ("F32", "BF16", "F16")
 
 
 def even(weights: torch.Tensor, bits: int, group: int = GROUP) -> torch.Tensor:
@@ -113,7 +113,7 @@ def rounded_bytes(source: Model) -> int:
     total = source.checkpoint.num_bytes
     for block in source.main:
         stored = [source.checkpoint.tensors[name] for name in expert_weights(source.checkpoint, block)]
-        if any(t.dtype not in STORED for t in stored):
+        if any(t.dtype not in FLOATS[1:] for t in stored):
             raise CoterieError(f"{block.name}: its experts are stored as {stored[0].dtype}, expected plain floats")
         shapes = expert_shapes(source.checkpoint, block).values()
         expert_bytes = sum(rows * _row_bytes(columns) for rows, columns in shapes)

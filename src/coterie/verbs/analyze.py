@@ -1,32 +1,34 @@
-"""`coterie analyze`: how the experts of a model really behave, in numbers, and what follows for whoever compresses it.
+"""How the experts of a model really behave: likeness, norms, routing, and advice. Changes nothing.
 
-One streaming forward looks at outputs and routing (`judge/probe.py`), then weights and routers are compared, from disk
-(`judge/similarity.py`, `judge/alignment.py`); `judge/analysis.py` puts both together, sentences are made of them
-(`judge/advice.py`), and a page of all (`pages/analysis.py`). Nothing is written but the page.
+Example: coterie analyze MODEL --data prose=prose.txt -o analysis.html
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from coterie.forward.data import calibration_files
-from coterie.forward.samples import Calibration, Data, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.model.layer import Model
+from coterie.options import Help, ModelPath, public
+from coterie.pages.terminal import Asked, paragraphs
 from coterie.storage.files import check_new_file, write_whole
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
 
+# `judge/analysis.py` measures; sentences are made of its numbers (`judge/advice.py`), and a page (`pages/analysis.py`).
+@public
 def analyze(
-    model: str | Path,
+    model: ModelPath,
     *,
-    data: Data = (),
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    dtype: str = "auto",
-    out: str | Path | None = None,
-    overwrite: bool = False,
+    out: Annotated[
+        str | Path | None,
+        Help("Write a page that needs nothing else.", "FILE.html", flags=("--output", "-o"), given=Path),
+    ] = None,
+    calibration: Calibration,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, Help("Replace FILE.html.")] = False,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measures the experts of every MoE layer; with `out`, also writes a page of HTML that needs nothing else.
@@ -69,16 +71,15 @@ def analyze(
         check_new_file(Path(out), overwrite)
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
-    calibration = Calibration(data=calibration_files(data), samples=samples, seq_len=seq_len, seed=seed)
     by_domain, notes = read_samples(source, calibration)
     spill = None if out is None else Path(out).parent
     from coterie.judge.advice import advise
     from coterie.judge.analysis import limits, measure
 
-    layers = measure(source, by_domain, chosen, seed, on_progress, spill)
+    layers = measure(source, by_domain, chosen, calibration.seed, on_progress, spill)
     result = {
         "model": {"path": str(model), "hash": source.checkpoint.hash, "family": source.family.name},
-        "options": {"samples": samples, "seq_len": seq_len, "seed": seed, "dtype": str(chosen).removeprefix("torch.")},
+        "options": calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")},
         "domains": {name: {"samples": len(given), "tokens": sum(map(len, given))} for name, given in by_domain.items()},
         "layers": layers,
         "advice": [vars(advice) for advice in advise(layers)],
@@ -91,3 +92,9 @@ def analyze(
 
         write_whole(Path(out), lambda partial: partial.write_text(shown(result), encoding="utf-8"))
     return result
+
+
+def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+    """The advice."""
+    yield f"{asked['out'] or asked['model']}: done in {found['seconds']:.1f} s"
+    yield from paragraphs([(advice["about"], advice["text"]) for advice in found["advice"]])

@@ -1,19 +1,21 @@
-"""`coterie inspect`: what is inside a checkpoint, from its headers alone, and what can be done to it."""
+"""Show what is inside: family, experts per layer, bytes by role. Reads headers only."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from coterie.codecs.packed import DenseView, dense_view
+from coterie.codecs.open import coded
 from coterie.edits.convert import conversion
 from coterie.edits.folding import check_foldable
 from coterie.errors import CoterieError
 from coterie.model.layer import ROLES, Model
-from coterie.storage.checkpoint import Checkpoint
+from coterie.options import ModelPath, public
+from coterie.pages.terminal import Asked, table
 
 
-def inspect(model: str | Path) -> dict[str, Any]:
+@public
+def inspect(model: ModelPath) -> dict[str, Any]:
     """Family, routing, experts per layer, parameters and bytes by role and by dtype. Reads headers only.
 
     Returns `{"path", "family", "model_type", "stock", "moe_layers", "mtp_layers", "experts" (per layer),
@@ -22,18 +24,20 @@ def inspect(model: str | Path) -> dict[str, Any]:
     are those on the disk; `packed` counts the tensors that are packed, and their bytes.
     Raises: CoterieError for a dense, unknown or damaged checkpoint.
     """
-    checkpoint = dense_view(Checkpoint.open(model))
-    source = Model.of(checkpoint)
-    family, packed = source.family, checkpoint.packed if isinstance(checkpoint, DenseView) else {}
+    source = Model.open(model)
+    checkpoint, family, packed = source.checkpoint, source.family, coded(source.checkpoint)
     groups = family.groups(checkpoint.config)
     roles = {role: {"tensors": 0, "parameters": 0, "bytes": 0} for role in ROLES}
     dtypes: dict[str, int] = {}
     for name, tensor in checkpoint.tensors.items():
-        found, stored = roles[source.roles[name]], packed[name].num_bytes if name in packed else tensor.num_bytes
+        stored, dtype = tensor.num_bytes, tensor.dtype
+        if name in packed:
+            stored, dtype = packed[name].num_bytes, packed[name].stored
+        found = roles[source.roles[name]]
         found["tensors"] += 1
         found["parameters"] += tensor.num_parameters
         found["bytes"] += stored
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + stored
+        dtypes[dtype] = dtypes.get(dtype, 0) + stored
     main = source.main
     num_experts = sum(b.num_experts for b in source.moe)
     return {
@@ -52,7 +56,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "roles": {role: found for role, found in roles.items() if found["tensors"]},
         "dtypes": dtypes,
         "shards": len(checkpoint.shards),
-        "packed": {"tensors": len(packed), "bytes": sum(entry.num_bytes for entry in packed.values())},
+        "packed": {"tensors": len(packed), "bytes": sum(found.num_bytes for found in packed.values())},
         "can": _abilities(source, packed=bool(packed)),
     }
 
@@ -78,3 +82,20 @@ def _abilities(model: Model, *, packed: bool) -> list[str]:
     said = f"after repackaging as {repackaged.target}" if repackaged else f"stays {kind}"
     said = said if repackaged or model.family.dense else "in a layout that `coterie.load` reads"
     return [*found, f"condense: layers become dense MLPs ({said})"]
+
+
+def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+    """One line per number; bytes by role, and what can be done."""
+    counts, packed = set(found["experts"].values()), found["packed"]
+    mtp = f" (+{found['mtp_layers']} MTP)" if found["mtp_layers"] else ""
+    rows = [
+        ("MoE layers", f"{found['moe_layers']}{mtp}"),
+        ("experts per layer", " to ".join(map(str, sorted({min(counts), max(counts)})))),
+        ("chosen per token", f"{found['experts_per_token']}"),
+        ("parameters", f"{found['parameters']:,}"),
+        ("bytes", f"{found['bytes']:,} in {found['shards']} file(s)"),
+        ("bytes of one expert", f"{found['expert_bytes']:,}"),
+    ]
+    rows += [("packed", f"{packed['tensors']:,} tensors in {packed['bytes']:,} bytes")] if packed["tensors"] else []
+    rows += [(f"  {n}", f"{role['bytes']:,} bytes, {role['tensors']:,} tensors") for n, role in found["roles"].items()]
+    return table(f"{found['path']}: {found['model_type']}", [*rows, *(("can", ability) for ability in found["can"])])

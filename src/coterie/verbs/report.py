@@ -1,34 +1,45 @@
-"""`coterie report`: an original and what was made of it, side by side on one page: quality, bytes, speed.
+"""Quality against bytes against speed: one page with plots and tables, which opens without a network.
 
-`judge/lineup.py` measures, and `pages/report.py` lays the numbers out. The first model is the original; all others are
-compared with it on the same tokens. What was not measured is said.
+Example: coterie report MODEL OUT1 OUT2 -o report.html --data prose=prose.txt
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.data import parse_data
+from coterie.forward.samples import DTYPE
+from coterie.judge.judging import Judging, judged_files
+from coterie.options import Help, public
+from coterie.pages.terminal import Asked, interval, table
 from coterie.storage.files import check_new_file, write_whole
 from coterie.storage.record import Progress, no_progress
 
 
+# What was not measured is said. `judge/lineup.py` measures, and `pages/report.py` lays the numbers out.
+@public
 def report(
-    models: str | Path | Sequence[str | Path],
-    out: str | Path,
+    models: Annotated[
+        str | Path | Sequence[str | Path],
+        Help("The original first, then what was made of it.", "MODEL...", given=list[str]),
+    ],
+    out: Annotated[str | Path, Help("The page to write; must not exist.", "FILE", flags=("--out", "-o"), given=Path)],
     *,
-    data: dict[str, str | Path] | Sequence[str] = (),
-    window: int = 2048,
-    stride: int | None = None,
-    batch_size: int = 32,
-    max_new_tokens: int = 128,
-    dtype: str = "auto",
-    seed: int = 0,
-    speed: bool = True,
-    overwrite: bool = False,
+    data: Annotated[
+        dict[str, Any],
+        Help(
+            "As for eval; repeatable [default: texts that ship].",
+            "NAME=FILE",
+            given=list[str],
+            read=judged_files,
+            default=(),
+        ),
+    ],
+    judging: Annotated[Judging, {"tasks": None, "task_path": None, "dtype": DTYPE}],
+    speed: Annotated[bool, Help("Do not measure tokens per second.")] = True,
+    overwrite: Annotated[bool, Help("Replace FILE.")] = False,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measures the models, the first of which is the original, and writes one self-contained HTML page to `out`.
@@ -44,7 +55,6 @@ def report(
     Raises: CoterieError for bad options, data or models, and when `out` exists (unless `overwrite`) or is no place.
     """
     from coterie.judge.lineup import side_by_side
-    from coterie.judge.quality import Judging
     from coterie.pages.report import render
 
     paths = [models] if isinstance(models, str | Path) else list(models)
@@ -52,10 +62,14 @@ def report(
         raise CoterieError("no model was given; expected the original first, then what was made of it")
     target = Path(out)
     check_new_file(target, overwrite)
-    options = Judging(
-        window=window, stride=stride, batch_size=batch_size, max_new_tokens=max_new_tokens, dtype=dtype, seed=seed
-    )
-    files: Any = data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data)
-    found = side_by_side(paths, files, options, on_progress, speed=speed)
+    found = side_by_side(paths, data, judging, on_progress, speed=speed)
     write_whole(target, lambda partial: partial.write_text(render(found), encoding="utf-8"))
     return {"out": str(out), **found}
+
+
+def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+    """Bytes and loss of every model on the page."""
+    entries = [*found["models"], *found["references"]]
+    shown = [f"{m['bytes']:,} bytes" + (f", loss {interval(m['mean'])}" if m["mean"] else "") for m in entries]
+    title = f"{asked['out']}: written in {found['seconds']:.1f} s"
+    return table(title, list(zip((m["name"] for m in entries), shown, strict=True)))

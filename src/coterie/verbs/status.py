@@ -1,17 +1,19 @@
-"""`coterie status`: how far a run is, or was when it ended. Reads the journal of OUT.partial, or a record.
+"""Show how far a run is, or was when it ended: what was asked, what is done, the rate, the time left.
 
-Everything here is what the run itself wrote down (`journal.py`), so it can be asked for at any time, from anywhere.
+Example: coterie status OUT
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.errors import CoterieError
+from coterie.options import Help, public
+from coterie.pages.terminal import Asked, known, table
 from coterie.storage.journal import is_held, read_journal, shards_of, stamp
 from coterie.storage.record import object_at, record_of
 from coterie.storage.steps import Folders, is_first
@@ -35,8 +37,13 @@ class Done:
 NONE = Done(0, 0)  # of layers, where nothing is filled in after copying
 
 
-def status(out: str | Path) -> dict[str, Any]:
+@public
+def status(
+    out: Annotated[str | Path, Help("What a command was told to write, or its OUT.partial.", "OUT", given=Path)],
+) -> dict[str, Any]:
     """What is under the name OUT: a complete result, or a run (OUT.partial may be named too).
+
+    All of it is what the run itself wrote down (`storage/journal.py`), so it can be asked for at any time.
 
     Returns `path`, `state` (running, interrupted or complete), `command` and `options` as asked, and `alive`; of a
     run also
@@ -160,3 +167,18 @@ def _number(value: object) -> Any:
 
 def _shown(seconds: float | None) -> str | None:
     return None if seconds is None or seconds > 2**35 else stamp(seconds)
+
+
+def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+    """What was asked, and how far it is."""
+    rows = [("command", f"coterie {found['command']}")]
+    rows += [(f"  {name}", f"{value}") for name, value in found["options"].items() if value not in (None, "", {})]
+    if "bytes" in found:
+        rows += [("process", f"{found['pid']}, {'alive' if found['alive'] else 'gone'}")]
+        rows += [("began", f"{found['began']}"), ("last heard of", f"{found['updated']}")]
+        rows += [(kind, f"{found[kind]['done']:,} of {known(found[kind]['all'])}") for kind in ("files", "bytes")]
+        rows += [("layers", f"{found['layers']['done']:,} of {known(found['layers']['all'])}")]
+        rows += [("MB per second", known(found["bytes_per_second"], 1e6))]
+        rows += [("seconds left", known(found["seconds_left"]))]
+    rows += [("note", found["note"])] if "note" in found else []
+    return table(f"{found['path']}: {found['state']}", rows)
