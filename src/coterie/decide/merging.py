@@ -1,7 +1,7 @@
 """A merging method on a whole model: each layer's clusters, who stands for them, and how much of it data decided.
 
-Between the verb (`verbs/merge.py`), which says how many experts stay, and the methods (`methods/merge/`), which are about the
-sums of one routing group.
+Between the verb (`verbs/merge.py`), which says how many experts stay, and the methods (`methods/merge/`), which are
+about the sums of one routing group.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from coterie.model.layer import Model, MoE
 from coterie.model.loading import check_routable
 from coterie.model.stats import KNOWN, MERGING, Stats, stability
 from coterie.options import Help, as_text, flat
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
-from coterie.storage.writer import existing
 
 UNMEASURED = "multi-token-prediction layers and attention experts are never measured, so nothing is merged there: "
 LONGEST, WHOLE = "the longest router rows stay", "they stay whole"

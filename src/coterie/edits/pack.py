@@ -20,6 +20,7 @@ from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.own import is_own
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.folders import check_out, partial_of
 from coterie.storage.planned import Planned
 from coterie.storage.record import (
     Progress,
@@ -30,7 +31,8 @@ from coterie.storage.record import (
     record_of,
     versions,
 )
-from coterie.storage.writer import Output, Writer, check_out, partial_of, whole
+from coterie.storage.shards import Output, whole
+from coterie.storage.writer import Writer
 
 VALUES = ("as stored", "int8")
 OURS = ("pack", "unpack")  # commands that decide nothing about a model
@@ -131,7 +133,7 @@ def _execute(
         write(writer, source, job.outputs, job.config, on_progress)
         finish(writer)
         report.report.update(clock.read() if not made else {})
-        finish_record(writer, report, _card(job, report), job.outputs, source)
+        finish_record(writer, report, _card(job, report))
     return report
 
 

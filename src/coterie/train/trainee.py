@@ -31,7 +31,7 @@ from coterie.model.loading import DTYPES
 from coterie.options import Help, as_text
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.record import record_of
-from coterie.storage.writer import Output, whole
+from coterie.storage.shards import Output, whole
 
 STAGES = {"all": ("local", "distill"), "local": ("local",), "lm": ("lm",), "distill": ("distill",)}
 SIZES = {"vocabulary": ("vocab_size",), "hidden size": ("hidden_size", "d_model"), "number of layers": NUM_LAYERS}

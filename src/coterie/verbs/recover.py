@@ -14,8 +14,8 @@ from coterie.edits.saving import savable
 from coterie.options import Help, flat, public
 from coterie.pages.terminal import show_report as show
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.folders import left_over
 from coterie.storage.record import Progress, Report, no_progress, to_json, versions
-from coterie.storage.steps import left_over
 from coterie.storage.writer import Writer
 from coterie.train.trainee import Trainee, Training, check_options, memory_bytes, num_trained, trainee_of
 
@@ -81,7 +81,7 @@ def recover(
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", card(checkpoint, report))
         (writer.partial / STATE).unlink(missing_ok=True)
-        writer.finish({s: {o.name: o for o in os} for s, os in trainee.outputs.items()}, checkpoint.indexed)
+        writer.finish()
     return report
 
 
