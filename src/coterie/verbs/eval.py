@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.errors import CoterieError
 from coterie.forward.data import read_documents
@@ -16,6 +16,9 @@ from coterie.judge.judging import Judging, judged_files
 from coterie.options import Help, public
 from coterie.pages.terminal import Asked, Rows, interval, table
 from coterie.storage.record import Progress, no_progress
+
+if TYPE_CHECKING:
+    from coterie.judge.paired import Paired
 
 Load = Callable[[str | Path], Any]
 
@@ -77,7 +80,7 @@ def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
         yield from table(entry["path"], rows + _paired(entry.get("paired")))
 
 
-def _paired(found: dict[str, Any] | None) -> Rows:
+def _paired(found: Paired | None) -> Rows:
     """What a comparison with the original adds."""
     if found is None:
         return []
@@ -87,7 +90,7 @@ def _paired(found: dict[str, Any] | None) -> Rows:
     ]
     rows += [(f"flipped {n}", f"{100 * share:.2f} % of the answers") for n, share in found["flipped"].items()]
     for name, shares in found["repetition"].items():
-        own, theirs = ("none" if shares[k] is None else f"{100 * shares[k]:.2f} %" for k in ("model", "against"))
+        own, theirs = ("none" if s is None else f"{100 * s:.2f} %" for s in (shares["model"], shares["against"]))
         rows.append((f"repetition {name}", f"{own} (original {theirs}) of generated 4-grams"))
     if overlap := found["router_overlap"]:
         rows.append(("router overlap", f"{sum(overlap.values()) / len(overlap):.3f}, mean of {len(overlap)} layers"))

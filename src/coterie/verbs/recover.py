@@ -74,8 +74,7 @@ def recover(
     with Writer(request.out, identity, resume=writing.resume, io=io, replace=writing.overwrite) as writer:
         write(writer, checkpoint, trainee.outputs, checkpoint.config, on_progress)
         report.plan.update(trainee.plan.as_dict())
-        report.report.update(course.teach(writer))
-        report.report.update(request.clock.read())
+        report.report.update({**course.teach(writer), **request.clock.read()})
         report.report["io"] = writer.io
         report.report["warnings"] += writer.copier.notes
         writer.text("coterie.json", to_json(report.as_dict()))
