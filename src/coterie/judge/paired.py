@@ -1,7 +1,7 @@
 """Two models on the same tokens: what `coterie eval --against` adds, and what `coterie report` shows.
 
 A difference between two models is known far better than either's own value, since texts that are hard for one are hard
-for the other. `verbs/eval.py` fills a `Kept` per model while it measures; `compare` sets two of them side by side.
+for the other. `judge/quality.py` fills a `Kept` per model while it measures; `compare` sets two of them side by side.
 Axes: T token, K top-k.
 """
 
