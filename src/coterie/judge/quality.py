@@ -27,7 +27,6 @@ from coterie.model import causal, loading
 from coterie.model.family import lookup
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.record import Progress
-from coterie.storage.record import Progress
 
 logger = logging.getLogger("coterie")
 
