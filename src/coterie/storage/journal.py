@@ -127,8 +127,8 @@ def read_journal(folder: Path) -> list[Entry]:
 
 def shards_of(entries: list[Entry]) -> dict[str, int]:
     """Complete files and their sizes."""
-    found = [(entry.get("shard"), entry.get("bytes")) for entry in entries[1:]]
-    return {shard: size for shard, size in found if isinstance(shard, str) and type(size) is int}
+    found = {shard: entry.get("bytes") for entry in entries[1:] if isinstance(shard := entry.get("shard"), str)}
+    return {shard: size for shard, size in found.items() if type(size) is int}
 
 
 def is_held(folder: Path) -> bool:
