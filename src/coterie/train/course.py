@@ -6,6 +6,7 @@ Importing this module imports torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,14 @@ class Course:
     """Models, samples and objectives; making one checks them, and writes nothing. `teach` does the rest."""
 
     def __init__(self, trainee: Trainee, save_every: int, on_progress: Progress) -> None:
-        self.trainee, self.options, self.save_every, self.on_progress = (
-            trainee,
-            trainee.options,
-            save_every,
-            on_progress,
-        )
+        self.trainee, self.options = trainee, trainee.options
+        self.save_every, self.on_progress = save_every, on_progress
         self.by_name, self.notes = read_samples(trainee.model, trainee.options.calibration)
         self.train_on, self.held_out = split([s for given in self.by_name.values() for s in given], self.notes)
         self.student, self.teacher = load_models(trainee)
         check_samples(self.by_name, self.student.get_input_embeddings().num_embeddings)
         self.parts = load_parts(trainee, self.student)
-        self.learner = training.Learner([part for parts in self.parts.values() for part in parts])
+        self.learner = training.Learner([*chain.from_iterable(self.parts.values())])
         self.layers: objectives.Layers | None = None
         if "local" in STAGES[trainee.options.stage]:
             modules = {index: mlp_module(self.student, self.parts[index][0]) for index in sorted(trainee.mlps)}
@@ -71,7 +68,7 @@ class Course:
                 self._begin(stage, state)
             if "after" not in state.stages[number]:
                 self._run(stage, state, writer.partial / STATE)
-        for part in (part for parts in self.parts.values() for part in parts):
+        for part in self.learner.parts:
             for name, offset, data in part.stored(part.masters):
                 writer.put(name, offset, data)
         writer.unit({"trained": len(self.trainee.tensors)})
