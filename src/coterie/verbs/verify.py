@@ -24,7 +24,7 @@ from coterie.storage.record import Progress, no_progress
 
 MAX_SEQUENCES = 8  # of a file that gives token ids
 
-Check = dict[str, Any]
+Check = dict[str, object]  # "name", "ok", "detail"
 
 
 # Each check is one function that answers with what it found; a fault in OUT is an answer, not an exception. torch and
