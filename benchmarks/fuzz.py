@@ -30,8 +30,7 @@ import coterie
 from attacks.corpus import ESCAPE
 from attacks.tables import sound_stats
 from coterie.codecs.packed import dense_view
-from coterie.edits.checks import check_plan
-from coterie.edits.outputs import patched_config, plan_outputs
+from coterie.edits.outputs import check_plan, patched_config, plan_outputs
 from coterie.edits.pack import pack
 from coterie.edits.plan import read_plan
 from coterie.errors import CoterieError

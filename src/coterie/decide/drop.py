@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.edits.dense import check_writable, num_layers
-from coterie.edits.drop import check_dropped
 from coterie.edits.folding import check_foldable
+from coterie.edits.kinds.condense import check_writable, num_layers
+from coterie.edits.kinds.drop import check as check_dropped
 from coterie.edits.outputs import patched_config
 from coterie.edits.plan import Condensed, Plan
 from coterie.errors import CoterieError

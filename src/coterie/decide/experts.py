@@ -10,7 +10,7 @@ from typing import Any
 
 from coterie.decide import clusters, criteria
 from coterie.decide.criteria import Decision
-from coterie.edits.checks import check_count, fits_groups
+from coterie.edits.kinds.keep import check_count, fits_groups
 from coterie.edits.plan import Choice, Plan
 from coterie.errors import CoterieError
 from coterie.methods import prune as methods

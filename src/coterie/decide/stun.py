@@ -17,8 +17,8 @@ from coterie.decide.experts import Pruning, decided
 from coterie.decide.experts import check_options as check_dropping
 from coterie.decide.zeros import Calibration, Zeroing, prune_layers, workers
 from coterie.edits.budget import num_weights
-from coterie.edits.checks import fits_groups
 from coterie.edits.counts import count
+from coterie.edits.kinds.keep import fits_groups
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import Plan
 from coterie.errors import CoterieError

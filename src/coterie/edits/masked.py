@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from coterie.edits.outputs import block_outputs
+from coterie.edits.kinds.keep import table_output
+from coterie.edits.kinds.route import constants_name, is_routed, routed_blocks, routes_of
 from coterie.edits.plan import Choice, Plan
-from coterie.edits.routes import constants_name, is_routed, routed_blocks, routes_of
 from coterie.errors import CoterieError
 from coterie.model.layer import LAYER, Model, MoE
 from coterie.model.routed import install
@@ -101,12 +101,9 @@ def mask_experts(model: Any, source: Model, plan: Plan) -> MaskedRouting:
 
 def _tables(checkpoint: Checkpoint, block: MoE, choice: Choice) -> dict[str, np.ndarray]:
     """The block's tables of token -> expert with original ids, the dropped ones replaced by their stand-ins."""
-    if not block.tables:
-        return {}
-    outputs, found = block_outputs(checkpoint, block, choice), {}
+    found = {}
     for name in block.tables:
-        output = outputs[name]
-        assert output is not None
+        output = table_output(checkpoint, block, choice, name)
         raw = b"".join(part.make() for part in output.parts if isinstance(part, Made))
         found[name] = np.array(choice.kept)[decode(raw, output.dtype, name)]
     return found

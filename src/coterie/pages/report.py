@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from coterie.edits.lineage import LEVELS
+from coterie.edits.plan import LEVELS
 from coterie.pages.page import (
     Bar,
     Bars,

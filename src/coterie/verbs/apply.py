@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coterie.edits.convert import converted
 from coterie.edits.execution import execute
+from coterie.edits.kinds.convert import converted
 from coterie.edits.plan import command_of, read_plan
 from coterie.edits.saving import savable
 from coterie.engine import Engine

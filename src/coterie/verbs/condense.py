@@ -21,8 +21,8 @@ from coterie.decide.condense import (
     parse_ids,
     target_type,
 )
-from coterie.edits.convert import converted
 from coterie.edits.execution import execute
+from coterie.edits.kinds.convert import converted
 from coterie.edits.saving import savable
 from coterie.forward.data import calibration_files
 from coterie.forward.samples import Data

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.decide.condense import Condensing, target_type
-from coterie.edits.convert import converted
 from coterie.edits.execution import execute
+from coterie.edits.kinds.convert import converted
 from coterie.edits.saving import savable
 from coterie.forward.data import calibration_files
 from coterie.forward.samples import Data

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie.codecs.packed import DenseView, dense_view
-from coterie.edits.convert import conversion
 from coterie.edits.folding import check_foldable
+from coterie.edits.kinds.convert import conversion
 from coterie.errors import CoterieError
 from coterie.model.layer import ROLES, Model
 from coterie.storage.checkpoint import Checkpoint

@@ -1,21 +1,27 @@
 """Our own layout's routers: a row for every original expert, while fewer experts are stored. Where each row leads.
 
-    plan: {"kept": [...], "removed": "null" | "constant" | "alias"}  ->  config: {"coterie": {"routes": {layer: [...]}}}
+    plan: {"layers": {"0": {"kept": [...], "removed": "null" | "constant" | "alias", "constants": SHA-256}},
+           "constants": {"stats": path, "weights": {domain: weight}}}
+    config: {"coterie": {"routes": {"0": [...]}}}
 
 `routes` gives, for every row, the stored expert (its new index), or -1 for none: then the token gets nothing of it, or
-weight times a constant, a row of the layer's tensor `constants`. `alias` leads several rows to one stored expert. Used
-by `apply`, which writes this, and `verify`; `model/routed.py` computes it. Axes: E expert, D hidden, R experts that are gone.
+weight times a constant, a row of the layer's tensor `constants`. `alias` leads several rows to one stored expert.
+`model/routed.py` computes it. Axes: E expert, D hidden, R experts that are gone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from coterie.edits.plan import Choice, Plan
+import numpy as np
+
+from coterie.edits.outputs import experts_left
+from coterie.edits.plan import Choice, Keys, Kind, Left, Outputs, Plan, Result, Trace, Verified
 from coterie.errors import CoterieError
 from coterie.model.experts import expert_shapes
 from coterie.model.family import lookup
@@ -23,17 +29,46 @@ from coterie.model.layer import CONSTANTS, Model, MoE, expert_names
 from coterie.model.own import own_section
 from coterie.model.stats import Stats, mean
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.writer import Made, Output
+from coterie.storage.numerics import encode
+from coterie.storage.writer import Made, Output, whole
 
-if TYPE_CHECKING:
-    import numpy as np
-
+ROWS = ("remove", "null", "constant", "alias")  # what becomes of the router rows of experts that go
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what constants are stored as: bytes each
 
 
-def is_routed(choice: Choice | None, block: MoE) -> bool:
+def read(at: str, value: Any) -> dict[str, object]:
+    """What becomes of the removed experts' router rows, and the fingerprint of the constants in their place."""
+    removed, constants, clusters = value.get("removed", "remove"), value.get("constants", ""), value.get("clusters", [])
+    if removed not in ROWS:
+        raise CoterieError(f"{at}: `removed` is {removed!r:.60}; expected one of {', '.join(ROWS)}")
+    if removed != "remove" and bool(clusters) != (removed == "alias"):
+        raise CoterieError(f"{at}: `removed` is {removed!r}; alias needs `clusters`, and null and constant have none")
+    is_hash = isinstance(constants, str) and len(constants) == 64 and set(constants) <= set("0123456789abcdef")
+    if constants != "" and not (is_hash and removed == "constant"):
+        raise CoterieError(
+            f"{at}: `constants` is {constants!r:.80}; expected a SHA-256 beside `removed`: 'constant', or none"
+        )
+    return {"removed": removed, "constants": constants}
+
+
+def read_source(where: str, content: Any) -> dict[str, object]:
+    """Where constants come from. Raises: CoterieError for anything but a path and weights."""
+    value = content.get("constants", {})
+    given = value if isinstance(value, dict) else {"": value}
+    weights = given.get("weights", {})
+    numbers: list[Any] = list(weights.values()) if isinstance(weights, dict) else [None]
+    known = not set(given) - {"stats", "weights"} and isinstance(given.get("stats"), str)
+    if given and not (known and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)):
+        raise CoterieError(
+            f"{where}: `constants` must say of which `stats` (a path) and with which `weights` of domains, found "
+            f"{value!r:.120}"
+        )
+    return {"constants": given}
+
+
+def is_routed(choice: Choice, block: MoE) -> bool:
     """Whether the block's router stays as it is although experts go."""
-    return choice is not None and choice.removed != "remove" and len(choice.kept) < block.num_experts
+    return choice.removed != "remove" and len(choice.kept) < block.num_experts
 
 
 def routes_of(choice: Choice, num_experts: int) -> tuple[int, ...]:
@@ -49,13 +84,10 @@ def gone(choice: Choice, num_experts: int) -> list[int]:
 
 def routed_blocks(model: Model, plan: Plan) -> Iterator[tuple[MoE, Choice]]:
     """The blocks that the plan routes so, in order."""
-    for block in model.moe:
-        choice = plan.choice(block)
-        if choice and is_routed(choice, block) and not (block.mtp and plan.drop_mtp):
-            yield block, choice
+    return ((block, choice) for block, choice in plan.chosen(model) if is_routed(choice, block))
 
 
-def check_routes(model: Model, plan: Plan) -> None:
+def check(model: Model, plan: Plan) -> None:
     """Raises: CoterieError for what `coterie.load` could not read, and for a model that is routed so already."""
     already = next((block for block in model.moe if block.routes), None)
     if already:
@@ -84,14 +116,36 @@ def check_routes(model: Model, plan: Plan) -> None:
             raise CoterieError(f"plan: {block.name} has constants, but the plan's `constants` do not say from where")
 
 
-def say_routes(config: dict[str, Any], model: Model, plan: Plan) -> None:
-    """Says in `config` (in place) where every router row leads."""
+def leave(plan: Plan, left: dict[MoE, Left]) -> None:
+    for block in left:
+        choice = plan.choice(block)
+        if choice and is_routed(choice, block):
+            left[block] = Left(left[block].stored, block.num_experts)
+
+
+def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
+    """Where every router row leads."""
     routes = {b.key: list(routes_of(choice, b.num_experts)) for b, choice in routed_blocks(model, plan)}
-    if not routes:
-        return
-    blocks = [b for b in model.moe if not b.attention and not (b.mtp and plan.drop_mtp)]
-    stored = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in blocks}
-    own_section(config, num_experts=stored, routes=routes)
+    if routes:
+        stored = {b.key: left.stored for b, left in experts_left(model, plan).items() if not b.attention}
+        own_section(config, num_experts=stored, routes=routes)
+
+
+def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
+    """The router with what belongs to it, uncut, and the constants behind it."""
+    checkpoint, result = model.checkpoint, Outputs()
+    for block, choice in routed_blocks(model, plan):
+        result |= {name: (whole(checkpoint.tensors[name]),) for name in (block.router, *block.rows, *block.tables)}
+        if choice.removed == "constant":
+            result[block.router] += (constants_output(checkpoint, block, choice, plan),)
+    return result
+
+
+def count(model: Model, plan: Plan, counts: dict[str, int]) -> None:
+    """Constants have two axes, but multiply nothing."""
+    for block, choice in routed_blocks(model, plan):
+        if choice.removed == "constant":
+            counts["linears"] -= math.prod(_shape(model.checkpoint, block, choice))
 
 
 # --- constants ---------------------------------------------------------------------------------------------------
@@ -103,9 +157,9 @@ def constants_name(block: MoE) -> str:
 
 def constants_output(checkpoint: Checkpoint, block: MoE, choice: Choice, plan: Plan) -> Output:
     """The tensor (R, D) of constants, computed from the statistics when its turn comes."""
-    dtype, shape = _dtype(checkpoint, block), (len(gone(choice, block.num_experts)), _width(checkpoint, block))
+    dtype, shape = _dtype(checkpoint, block), _shape(checkpoint, block, choice)
     make = partial(constants, checkpoint, block, choice, plan)
-    return Output(constants_name(block), dtype, shape, (Made(shape[0] * shape[1] * FLOATS[dtype], make),))
+    return Output(constants_name(block), dtype, shape, (Made(math.prod(shape) * FLOATS[dtype], make),))
 
 
 def constants(checkpoint: Checkpoint, block: MoE, choice: Choice, plan: Plan) -> bytes:
@@ -114,8 +168,6 @@ def constants(checkpoint: Checkpoint, block: MoE, choice: Choice, plan: Plan) ->
     0 for an expert that no token chose. Rounded once, from float64.
     Raises: CoterieError for statistics that are gone, of another model, or not those that the plan was made from.
     """
-    from coterie.storage.numerics import encode
-
     values = mean_outputs(checkpoint, block, plan.constants)[gone(choice, block.num_experts)]
     raw = encode(values, _dtype(checkpoint, block), constants_name(block))
     if choice.constants and hashlib.sha256(raw).hexdigest() != choice.constants:
@@ -126,7 +178,7 @@ def constants(checkpoint: Checkpoint, block: MoE, choice: Choice, plan: Plan) ->
     return raw
 
 
-def mean_outputs(checkpoint: Checkpoint, block: MoE, source: dict[str, Any]) -> np.ndarray:
+def mean_outputs(checkpoint: Checkpoint, block: MoE, source: Mapping[str, Any]) -> np.ndarray:
     """The mean output of every expert over the tokens routed to it (E, D) in float64, domains weighted."""
     path, weights = source["stats"], source.get("weights", {})
     stats = Stats.load(path, only=("tokens", "outputs"), layers=(block.key,))
@@ -140,29 +192,33 @@ def mean_outputs(checkpoint: Checkpoint, block: MoE, source: dict[str, Any]) -> 
     return mean(outputs, tokens[:, None])
 
 
-def sealed(model: Model, plan: Plan) -> Plan:
-    """The plan with the fingerprints of all its constants. Raises: CoterieError where one is known and differs."""
+def seal(model: Model, plan: Plan) -> Plan:
+    """The plan with the fingerprints of all its constants.
+
+    Raises: CoterieError where one is known and differs, or transformers' class cannot be routed so.
+    """
     layers = dict(plan.layers)
-    for block, choice in routed_blocks(model, plan):
+    if routed := list(routed_blocks(model, plan)):
+        from coterie.model.loading import check_routable
+
+        check_routable(model.checkpoint, [block.key for block, _ in routed])
+    for block, choice in routed:
         if choice.removed == "constant":
             raw = constants(model.checkpoint, block, choice, plan)
             layers[block.key] = replace(choice, constants=hashlib.sha256(raw).hexdigest())
     return replace(plan, layers=layers)
 
 
-def compared_constants(out: Checkpoint, model: Model, plan: Plan) -> tuple[set[str], list[str]]:
-    """The constants of OUT whose fingerprints the plan holds, and those whose bytes have another.
-
-    So they can be checked without the statistics that they come from.
-    """
-    compared, differing = set(), []
-    for block, choice in routed_blocks(model, plan):
-        if choice.constants:
-            name = constants_name(block)
-            compared.add(name)
-            if hashlib.sha256(out.raw(name)).hexdigest() != choice.constants:
-                differing.append(name)
-    return compared, differing
+def verify(result: Result, source: Model, plan: Plan) -> Verified:
+    """Compares constants by the fingerprints that the plan holds, without the statistics that they come from."""
+    names = {constants_name(b): choice for b, choice in routed_blocks(source, plan) if choice.removed == "constant"}
+    known = {name: choice.constants for name, choice in names.items() if choice.constants}
+    return Verified(
+        tensors=known.keys(),
+        differing=tuple(n for n, sha in known.items() if hashlib.sha256(result.checkpoint.raw(n)).hexdigest() != sha),
+        added=names.keys(),
+        note=f", {len(names):,} with constants added" if names else "",
+    )
 
 
 def _dtype(checkpoint: Checkpoint, block: MoE) -> str:
@@ -171,9 +227,35 @@ def _dtype(checkpoint: Checkpoint, block: MoE) -> str:
     return next((dtype for dtype in found if dtype in FLOATS), "BF16")
 
 
+def _shape(checkpoint: Checkpoint, block: MoE, choice: Choice) -> tuple[int, int]:
+    return len(gone(choice, block.num_experts)), _width(checkpoint, block)
+
+
 def _width(checkpoint: Checkpoint, block: MoE) -> int:
     """D of an expert's output."""
     packed = f"{block.prefix}{block.layout.fused[-1]}_blocks" if block.layout.fused else ""
     if packed in checkpoint.tensors:  # MXFP4: (E, D, groups, 16)
         return checkpoint.tensors[packed].shape[1]
     return expert_shapes(checkpoint, block)["down"][0]
+
+
+def trace(plan: Plan, before: Trace) -> Trace:
+    """The router goes on naming all."""
+    choice = plan.layers.get(before.key)
+    named = choice is not None and choice.removed != "remove"
+    return replace(before, routed=tuple(range(before.num_experts))) if named else before
+
+
+KIND = Kind(
+    order=4,
+    block=Keys(("removed", "constants"), read),
+    plan=Keys(("constants",), read_source),
+    check=check,
+    seal=seal,
+    leave=leave,
+    outputs=outputs,
+    patch=patch,
+    count=count,
+    trace=trace,
+    verify=verify,
+)
