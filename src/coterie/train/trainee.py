@@ -9,6 +9,7 @@ from typing import Any
 from coterie.edits.folding import FOLDABLE, shared_names
 from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError
+from coterie.forward.samples import Calibration
 from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.model.layer import LAYER, Model, MoE, find_blocks
@@ -36,6 +37,10 @@ class Training:
     samples: int = 2048
     seed: int = 0
     dtype: str = "auto"
+
+    @property
+    def calibration(self) -> Calibration:
+        return Calibration(data=self.data, samples=self.samples, seq_len=self.seq_len, seed=self.seed)
 
 
 @dataclass(frozen=True)
