@@ -233,13 +233,6 @@ def trace(plan: Plan, before: Trace) -> Trace:
 
 
 KIND = Kind(
-    order=6,
-    layer=Keys(("condensed",), read),
-    check=check,
-    leave=leave,
-    outputs=outputs,
-    patch=patch,
-    count=count,
-    trace=trace,
-    agree=agree,
-)
+    order=6, layer=Keys(("condensed",), read), check=check, leave=leave, outputs=outputs, patch=patch, count=count,
+    trace=trace, agree=agree,
+)  # fmt: skip

@@ -125,12 +125,6 @@ def trace(plan: Plan, before: Trace) -> Trace:
 
 
 KIND = Kind(
-    order=2,
-    plan=Keys(("drop_mtp", "dropped"), read),
-    check=check,
-    leave=leave,
-    outputs=outputs,
-    patch=patch,
-    trace=trace,
-    agree=agree,
-)
+    order=2, plan=Keys(("drop_mtp", "dropped"), read), check=check, leave=leave, outputs=outputs, patch=patch,
+    trace=trace, agree=agree,
+)  # fmt: skip

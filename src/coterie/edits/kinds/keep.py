@@ -195,12 +195,6 @@ def trace(plan: Plan, before: Trace) -> Trace:
 
 
 KIND = Kind(
-    order=0,
-    block=Keys(("kept", "clusters"), read),
-    check=check,
-    leave=leave,
-    outputs=outputs,
-    patch=patch,
-    trace=trace,
-    agree=agree,
-)
+    order=0, block=Keys(("kept", "clusters"), read), check=check, leave=leave, outputs=outputs, patch=patch,
+    trace=trace, agree=agree,
+)  # fmt: skip

@@ -198,10 +198,6 @@ def unlike(plan: Plan) -> str:
 
 
 KIND = Kind(
-    order=1,
-    block=Keys(("merged", "shares", "aligned"), read),
-    check=check,
-    outputs=outputs,
-    trace=trace,
+    order=1, block=Keys(("merged", "shares", "aligned"), read), check=check, outputs=outputs, trace=trace,
     unlike=unlike,
-)
+)  # fmt: skip

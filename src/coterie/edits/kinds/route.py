@@ -23,7 +23,6 @@ import numpy as np
 from coterie.edits.outputs import experts_left
 from coterie.edits.plan import Choice, Keys, Kind, Left, Outputs, Plan, Result, Trace, Verified
 from coterie.errors import CoterieError
-from coterie.model.experts import expert_shapes
 from coterie.model.family import lookup
 from coterie.model.layer import CONSTANTS, Model, MoE, expert_names
 from coterie.model.own import own_section
@@ -133,19 +132,24 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
 
 def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
     """The router with what belongs to it, uncut, and the constants behind it."""
-    checkpoint, result = model.checkpoint, Outputs()
-    for block, choice in routed_blocks(model, plan):
-        result |= {name: (whole(checkpoint.tensors[name]),) for name in (block.router, *block.rows, *block.tables)}
-        if choice.removed == "constant":
-            result[block.router] += (constants_output(checkpoint, block, choice, plan),)
+    tensors, result = model.checkpoint.tensors, Outputs()
+    for block, _ in routed_blocks(model, plan):
+        result |= {name: (whole(tensors[name]),) for name in (block.router, *block.rows, *block.tables)}
+    for block, _, output in constants(model, plan):
+        result[block.router] += (output,)
     return result
 
 
 def count(model: Model, plan: Plan, counts: dict[str, int]) -> None:
     """Constants have two axes, but multiply nothing."""
-    for block, choice in routed_blocks(model, plan):
-        if choice.removed == "constant":
-            counts["linears"] -= math.prod(_shape(model.checkpoint, block, choice))
+    counts["linears"] -= sum(math.prod(output.shape) for _, _, output in constants(model, plan))
+
+
+def trace(plan: Plan, before: Trace) -> Trace:
+    """The router goes on naming all."""
+    choice = plan.layers.get(before.key)
+    named = choice is not None and choice.removed != "remove"
+    return replace(before, routed=tuple(range(before.num_experts))) if named else before
 
 
 # --- constants ---------------------------------------------------------------------------------------------------
@@ -155,21 +159,23 @@ def constants_name(block: MoE) -> str:
     return f"{block.prefix}{block.layout.experts}{CONSTANTS}"
 
 
-def constants_output(checkpoint: Checkpoint, block: MoE, choice: Choice, plan: Plan) -> Output:
-    """The tensor (R, D) of constants, computed from the statistics when its turn comes."""
-    dtype, shape = _dtype(checkpoint, block), _shape(checkpoint, block, choice)
-    make = partial(constants, checkpoint, block, choice, plan)
-    return Output(constants_name(block), dtype, shape, (Made(math.prod(shape) * FLOATS[dtype], make),))
+def constants(model: Model, plan: Plan) -> Iterator[tuple[MoE, Choice, Output]]:
+    """The blocks with constants, and the tensor (R, D) of each, computed from the statistics when its turn comes."""
+    for block, choice in routed_blocks(model, plan):
+        if choice.removed == "constant":
+            dtype, shape = _dtype(model.checkpoint, block), (len(gone(choice, block.num_experts)), _width(model, block))
+            made = Made(math.prod(shape) * FLOATS[dtype], partial(constant_bytes, model, block, choice, plan))
+            yield block, choice, Output(constants_name(block), dtype, shape, (made,))
 
 
-def constants(checkpoint: Checkpoint, block: MoE, choice: Choice, plan: Plan) -> bytes:
+def constant_bytes(model: Model, block: MoE, choice: Choice, plan: Plan) -> bytes:
     """Stored bytes of c_e, e ascending over the experts that are gone: the mean of f_e(x) over the tokens routed to e.
 
     0 for an expert that no token chose. Rounded once, from float64.
     Raises: CoterieError for statistics that are gone, of another model, or not those that the plan was made from.
     """
-    values = mean_outputs(checkpoint, block, plan.constants)[gone(choice, block.num_experts)]
-    raw = encode(values, _dtype(checkpoint, block), constants_name(block))
+    values = mean_outputs(model, block, plan.constants)[gone(choice, block.num_experts)]
+    raw = encode(values, _dtype(model.checkpoint, block), constants_name(block))
     if choice.constants and hashlib.sha256(raw).hexdigest() != choice.constants:
         raise CoterieError(
             f"{plan.constants['stats']}: gives other constants for {block.name} than the plan was made with; give the "
@@ -178,13 +184,13 @@ def constants(checkpoint: Checkpoint, block: MoE, choice: Choice, plan: Plan) ->
     return raw
 
 
-def mean_outputs(checkpoint: Checkpoint, block: MoE, source: Mapping[str, Any]) -> np.ndarray:
+def mean_outputs(model: Model, block: MoE, source: Mapping[str, Any]) -> np.ndarray:
     """The mean output of every expert over the tokens routed to it (E, D) in float64, domains weighted."""
     path, weights = source["stats"], source.get("weights", {})
     stats = Stats.load(path, only=("tokens", "outputs"), layers=(block.key,))
-    stats.check_model(checkpoint.hash, path)
+    stats.check_model(model.checkpoint.hash, path)
     tokens, outputs = (stats.get(block.key, name, weights) for name in ("tokens", "outputs"))
-    expected = (block.num_experts, _width(checkpoint, block))
+    expected = (block.num_experts, _width(model, block))
     if tokens.shape != expected[:1] or outputs.shape != expected:
         raise CoterieError(
             f"{path}: {block.name}: mean outputs have shape {outputs.shape}, expected {expected}; collect them again"
@@ -197,27 +203,27 @@ def seal(model: Model, plan: Plan) -> Plan:
 
     Raises: CoterieError where one is known and differs, or transformers' class cannot be routed so.
     """
-    layers = dict(plan.layers)
-    if routed := list(routed_blocks(model, plan)):
+    if routed := [block.key for block, _ in routed_blocks(model, plan)]:
         from coterie.model.loading import check_routable
 
-        check_routable(model.checkpoint, [block.key for block, _ in routed])
-    for block, choice in routed:
-        if choice.removed == "constant":
-            raw = constants(model.checkpoint, block, choice, plan)
-            layers[block.key] = replace(choice, constants=hashlib.sha256(raw).hexdigest())
+        check_routable(model.checkpoint, routed)
+    layers = dict(plan.layers)
+    for block, choice, _ in constants(model, plan):
+        raw = constant_bytes(model, block, choice, plan)
+        layers[block.key] = replace(choice, constants=hashlib.sha256(raw).hexdigest())
     return replace(plan, layers=layers)
 
 
 def verify(result: Result, source: Model, plan: Plan) -> Verified:
     """Compares constants by the fingerprints that the plan holds, without the statistics that they come from."""
-    names = {constants_name(b): choice for b, choice in routed_blocks(source, plan) if choice.removed == "constant"}
-    known = {name: choice.constants for name, choice in names.items() if choice.constants}
+    added = {output.name: choice.constants for _, choice, output in constants(source, plan)}
+    known = {name: recorded for name, recorded in added.items() if recorded}
+    found = {name: hashlib.sha256(result.checkpoint.raw(name)).hexdigest() for name in known}
     return Verified(
         tensors=known.keys(),
-        differing=tuple(n for n, sha in known.items() if hashlib.sha256(result.checkpoint.raw(n)).hexdigest() != sha),
-        added=names.keys(),
-        note=f", {len(names):,} with constants added" if names else "",
+        differing=tuple(name for name in known if found[name] != known[name]),
+        added=added.keys(),
+        note=f", {len(added):,} with constants added" if added else "",
     )
 
 
@@ -227,35 +233,12 @@ def _dtype(checkpoint: Checkpoint, block: MoE) -> str:
     return next((dtype for dtype in found if dtype in FLOATS), "BF16")
 
 
-def _shape(checkpoint: Checkpoint, block: MoE, choice: Choice) -> tuple[int, int]:
-    return len(gone(choice, block.num_experts)), _width(checkpoint, block)
-
-
-def _width(checkpoint: Checkpoint, block: MoE) -> int:
-    """D of an expert's output."""
-    packed = f"{block.prefix}{block.layout.fused[-1]}_blocks" if block.layout.fused else ""
-    if packed in checkpoint.tensors:  # MXFP4: (E, D, groups, 16)
-        return checkpoint.tensors[packed].shape[1]
-    return expert_shapes(checkpoint, block)["down"][0]
-
-
-def trace(plan: Plan, before: Trace) -> Trace:
-    """The router goes on naming all."""
-    choice = plan.layers.get(before.key)
-    named = choice is not None and choice.removed != "remove"
-    return replace(before, routed=tuple(range(before.num_experts))) if named else before
+def _width(model: Model, block: MoE) -> int:
+    """D, of what an expert takes and gives."""
+    return model.checkpoint.tensors[block.router].shape[-1]
 
 
 KIND = Kind(
-    order=4,
-    block=Keys(("removed", "constants"), read),
-    plan=Keys(("constants",), read_source),
-    check=check,
-    seal=seal,
-    leave=leave,
-    outputs=outputs,
-    patch=patch,
-    count=count,
-    trace=trace,
-    verify=verify,
-)
+    order=4, block=Keys(("removed", "constants"), read), plan=Keys(("constants",), read_source), check=check, seal=seal,
+    leave=leave, outputs=outputs, patch=patch, count=count, trace=trace, verify=verify,
+)  # fmt: skip
