@@ -6,10 +6,9 @@ Read from `coterie.json`, step by step back: OUT may have been made from another
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from coterie.edits.plan import KEPT, REMOVED, Plan, Trace, kinds, read_plan
 from coterie.errors import CoterieError
@@ -65,7 +64,7 @@ def plans_between(out: str | Path, original_hash: str) -> list[Plan] | None:
     return None
 
 
-def _source_folder(source: dict[str, Any]) -> Path | None:
+def _source_folder(source: Mapping[str, object]) -> Path | None:
     """Where a record says its source is, if that is still there and still the same."""
     path = source.get("path")
     if not isinstance(path, str) or not path:

@@ -244,9 +244,9 @@ class Decision:
     announced: str = ""
 
 
-def command_of(source: str | Path | dict[str, Any]) -> str | None:
+def command_of(source: str | Path | Mapping[str, Any]) -> str | None:
     """The command that a record names; nothing for a plan alone."""
-    content = source if isinstance(source, dict) else load_json(_file(source))
+    content = source if isinstance(source, Mapping) else load_json(_file(source))
     found = content.get("command")
     return found if isinstance(found, str) else None
 
@@ -258,12 +258,12 @@ def _file(source: str | Path) -> Path:
     return path / "coterie.json" if folder else path
 
 
-def read_plan(source: str | Path | dict[str, Any]) -> Plan:
+def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     """A plan from a `coterie.json`, from its `plan` object alone, or from such a dictionary.
 
     Raises: CoterieError naming the layer and what is wrong with it.
     """
-    if isinstance(source, dict):
+    if isinstance(source, Mapping):
         where, content = "plan", source
     else:
         where, content = str(source), load_json(_file(source))

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from coterie.codecs.packed import DenseView
 from coterie.edits.kinds.convert import converted
@@ -69,7 +68,7 @@ def _said_to_differ(names: Collection[str]) -> list[str]:
     return [f"other bytes in {first(names)}"] if names else []
 
 
-def _was_packed_from(record: dict[str, Any] | None, source: Checkpoint) -> bool:
+def _was_packed_from(record: object, source: Checkpoint) -> bool:
     """Whether `coterie pack` (or unpack) made OUT from this very checkpoint, rather than a command before it."""
     return source.hash in (object_at(record, "report", f"{done}_from").get("hash") for done in ("packed", "unpacked"))
 

@@ -13,7 +13,7 @@ The result is a checkpoint to read from and to plan on, not yet written (`storag
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,8 @@ from coterie.storage.numerics import encode
 from coterie.storage.planned import view
 from coterie.storage.writer import Made, Output, whole
 
+Config = MutableMapping[str, Any]  # config.json, changed in place
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -35,7 +37,7 @@ class Conversion:
     target: str
     architecture: str
     obstacle: Callable[[Mapping[str, Any]], str]
-    patch: Callable[[dict[str, Any], Model], None]
+    patch: Callable[[Config, Model], None]
     tensors: Callable[[Model, Tensor], tuple[Output, ...]]
     shared_scale: float = 1.0  # what the target multiplies the source's shared expert by, for the same sum
 
@@ -72,7 +74,7 @@ def zeros(name: str, dtype: str, shape: tuple[int, ...], num_bytes: int) -> Outp
 
 
 def _patch(
-    config: dict[str, Any], renamed: Mapping[str, str], defaults: Mapping[str, object], removed: tuple[str, ...] = ()
+    config: Config, renamed: Mapping[str, str], defaults: Mapping[str, object], removed: tuple[str, ...] = ()
 ) -> None:
     """defaults: what the source's class assumes where its config is silent; the target's class assumes otherwise."""
     for old, new in renamed.items():
@@ -97,17 +99,17 @@ KIND = Kind(order=3, plan=Keys(("converted",), read))
 # --- to qwen2_moe ----------------------------------------------------------------------------------------------
 
 
-def _to_qwen2(config: dict[str, Any], model: Model, theta: float) -> None:
+def _to_qwen2(config: Config, model: Model, theta: float) -> None:
     """What both conversions to qwen2_moe say alike."""
     sparse = {int(b.key) for b in model.main}
     _patch(config, {}, {} if config.get("rope_parameters") else {"rope_theta": theta}, ("layer_types",))
-    config |= {
+    config.update({
         "mlp_only_layers": [i for i in range(config["num_hidden_layers"]) if i not in sparse],
         "decoder_sparse_step": 1,
         "qkv_bias": True,  # some loaders hard-code it, so zeros are stored
         "use_sliding_window": False,
         "output_router_logits": False,
-    }
+    })  # fmt: skip
 
 
 def _biased(tensor: Tensor) -> tuple[Output, ...]:
@@ -134,15 +136,15 @@ def _mixtral_obstacle(config: Mapping[str, Any]) -> str:
     return _head_dim_obstacle(config)
 
 
-def _patch_mixtral(config: dict[str, Any], model: Model) -> None:
+def _patch_mixtral(config: Config, model: Model) -> None:
     _to_qwen2(config, model, 1e6)
     defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096 * 32, "num_key_value_heads": 8}
     _patch(config, {"num_local_experts": "num_experts"}, defaults, ("head_dim",))
-    config |= {
+    config.update({
         "moe_intermediate_size": config["intermediate_size"],
         "shared_expert_intermediate_size": 1,
         "norm_topk_prob": True,
-    }
+    })  # fmt: skip
 
 
 PARTS = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
@@ -194,7 +196,7 @@ DEEPSEEK_ONLY = (
 )  # fmt: skip
 
 
-def _patch_deepseek(config: dict[str, Any], model: Model) -> None:
+def _patch_deepseek(config: Config, model: Model) -> None:
     _to_qwen2(config, model, 1e4)
     shared, defaults = config.get("n_shared_experts"), {"num_key_value_heads": config["num_attention_heads"]}
     renamed = {"n_routed_experts": "num_experts", "aux_loss_alpha": "router_aux_loss_coef"}
@@ -240,7 +242,7 @@ V3_DEFAULTS = {
 }  # fmt: skip
 
 
-def _patch_v3(config: dict[str, Any], model: Model) -> None:
+def _patch_v3(config: Config, model: Model) -> None:
     sparse = {int(b.key) for b in model.main}
     _patch(config, {}, V3_DEFAULTS if config.get("rope_parameters") else V3_DEFAULTS | {"rope_theta": 1e4})
     config["mlp_layer_types"] = ["sparse" if i in sparse else "dense" for i in range(config["num_hidden_layers"])]
