@@ -88,6 +88,12 @@ class Plan:
     constants: Mapping[str, Any] = field(default_factory=dict)
     entries: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def choices(self) -> dict[tuple[str, bool], Choice]:
+        """All, by layer and whether they are of its attention experts."""
+        found = {(key, False): choice for key, choice in self.layers.items()}
+        return found | {(key, True): choice for key, choice in self.attention.items()}
+
     def choice(self, block: MoE) -> Choice | None:
         return (self.attention if block.attention else self.layers).get(block.key)
 

@@ -1,6 +1,6 @@
 """`--in-place`: MODEL becomes OUT without room for a second copy, and is used up.
 
-Beside `applying`, which says what stands where, and `writer`, which names and journals files. A weight file is moved
+`edits/` says what stands where, and `writer.py` names and journals files. A weight file is moved
 into OUT.partial, and the filesystem takes out of it what goes (`fallocate`, FALLOC_FL_COLLAPSE_RANGE: ext4, XFS), in
 whole blocks and without moving a byte. Where a file does not lend itself to that, it is copied as ever and its source
 removed: room for one file is needed.

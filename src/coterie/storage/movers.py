@@ -1,6 +1,6 @@
 """Copying as units of work: what `Writer.shard` copies, cut into windows that any node can fill.
 
-Called by `applying` where the engine spreads work. A window is an aligned part of one target file, so two units never
+Called by `edits/` where the engine spreads work. A window is an aligned part of one target file, so two units never
 write to one page, and each copies in whichever way its node allows.
 """
 

@@ -44,11 +44,9 @@ def read(at: str, value: Any) -> dict[str, object]:
 def check(model: Model, plan: Plan) -> None:
     """Raises: CoterieError for experts that are not there, and for counts that routing or the config cannot take."""
     known, config = {(b.key, b.attention) for b in model.moe}, model.checkpoint.config
-    for keys, attention in ((plan.layers, False), (plan.attention, True)):
-        for key in keys:
-            if (key, attention) not in known:
-                kind = "attention experts" if attention else "experts"
-                raise CoterieError(f"plan: layer {key!r} has no {kind} in {model.checkpoint.path}")
+    for key, attention in (place for place in plan.choices if place not in known):
+        kind = "attention experts" if attention else "experts"
+        raise CoterieError(f"plan: layer {key!r} has no {kind} in {model.checkpoint.path}")
     groups, top_k = model.family.groups(config), model.family.num_experts_per_token(config)
     blocks = experts_left(model, plan)
     for block, left in blocks.items():
@@ -99,13 +97,12 @@ def fits_groups(num_kept: int, top_k: int, groups: Groups) -> bool:
 
 def agree(blocks: tuple[MoE, ...], plan: Plan) -> None:
     found = {(block.key, block.attention): block.num_experts for block in blocks}
-    for keys, attention in ((plan.layers, False), (plan.attention, True)):
-        for key, choice in keys.items():
-            count = found.get((key, attention))
-            if count != len(choice.kept):
-                where = f"layer {key}" + (" (attention)" if attention else "")
-                shown = "no experts" if count is None else f"{count} experts"
-                raise CoterieError(f"{where} has {shown}; the plan in coterie.json keeps {len(choice.kept)}")
+    for (key, attention), choice in plan.choices.items():
+        count = found.get((key, attention))
+        if count != len(choice.kept):
+            where = f"layer {key}" + (" (attention)" if attention else "")
+            shown = "no experts" if count is None else f"{count} experts"
+            raise CoterieError(f"{where} has {shown}; the plan in coterie.json keeps {len(choice.kept)}")
 
 
 # --- bytes and config --------------------------------------------------------------------------------------------

@@ -192,9 +192,8 @@ def trace(plan: Plan, before: Trace) -> Trace:
 
 
 def unlike(plan: Plan) -> str:
-    if any(choice.merged for choice in (*plan.layers.values(), *plan.attention.values())):
-        return "experts were averaged, so the original has no such experts to leave on"
-    return ""
+    merged = any(choice.merged for choice in plan.choices.values())
+    return "experts were averaged, so the original has no such experts to leave on" if merged else ""
 
 
 KIND = Kind(
