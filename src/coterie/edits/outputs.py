@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from coterie.edits.plan import Left, Outputs, Plan, kinds
+from coterie.errors import CoterieError
 from coterie.model.experts import expert_weights
 from coterie.model.layer import Model, MoE, find_blocks
 from coterie.storage.planned import resolved, view
@@ -19,6 +20,10 @@ from coterie.storage.writer import Hole, Output, whole
 
 def check_plan(model: Model, plan: Plan) -> None:
     """Everything that would fail at load, or load and compute something else. Raises: CoterieError."""
+    known = {(block.key, block.attention) for block in model.moe}
+    for key, attention in (place for place in plan.choices if place not in known):
+        experts = "attention experts" if attention else "experts"
+        raise CoterieError(f"plan: layer {key!r} has no {experts} in {model.checkpoint.path}")
     for kind in reversed(kinds()):
         kind.check(model, plan)
 

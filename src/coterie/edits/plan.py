@@ -296,7 +296,7 @@ def _layer(at: str, value: Any) -> Iterator[tuple[str, object]]:
     """(attribute or key of the plan, entry) of all that a layer's object holds."""
     if not isinstance(value, dict):
         raise CoterieError(f"{at}: expected an object, found {value!r:.60}")
-    for kind in kinds():
+    for kind in reversed(kinds()):
         if value.keys() & set(kind.layer.names):
             yield from kind.layer.read(at, value).items()
     beside = {"attention"}.union(*(kind.layer.names for kind in kinds()))

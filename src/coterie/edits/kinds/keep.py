@@ -43,10 +43,7 @@ def read(at: str, value: Any) -> dict[str, object]:
 
 def check(model: Model, plan: Plan) -> None:
     """Raises: CoterieError for experts that are not there, and for counts that routing or the config cannot take."""
-    known, config = {(b.key, b.attention) for b in model.moe}, model.checkpoint.config
-    for key, attention in (place for place in plan.choices if place not in known):
-        kind = "attention experts" if attention else "experts"
-        raise CoterieError(f"plan: layer {key!r} has no {kind} in {model.checkpoint.path}")
+    config = model.checkpoint.config
     groups, top_k = model.family.groups(config), model.family.num_experts_per_token(config)
     blocks = experts_left(model, plan)
     for block, left in blocks.items():
