@@ -31,7 +31,6 @@ from attacks.corpus import ESCAPE
 from attacks.tables import sound_stats
 from coterie.codecs.packed import dense_view
 from coterie.edits.outputs import check_plan, patched_config, plan_outputs
-from coterie.edits.pack import pack
 from coterie.edits.plan import read_plan
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
@@ -39,6 +38,7 @@ from coterie.model.stats import Stats
 from coterie.storage.checkpoint import INDEX, Checkpoint, parse_json, read_header
 from coterie.storage.in_place import Recipe
 from coterie.verbs.inspect_ import inspect
+from coterie.verbs.pack import pack
 from coterie.verbs.prune import prune
 from handmade import deepseek, qwen
 

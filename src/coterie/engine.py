@@ -20,9 +20,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.errors import CoterieError, guarded
+from coterie.options import Help
 
 NAMES = ("local", "ray")
 SCRATCH = "work"  # folder in OUT.partial for what units tell each other in files; never part of a result
@@ -48,12 +49,18 @@ class Unit:
 class Cluster:
     """Where units of work run: the engine's name, and HOST:PORT of a Ray cluster, or auto."""
 
-    engine: str = "local"
-    ray_address: str | None = None
+    engine: Annotated[str, Help(f"Where work is done: {', '.join(NAMES)} (ray: on many machines).")] = "local"
+    ray_address: Annotated[
+        str | None, Help("Of a Ray cluster [default: one is started on this machine].", "HOST:PORT")
+    ] = None
 
 
 class Engine:
     """`local`: the caller does its work as ever, and no unit is made. `ray`: `run` carries units out elsewhere."""
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> Engine:
+        return cls(cluster.engine, cluster.ray_address)
 
     def __init__(self, name: str = "local", address: str | None = None) -> None:
         """address: HOST:PORT of a Ray cluster, or auto; without it one is started on this machine.

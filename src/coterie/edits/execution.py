@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.edits.counts import count, removed_shares
 from coterie.edits.outputs import check_plan, experts_left, patched_config, plan_outputs, planned, sealed, with_holes
@@ -19,8 +19,9 @@ from coterie.edits.plan import Decision, Plan, kinds, read_plan
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
+from coterie.options import Help
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
-from coterie.storage.copying import check_io
+from coterie.storage.copying import IO, check_io
 from coterie.storage.in_place import Recipe, check_in_place, consume, went_on
 from coterie.storage.movers import mover
 from coterie.storage.planned import root
@@ -40,10 +41,14 @@ OURS = ("coterie.json", "coterie.log", "README.md", "report.html")
 class Writing:
     """How OUT is written: dense or with zeros as bits, only planned, gone on with, or in place of an earlier one."""
 
-    save: str = "dense"
-    dry_run: bool = False
-    resume: bool = False
-    overwrite: bool = False
+    save: Annotated[str, Help("dense, or sparse: zeros take one bit each, as `coterie pack` stores them.")] = "dense"
+    dry_run: Annotated[bool, Help("Decide and show sizes from headers and routers; write nothing.")] = False
+    resume: Annotated[bool, Help("Go on where an interrupted run stopped.")] = False
+    overwrite: Annotated[bool, Help("Replace OUT, if coterie wrote it.")] = False
+
+
+Io = Annotated[str, Help(f"How bytes are copied, instead of the first way that works: {', '.join(IO)}.")]
+InPlace = Annotated[bool, Help("Make OUT of MODEL's own files: no second copy, and MODEL is no more.")]
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def _written(execution: Execution, request: Request) -> Report:
         if filled:
             _add_filled(execution, filled, outputs)
         report.report.update(request.clock.read())
-        _finish(writer, report, model_card(checkpoint.path.name, report), outputs, checkpoint)
+        finish_record(writer, report, model_card(checkpoint.path.name, report), outputs, checkpoint)
     return report
 
 
@@ -219,7 +224,7 @@ def _add_filled(execution: Execution, filled: Filled, outputs: dict[str, list[Ou
     execution.notes.extend(filled.notes)
 
 
-def _finish(
+def finish_record(
     writer: Writer, report: Report, card: str, outputs: dict[str, list[Output]], checkpoint: Checkpoint
 ) -> None:
     """Writes the record and the model card, and gives OUT its name."""

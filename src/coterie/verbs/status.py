@@ -1,15 +1,18 @@
-"""`coterie status`: how far a run is, or was when it ended. Reads the journal of OUT.partial, or a record.
+"""Show how far a run is, or was when it ended: what was asked, what is done, the rate, the time left.
 
-Everything here is what the run itself wrote down (`journal.py`), so it can be asked for at any time, from anywhere.
+Example: coterie status OUT
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.errors import CoterieError
+from coterie.options import Help, public
+from coterie.pages.terminal import Asked, known, table
 from coterie.storage.journal import is_held, read_journal, shards_of, stamp
 from coterie.storage.record import object_at, record_of
 from coterie.storage.steps import Folders, is_first
@@ -21,8 +24,13 @@ UNPACKED = (
 Entries = list[dict[str, Any]]
 
 
-def status(out: str | Path) -> dict[str, Any]:
+@public
+def status(
+    out: Annotated[str | Path, Help("What a command was told to write, or its OUT.partial.", "OUT", given=Path)],
+) -> dict[str, Any]:
     """What is under the name OUT: a complete result, or a run (OUT.partial may be named too).
+
+    All of it is what the run itself wrote down (`storage/journal.py`), so it can be asked for at any time.
 
     Returns `path`, `state` (running, interrupted or complete), `command` and `options` as asked, and `alive`; of a
     run also
@@ -158,3 +166,18 @@ def _number(value: Any) -> Any:
 def _shown(seconds: Any) -> str | None:
     value = _number(seconds)
     return None if value is None or value > 2**35 else stamp(value)
+
+
+def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+    """What was asked, and how far it is."""
+    rows = [("command", f"coterie {found['command']}")]
+    rows += [(f"  {name}", f"{value}") for name, value in found["options"].items() if value not in (None, "", {})]
+    if "bytes" in found:
+        rows += [("process", f"{found['pid']}, {'alive' if found['alive'] else 'gone'}")]
+        rows += [("began", f"{found['began']}"), ("last heard of", f"{found['updated']}")]
+        rows += [(kind, f"{found[kind]['done']:,} of {known(found[kind]['all'])}") for kind in ("files", "bytes")]
+        rows += [("layers", f"{found['layers']['done']:,} of {known(found['layers']['all'])}")]
+        rows += [("MB per second", known(found["bytes_per_second"], 1e6))]
+        rows += [("seconds left", known(found["seconds_left"]))]
+    rows += [("note", found["note"])] if "note" in found else []
+    return table(f"{found['path']}: {found['state']}", rows)
