@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.edits.plan import KEPT, REMOVED, Plan, Trace, kinds, read_plan
+from coterie.edits.plan import KEPT, REMOVED, Outcome, Plan, kinds, read_plan
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint, resolve
 from coterie.storage.record import record_of
@@ -86,20 +86,20 @@ def fate(plans: Sequence[Plan], num_experts: dict[str, int]) -> Fate:
     for plan in plans:
         before, routed = routed, {}
         for key, (original, ids) in before.items():
-            trace = _traced(plan, key, len(ids))
+            outcome = _outcome(plan, key, len(ids))
             for i, e in enumerate(ids):
-                if trace.levels.get(i) != KEPT:  # what is kept may have been an average before
-                    levels[original][e] = trace.levels.get(i, REMOVED)
-            if trace.routed:
-                routed[trace.moved] = original, tuple(ids[i] for i in trace.routed)
+                if outcome.levels.get(i) != KEPT:  # what is kept may have been an average before
+                    levels[original][e] = outcome.levels.get(i, REMOVED)
+            if outcome.routed:
+                routed[outcome.moved] = original, tuple(ids[i] for i in outcome.routed)
     return Fate({key: tuple(found) for key, found in levels.items()}, routed)
 
 
-def _traced(plan: Plan, key: str, num_experts: int) -> Trace:
+def _outcome(plan: Plan, key: str, num_experts: int) -> Outcome:
     """What one plan makes of a layer's experts."""
-    trace = Trace(key, key, num_experts, dict.fromkeys(range(num_experts), KEPT), tuple(range(num_experts)))
+    outcome = Outcome(key, key, num_experts, dict.fromkeys(range(num_experts), KEPT), tuple(range(num_experts)))
     for kind in kinds():
-        trace = kind.trace(plan, trace)
-    if max(trace.levels, default=-1) >= num_experts:
-        raise CoterieError(f"plan: layer {key!r} names expert {max(trace.levels)}, but only {num_experts} were there")
-    return trace
+        outcome = kind.trace(plan, outcome)
+    if max(outcome.levels, default=-1) >= num_experts:
+        raise CoterieError(f"plan: layer {key!r} names expert {max(outcome.levels)}, but only {num_experts} were there")
+    return outcome

@@ -131,6 +131,20 @@ def as_json(value: object) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class Decision:
+    """A plan, and what is known of it besides.
+
+    notes: what should be said aloud; findings: what was measured, for the report; announced: what must be known before
+    the work begins, if nothing is refused.
+    """
+
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    findings: dict[str, Any] = field(default_factory=dict)
+    announced: str = ""
+
+
 # --- what a kind of entry is -------------------------------------------------------------------------------------
 
 
@@ -151,7 +165,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Outcome:
     """What becomes of one layer's experts, numbered as before the plan.
 
     key, moved: the layer's, before and afterwards. levels: indices into LEVELS, of the experts that are not removed.
@@ -166,7 +180,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Result:
+class Written:
     """A written checkpoint, the options of the command that wrote it, and its tensors whose exact bytes are lost."""
 
     checkpoint: Checkpoint
@@ -221,9 +235,9 @@ class Kind:
     outputs: Callable[[Model, Plan, Outputs], Outputs] = lambda model, plan, made: {}
     patch: Callable[[dict[str, Any], Model, Plan], None] = lambda config, model, plan: None
     count: Callable[[Model, Plan, dict[str, int]], None] = lambda model, plan, counts: None
-    trace: Callable[[Plan, Trace], Trace] = lambda plan, trace: trace
+    trace: Callable[[Plan, Outcome], Outcome] = lambda plan, before: before
     agree: Callable[[tuple[MoE, ...], Plan], None] = lambda blocks, plan: None
-    verify: Callable[[Result, Model, Plan], Verified] = lambda result, source, plan: Verified()
+    verify: Callable[[Written, Model, Plan], Verified] = lambda written, source, plan: Verified()
     unlike: Callable[[Plan], str] = lambda plan: ""
 
 
@@ -234,20 +248,6 @@ def kinds() -> tuple[Kind, ...]:
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A plan, and what is known of it besides.
-
-    notes: what should be said aloud; findings: what was measured, for the report; announced: what must be known before
-    the work begins, if nothing is refused.
-    """
-
-    plan: Plan
-    notes: tuple[str, ...] = ()
-    findings: dict[str, Any] = field(default_factory=dict)
-    announced: str = ""
 
 
 def command_of(source: str | Path | Mapping[str, Any]) -> str | None:

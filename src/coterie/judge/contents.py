@@ -12,7 +12,7 @@ from coterie.codecs.packed import DenseView
 from coterie.edits.kinds.convert import converted
 from coterie.edits.lineage import plan_of
 from coterie.edits.outputs import check_plan, patched_config, plan_outputs
-from coterie.edits.plan import Result, kinds
+from coterie.edits.plan import Written, kinds
 from coterie.errors import CoterieError
 from coterie.judge.files import Answer, first
 from coterie.model.layer import Model
@@ -41,8 +41,8 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
         faults.append(f"config.json is not the original's with new counts: {first(wrong)}")
     if faults:
         return False, "; ".join(faults), None
-    result = Result(out, object_at(record, "options"), lost)
-    found = [kind.verify(result, source, plan) for kind in kinds()]
+    written = Written(out, object_at(record, "options"), lost)
+    found = [kind.verify(written, source, plan) for kind in kinds()]
     faults = [fault for verified in found for fault in verified.faults]
     if not faults:
         judged = {name for verified in found for name in verified.tensors}

@@ -16,7 +16,7 @@ import numpy as np
 
 from coterie.edits.folding import DOWN, UP, check_condensed, folded, is_inside, natural_width, weights
 from coterie.edits.outputs import experts_left
-from coterie.edits.plan import CONDENSED, Condensed, Keys, Kind, Left, Outputs, Plan, Trace, are_ids
+from coterie.edits.plan import CONDENSED, Condensed, Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
 from coterie.model.family import GATED, NUM_LAYERS, Dense, lookup
 from coterie.model.family import num_layers as layers_of
@@ -226,7 +226,7 @@ def agree(blocks: tuple[MoE, ...], plan: Plan) -> None:
         raise CoterieError(f"layer {whole} has experts; the plan in coterie.json condenses it")
 
 
-def trace(plan: Plan, before: Trace) -> Trace:
+def trace(plan: Plan, before: Outcome) -> Outcome:
     if before.key not in plan.condensed:
         return before
     return replace(before, levels=dict.fromkeys(plan.condensed[before.key].experts, CONDENSED), routed=())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from coterie.edits.plan import Keys, Kind, Left, Outputs, Plan, Trace, are_ids
+from coterie.edits.plan import Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
 from coterie.model.family import NUM_LAYERS, lookup, num_layers
 from coterie.model.layer import LAYER, Model, MoE, mtp_names, stack_of
@@ -118,7 +118,7 @@ def _cut_lists(holder: dict[str, Any], left: list[int], total: int) -> None:
             holder[key] = [value[i] for i in left]
 
 
-def trace(plan: Plan, before: Trace) -> Trace:
+def trace(plan: Plan, before: Outcome) -> Outcome:
     gone = int(before.key) in plan.dropped
     found = replace(before, levels={}, routed=()) if gone else before
     return replace(found, moved=str(_number(plan, before.key)))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from coterie.edits.outputs import experts_left
-from coterie.edits.plan import KEPT, Choice, Keys, Kind, Left, Outputs, Plan, Trace, are_ids
+from coterie.edits.plan import KEPT, Choice, Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
 from coterie.model.family import Groups, lookup
 from coterie.model.layer import Model, MoE, expert_axis
@@ -183,7 +183,7 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
         del config[OWN]
 
 
-def trace(plan: Plan, before: Trace) -> Trace:
+def trace(plan: Plan, before: Outcome) -> Outcome:
     choice = plan.layers.get(before.key)
     return replace(before, levels=dict.fromkeys(choice.kept, KEPT), routed=choice.kept) if choice else before
 

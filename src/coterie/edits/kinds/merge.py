@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.edits.plan import MERGED, Choice, Keys, Kind, Outputs, Plan, Trace
+from coterie.edits.plan import MERGED, Choice, Keys, Kind, Outcome, Outputs, Plan
 from coterie.errors import CoterieError
 from coterie.methods.merge import align
 from coterie.methods.prune.stun import mean_of
@@ -185,7 +185,7 @@ def _stored_order(order: np.ndarray, kind: str) -> np.ndarray:
     return np.concatenate([order, len(order) + order]) if kind == "gate above up" else order
 
 
-def trace(plan: Plan, before: Trace) -> Trace:
+def trace(plan: Plan, before: Outcome) -> Outcome:
     choice = plan.layers.get(before.key)
     means = dict.fromkeys((choice.kept[i] for i in averaged(choice)), MERGED) if choice else {}
     return replace(before, levels={**before.levels, **means})

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from coterie.edits.outputs import experts_left
-from coterie.edits.plan import Choice, Keys, Kind, Left, Outputs, Plan, Result, Trace, Verified
+from coterie.edits.plan import Choice, Keys, Kind, Left, Outcome, Outputs, Plan, Verified, Written
 from coterie.errors import CoterieError
 from coterie.model.family import lookup
 from coterie.model.layer import CONSTANTS, Model, MoE, expert_names
@@ -145,7 +145,7 @@ def count(model: Model, plan: Plan, counts: dict[str, int]) -> None:
     counts["linears"] -= sum(math.prod(output.shape) for _, _, output in constants(model, plan))
 
 
-def trace(plan: Plan, before: Trace) -> Trace:
+def trace(plan: Plan, before: Outcome) -> Outcome:
     """The router goes on naming all."""
     choice = plan.layers.get(before.key)
     named = choice is not None and choice.removed != "remove"
@@ -214,11 +214,11 @@ def seal(model: Model, plan: Plan) -> Plan:
     return replace(plan, layers=layers)
 
 
-def verify(result: Result, source: Model, plan: Plan) -> Verified:
+def verify(written: Written, source: Model, plan: Plan) -> Verified:
     """Compares constants by the fingerprints that the plan holds, without the statistics that they come from."""
     added = {output.name: choice.constants for _, choice, output in constants(source, plan)}
     known = {name: recorded for name, recorded in added.items() if recorded}
-    found = {name: hashlib.sha256(result.checkpoint.raw(name)).hexdigest() for name in known}
+    found = {name: hashlib.sha256(written.checkpoint.raw(name)).hexdigest() for name in known}
     return Verified(
         tensors=known.keys(),
         differing=tuple(name for name in known if found[name] != known[name]),

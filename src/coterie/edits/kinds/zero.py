@@ -16,7 +16,7 @@ import numpy as np
 from coterie.edits import beside
 from coterie.edits.budget import num_weights
 from coterie.edits.outputs import planned
-from coterie.edits.plan import Keys, Kind, Plan, Result, Verified
+from coterie.edits.plan import Keys, Kind, Plan, Verified, Written
 from coterie.errors import CoterieError
 from coterie.model.experts import expert_weights
 from coterie.model.layer import Model
@@ -47,18 +47,18 @@ def pruned_tensors(view: Model, plan: Plan) -> dict[str, tuple[str, str]]:
     return found
 
 
-def verify(result: Result, source: Model, plan: Plan) -> Verified:
+def verify(written: Written, source: Model, plan: Plan) -> Verified:
     """Counts zeros, and compares the weights that stayed unless the rule corrected them (SparseGPT).
 
     Tensors whose bytes are lost are left out, and so are the shares that they count in.
     """
     if not plan.sparsity:
         return Verified()
-    out, view = result.checkpoint, planned(source, plan)
+    out, view = written.checkpoint, planned(source, plan)
     tensors = pruned_tensors(view, plan)
-    unknown = {tensors.pop(name) for name in result.lost if name in tensors}
+    unknown = {tensors.pop(name) for name in written.lost if name in tensors}
     zeros: Counter[tuple[str, str]] = Counter()
-    corrected = "sparsegpt" in (result.options.get("method"), result.options.get("second"))
+    corrected = "sparsegpt" in (written.options.get("method"), written.options.get("second"))
     faults = []
     for name, key in tensors.items():
         changed = 0
