@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coterie.errors import CoterieError, guarded
-from coterie.storage.checkpoint import INDEX, MAX_HEADER, Tensor, read_header
+from coterie.storage.checkpoint import BITS, INDEX, MAX_HEADER, Tensor, read_header
 from coterie.storage.copying import PAGE, Copier, Move, can_share, joined, shareable, write_at
 from coterie.storage.journal import JOURNAL, Journal, held_by_another, is_held, read_journal, shards_of
 
@@ -76,6 +77,11 @@ class Output:
 def whole(tensor: Tensor, name: str | None = None) -> Output:
     """The tensor as it is, perhaps under another name."""
     return Output(name or tensor.name, tensor.dtype, tensor.shape, (Run(tensor.file, tensor.start, tensor.end),))
+
+
+def computed(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], bytes]) -> Output:
+    """A tensor whose bytes are computed when their turn comes."""
+    return Output(name, dtype, shape, (Made(math.prod(shape) * BITS[dtype] // 8, make),))
 
 
 class Source(Protocol):

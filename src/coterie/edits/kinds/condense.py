@@ -24,7 +24,7 @@ from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.own import is_own, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import encode
-from coterie.storage.writer import Made, Output, whole
+from coterie.storage.writer import Output, computed, whole
 
 LARGEST = 1e300  # of a gate; Python's integers go beyond any float
 
@@ -126,7 +126,7 @@ def _mlp(
     for which, part in enumerate(names):
         name = f"{block.prefix}{place}{part}.weight"
         shape = (hidden, width) if which == DOWN else (width, hidden)
-        outputs.append(Output(name, like.dtype, shape, (Made(_num_bytes(shape, like), partial(make, which, name)),)))
+        outputs.append(computed(name, like.dtype, shape, partial(make, which, name)))
     return tuple(outputs)
 
 
@@ -142,11 +142,7 @@ def _padded(checkpoint: Checkpoint, tensor: Tensor, which: int, width: int) -> O
         values[:rows, :columns] = checkpoint.read(tensor.name)
         return encode(values, tensor.dtype, tensor.name)
 
-    return Output(tensor.name, tensor.dtype, shape, (Made(_num_bytes(shape, tensor), make),))
-
-
-def _num_bytes(shape: tuple[int, int], like: Tensor) -> int:
-    return shape[0] * shape[1] * like.num_bytes // like.num_parameters
+    return computed(tensor.name, tensor.dtype, shape, make)
 
 
 def leave(plan: Plan, left: dict[MoE, Left]) -> None:

@@ -13,19 +13,19 @@ The result is a checkpoint to read from and to plan on, not yet written (`storag
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from coterie.edits.plan import Keys, Kind
 from coterie.errors import CoterieError
 from coterie.model.family import registry
 from coterie.model.layer import LAYER, Model, find_blocks
-from coterie.storage.checkpoint import Checkpoint, Tensor
+from coterie.storage.checkpoint import BITS, Checkpoint, Tensor
 from coterie.storage.numerics import encode
 from coterie.storage.planned import view
-from coterie.storage.writer import Made, Output, whole
+from coterie.storage.writer import Output, computed, whole
 
 Config = MutableMapping[str, Any]  # config.json, changed in place
 
@@ -69,8 +69,8 @@ def converted(model: Model, target: str | None) -> Model:
     return find_blocks(view(model.checkpoint, shards, changed, found.shared_scale), registry()[target])
 
 
-def zeros(name: str, dtype: str, shape: tuple[int, ...], num_bytes: int) -> Output:
-    return Output(name, dtype, shape, (Made(num_bytes, partial(bytes, num_bytes)),))
+def zeros(name: str, dtype: str, shape: tuple[int, ...]) -> Output:
+    return computed(name, dtype, shape, lambda: bytes(math.prod(shape) * BITS[dtype] // 8))
 
 
 def _patch(
@@ -114,9 +114,7 @@ def _to_qwen2(config: Config, model: Model, theta: float) -> None:
 
 def _biased(tensor: Tensor) -> tuple[Output, ...]:
     """A projection to queries, keys or values, and the zero bias that qwen2_moe adds to it."""
-    bias = tensor.name.removesuffix("weight") + "bias"
-    size = tensor.num_bytes // tensor.num_parameters
-    return whole(tensor), zeros(bias, tensor.dtype, tensor.shape[:1], tensor.shape[0] * size)
+    return whole(tensor), zeros(tensor.name.removesuffix("weight") + "bias", tensor.dtype, tensor.shape[:1])
 
 
 def _is_qkv(name: str) -> bool:
@@ -166,14 +164,14 @@ def _mixtral_tensors(model: Model, tensor: Tensor) -> tuple[Output, ...]:
 
 def _no_shared_expert(router: Tensor, mlp: str) -> tuple[Output, ...]:
     """A shared expert of one neuron that gives nothing: vLLM does not know the names where the width is 0."""
-    hidden, size = router.shape[-1], router.num_bytes // router.num_parameters
+    hidden = router.shape[-1]
     shapes = {
         "shared_expert.gate_proj.weight": (1, hidden),
         "shared_expert.up_proj.weight": (1, hidden),
         "shared_expert.down_proj.weight": (hidden, 1),
         "shared_expert_gate.weight": (1, hidden),
     }
-    return tuple(zeros(mlp + part, router.dtype, shape, hidden * size) for part, shape in shapes.items())
+    return tuple(zeros(mlp + part, router.dtype, shape) for part, shape in shapes.items())
 
 
 def _deepseek_obstacle(config: Mapping[str, Any]) -> str:
@@ -216,8 +214,7 @@ def _deepseek_tensors(model: Model, tensor: Tensor) -> tuple[Output, ...]:
     block = next(b for b in model.moe if b.router == tensor.name)
     if not block.shared:
         return whole(tensor), *_no_shared_expert(tensor, mlp)
-    num_bytes = tensor.num_bytes // tensor.shape[0]
-    return whole(tensor), zeros(f"{mlp}shared_expert_gate.weight", tensor.dtype, (1, tensor.shape[1]), num_bytes)
+    return whole(tensor), zeros(f"{mlp}shared_expert_gate.weight", tensor.dtype, (1, tensor.shape[1]))
 
 
 def _doubled(checkpoint: Checkpoint, tensor: Tensor, name: str) -> Output:
@@ -226,7 +223,7 @@ def _doubled(checkpoint: Checkpoint, tensor: Tensor, name: str) -> Output:
     def make() -> bytes:
         return encode(2 * checkpoint.read(tensor.name), tensor.dtype, tensor.name)
 
-    return Output(name, tensor.dtype, tensor.shape, (Made(tensor.num_bytes, make),))
+    return computed(name, tensor.dtype, tensor.shape, make)
 
 
 # --- deepseek_v3 to glm4_moe_lite ------------------------------------------------------------------------------

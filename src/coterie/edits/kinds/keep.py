@@ -20,7 +20,7 @@ from coterie.model.family import Groups, lookup
 from coterie.model.layer import Model, MoE, expert_axis
 from coterie.model.own import OWN, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
-from coterie.storage.writer import Made, Output, Run, whole
+from coterie.storage.writer import Output, Run, computed, whole
 
 
 def read(at: str, value: Any) -> dict[str, object]:
@@ -155,7 +155,7 @@ def table_output(checkpoint: Checkpoint, block: MoE, choice: Choice, name: str) 
     if tensor.dtype not in ("I64", "I32", "I16", "I8", "U8"):
         raise CoterieError(f"tensor {name!r}: a table of expert ids as {tensor.dtype}; expected integers")
     make = partial(_table, checkpoint, block, choice, name)
-    return Output(name, tensor.dtype, tensor.shape, (Made(tensor.num_bytes, make),))
+    return computed(name, tensor.dtype, tensor.shape, make)
 
 
 def _table(checkpoint: Checkpoint, block: MoE, choice: Choice, name: str) -> bytes:

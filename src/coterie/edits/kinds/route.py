@@ -29,10 +29,10 @@ from coterie.model.own import own_section
 from coterie.model.stats import Stats, mean
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode
-from coterie.storage.writer import Made, Output, whole
+from coterie.storage.writer import Output, computed, whole
 
 ROWS = ("remove", "null", "constant", "alias")  # what becomes of the router rows of experts that go
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what constants are stored as: bytes each
+FLOATS = ("F64", "F32", "F16", "BF16")  # what constants are stored as
 
 
 def read(at: str, value: Any) -> dict[str, object]:
@@ -164,8 +164,8 @@ def constants(model: Model, plan: Plan) -> Iterator[tuple[MoE, Choice, Output]]:
     for block, choice in routed_blocks(model, plan):
         if choice.removed == "constant":
             dtype, shape = _dtype(model.checkpoint, block), (len(gone(choice, block.num_experts)), _width(model, block))
-            made = Made(math.prod(shape) * FLOATS[dtype], partial(constant_bytes, model, block, choice, plan))
-            yield block, choice, Output(constants_name(block), dtype, shape, (made,))
+            make = partial(constant_bytes, model, block, choice, plan)
+            yield block, choice, computed(constants_name(block), dtype, shape, make)
 
 
 def constant_bytes(model: Model, block: MoE, choice: Choice, plan: Plan) -> bytes:
