@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -116,7 +115,7 @@ def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
     for block, choice in plan.chosen(model):
         if len(choice.kept) < block.num_experts:
             result |= _of_experts(model.checkpoint, block, choice.kept)
-            result |= {name: (table_output(model.checkpoint, block, choice, name),) for name in block.tables}
+            result |= {name: (_table(model.checkpoint, block, choice, name),) for name in block.tables}
     return result
 
 
@@ -148,17 +147,16 @@ def _cut(tensor: Tensor, kept: tuple[int, ...], num_experts: int, axis: int) -> 
     return Output(tensor.name, tensor.dtype, (*tensor.shape[:axis], len(kept) * rows, *tensor.shape[axis + 1 :]), parts)
 
 
-def table_output(checkpoint: Checkpoint, block: MoE, choice: Choice, name: str) -> Output:
-    """A table of token -> expert ids, with a dropped id replaced by its cluster's representative, or (where the plan
-    has no clusters) by the kept expert with the nearest router row."""
+def _table(checkpoint: Checkpoint, block: MoE, choice: Choice, name: str) -> Output:
     tensor = checkpoint.tensors[name]
     if tensor.dtype not in ("I64", "I32", "I16", "I8", "U8"):
         raise CoterieError(f"tensor {name!r}: a table of expert ids as {tensor.dtype}; expected integers")
-    make = partial(_table, checkpoint, block, choice, name)
-    return computed(name, tensor.dtype, tensor.shape, make)
+    return computed(name, tensor.dtype, tensor.shape, lambda: renumbered(checkpoint, block, choice, name).tobytes())
 
 
-def _table(checkpoint: Checkpoint, block: MoE, choice: Choice, name: str) -> bytes:
+def renumbered(checkpoint: Checkpoint, block: MoE, choice: Choice, name: str) -> np.ndarray:
+    """A table of token -> expert ids, with a dropped id replaced by its cluster's representative, or (where the plan
+    has no clusters) by the kept expert with the nearest router row."""
     ids = checkpoint.read(name)
     if ids.size and (ids.min() < 0 or ids.max() >= block.num_experts):
         raise CoterieError(f"tensor {name!r}: names expert {ids.max()}, but {block.num_experts} exist")
@@ -166,7 +164,7 @@ def _table(checkpoint: Checkpoint, block: MoE, choice: Choice, name: str) -> byt
     router = checkpoint.read(block.router).astype(np.float64)
     for e in set(range(block.num_experts)) - set(index):
         index[e] = int(np.linalg.norm(router[list(choice.kept)] - router[e], axis=1).argmin())
-    return np.array([index[e] for e in range(block.num_experts)], dtype=ids.dtype)[ids].tobytes()
+    return np.array([index[e] for e in range(block.num_experts)], dtype=ids.dtype)[ids]
 
 
 def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
