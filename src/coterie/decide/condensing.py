@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from coterie.edits.convert import CONVERSIONS, conversion
-from coterie.edits.dense import check_writable, is_stock, num_layers
 from coterie.edits.folding import check_foldable, shared_names
+from coterie.edits.kinds.condense import check_writable, is_stock, num_layers
+from coterie.edits.kinds.convert import CONVERSIONS, conversion
 from coterie.edits.plan import Condensed, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype

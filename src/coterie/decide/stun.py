@@ -18,8 +18,8 @@ from coterie.decide.pruning import Pruning, Remaining
 from coterie.decide.pruning import check_options as check_dropping
 from coterie.decide.zeros import Calibrated, Workers, Zeroing
 from coterie.edits.budget import num_weights
-from coterie.edits.checks import fits_groups
 from coterie.edits.counts import count
+from coterie.edits.kinds.keep import fits_groups
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import Decision
 from coterie.errors import CoterieError

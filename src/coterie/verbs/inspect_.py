@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from coterie.codecs.open import coded
-from coterie.edits.convert import conversion
 from coterie.edits.folding import check_foldable
+from coterie.edits.kinds.convert import conversion
 from coterie.errors import CoterieError
 from coterie.model.layer import ROLES, Model
 from coterie.options import ModelPath, public
