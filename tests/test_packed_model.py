@@ -270,7 +270,7 @@ def test_other_families_are_read_alike(tiny_checkpoint, tmp_path):
 # --- another codec ------------------------------------------------------------------------------------------------
 
 NEGATED = """
-from coterie.codecs import Codec, Matrices
+from coterie.codecs import Codec, Coded
 
 def read(checkpoint, place):
     name = f"{place.name}.negated"
@@ -278,7 +278,7 @@ def read(checkpoint, place):
         return None
     tensor = checkpoint.tensors[name]
     rows = lambda e: -checkpoint.read(name).reshape(-1, *tensor.shape[-2:])[e]
-    return Matrices(place.name, tensor.dtype, tensor.shape, tensor.num_bytes, (name,), rows)
+    return Coded(place.name, tensor.dtype, tensor.shape, (name,), tensor.num_bytes, rows)
 
 CODEC = Codec(parts=(".negated",), read=read, method="negated")
 """

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
-from coterie.codecs import Codec, Place, codecs
+from coterie.codecs import Codec, Coded, Place, codecs
 from coterie.storage.checkpoint import BITS, Checkpoint
-from coterie.storage.planned import Coded, Planned, Shards, view
+from coterie.storage.planned import Planned, Shards, view
 from coterie.storage.writer import Made, Output, whole
 
 
@@ -79,5 +79,5 @@ def check_coded(checkpoint: Checkpoint, on_progress: Callable[[str, int, int], N
     """Reads every matrix that is stored in parts once. Raises: CoterieError for one whose parts do not agree."""
     for done, found in enumerate(coded(checkpoint).values()):
         for e in range(found.num_matrices):
-            found.check(e)
+            (found.packed or found.rows)(e)
         on_progress("checking packed tensors", done + 1, len(coded(checkpoint)))
