@@ -1,4 +1,4 @@
-"""Opens what is stored in matrices: picks the codec, once for a checkpoint that names one, else tensor by tensor."""
+"""Picks the codec: once for a checkpoint whose config names one, when it is opened; else tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from coterie.storage.writer import Made, Output, whole
 
 def matrices_at(checkpoint: Checkpoint, place: Place) -> Coded | None:
     """The matrices of a tensor, by the codec that they are stored in; None where no tensor is like that."""
-    return next((found for codec in codecs() if (found := codec.read(checkpoint, place))), None)
+    own = (codec for codec in codecs() if not codec.method)  # the others are decoded when the checkpoint is opened
+    return next((found for codec in own if (found := codec.read(checkpoint, place))), None)
 
 
 def codec_of(checkpoint: Checkpoint) -> Codec | None:
