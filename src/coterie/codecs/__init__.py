@@ -34,6 +34,7 @@ from functools import cache
 
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.planned import Coded
+from coterie.storage.writer import Output
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ class Codec:
 
     parts: what the names of the tensors on the disk add to the matrix's own, the first of them the one in whose place
     the decoded tensor stands. read: (checkpoint, place) -> the matrices there, or None; it looks at headers alone.
-    encode: (bytes, dtype, shape) of a dense tensor -> the bytes of each part; None where we only read.
+    encode: (name, dtype, shape, bytes) of a dense tensor -> its parts, to be written; None where we only read.
     method, settings: `quant_method` in config.json, and the whole entry. check: raises for a checkpoint that names the
     method but is not in order.
     """
 
     parts: tuple[str, ...]
     read: Callable[[Checkpoint, Place], Coded | None]
-    encode: Callable[[bytes, str, tuple[int, ...]], dict[str, bytes]] | None = None
+    encode: Callable[[str, str, tuple[int, ...], bytes], list[Output]] | None = None
     method: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[Checkpoint], None] = lambda checkpoint: None

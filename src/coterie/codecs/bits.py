@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,7 +28,7 @@ from coterie.codecs import Codec, Coded, Place
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import BITS, Checkpoint
 from coterie.storage.numerics import decode as values_of
-from coterie.storage.writer import Hole, Output
+from coterie.storage.writer import Hole, Made, Output
 
 FORMAT = 1
 METHOD = "coterie"  # quant_method in config.json
@@ -212,12 +212,14 @@ def joined(matrices: Sequence[Packed], num_axes: int) -> dict[str, np.ndarray]:
     return found
 
 
-def encode_tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> dict[str, bytes]:
+def encode_tensor(name: str, dtype: str, shape: tuple[int, ...], raw: bytes) -> list[Output]:
     """The parts of a dense tensor (O, I) or (E, O, I), in which nothing but zeros is left out."""
     rows, columns = shape[-2:]
     size = rows * columns * CODES[dtype].itemsize
     matrices = [encode(raw[at : at + size], dtype, (rows, columns)) for at in range(0, len(raw), size)]
-    return {part: array.tobytes() for part, array in joined(matrices, len(shape)).items()}
+    arrays = joined(matrices, len(shape))
+    outputs = parts(name, dtype, shape, sum(len(m.values) for m in matrices))
+    return [replace(o, parts=(Made(o.num_bytes, arrays[o.name.removeprefix(name)].tobytes),)) for o in outputs]
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

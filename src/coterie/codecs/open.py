@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 
 from coterie.codecs import Codec, Coded, Place, codecs
 from coterie.storage.checkpoint import BITS, Checkpoint
-from coterie.storage.planned import Planned, Shards, view
+from coterie.storage.planned import Planned, Shards, resolved, view
 from coterie.storage.writer import Made, Output, whole
 
 
@@ -49,7 +49,7 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
         elif tensor.name == parts[tensor.name] + first:
             outputs[tensor.file].append(_decoded(coded[parts[tensor.name]], latest))
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    return view(checkpoint, outputs, config, coded=coded)
+    return view(checkpoint, resolved(checkpoint, outputs), config, coded=coded)
 
 
 def _decoded(found: Coded, raw: Callable[[str, int], bytes]) -> Output:

@@ -7,6 +7,7 @@ import numpy as np
 from coterie.codecs import Codec, Coded, Place
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.writer import Made, Output
 
 
 def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
@@ -41,4 +42,9 @@ def share(checkpoint: Checkpoint, place: Place, name: str, e: int, stacked: bool
     return values[0] if stacked else values
 
 
-CODEC = Codec(parts=("",), read=read, encode=lambda raw, dtype, shape: {"": raw})
+def encode(name: str, dtype: str, shape: tuple[int, ...], raw: bytes) -> list[Output]:
+    """The tensor itself."""
+    return [Output(name, dtype, shape, (Made(len(raw), lambda: raw),))]
+
+
+CODEC = Codec(parts=("",), read=read, encode=encode)
