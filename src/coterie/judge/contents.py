@@ -178,18 +178,18 @@ class _Reader(contextlib.ExitStack):
 def _tally(source: Checkpoint, outputs: list[Output]) -> str:
     """How many tensors had which fate."""
     originals = {output.name: output for output in _whole(source)}
-    fates = Counter(_fate(originals, output) for output in outputs)
+    decoded = {part for output in originals.values() for part in output.parts if isinstance(part, Made)}
+    fates = Counter(_fate(originals.get(output.name), output, decoded) for output in outputs)
     fates["dropped"] = max(0, len(source.tensors) - len(outputs))
     always = dict.fromkeys(("kept as is", "renamed", "row-sliced", "computed", "dropped"), 0)
     return ", ".join(f"{count:,} {fate}" for fate, count in (always | fates).items())
 
 
-def _fate(originals: dict[str, Output], output: Output) -> str:
-    """What became of one source tensor on its way to an output."""
-    original = originals.get(output.name)
+def _fate(original: Output | None, output: Output, decoded: set[Made]) -> str:
+    """What became of one source tensor on its way to an output. `decoded`: what the source itself is made of."""
     if original and output.parts == original.parts:
         return "kept as is"
-    if any(isinstance(part, Made) for part in output.parts):
+    if any(isinstance(part, Made) and part not in decoded for part in output.parts):
         return "computed"
     same_shape = original is None or original.shape == output.shape
     return "renamed" if same_shape and len(output.parts) == 1 else "row-sliced"

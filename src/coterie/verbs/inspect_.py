@@ -32,7 +32,7 @@ def inspect(model: ModelPath) -> dict[str, Any]:
     for name, tensor in checkpoint.tensors.items():
         stored, dtype = tensor.num_bytes, tensor.dtype
         if name in packed:
-            stored, dtype = packed[name].num_bytes, packed[name].stored
+            stored, dtype = packed[name].num_bytes, packed[name].stored or dtype
         found = roles[source.roles[name]]
         found["tensors"] += 1
         found["parameters"] += tensor.num_parameters

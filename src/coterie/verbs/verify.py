@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+from coterie.codecs.open import opened as as_dense
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, read_documents
 from coterie.judge.contents import check_bytes, check_trained
@@ -53,7 +54,7 @@ def verify(
     documents = list(islice(read_documents(data), MAX_SEQUENCES)) if data is not None else None
     source: Model | Checkpoint | None = None
     if against is not None:
-        source = Checkpoint.open(against) if was_trained(folder) else Model.open(against)
+        source = as_dense(Checkpoint.open(against)) if was_trained(folder) else Model.open(against)
     checks: list[Check] = []
 
     def run(name: str, check: Callable[[], Any]) -> Any:
