@@ -15,8 +15,9 @@ from coterie.codecs.packed import dense_view, entries
 from coterie.edits.pack import pack, unpack
 from coterie.errors import CoterieError
 from coterie.kernels import run as kernels
-from coterie.kernels.experts import IMPLEMENTATION, SparseExperts
 from coterie.model.hook import install
+from coterie.model.moe import IMPLEMENTATION
+from coterie.model.sparse import SparseExperts
 from coterie.storage.checkpoint import Checkpoint, read_header
 from coterie.verbs.sparsify import sparsify
 

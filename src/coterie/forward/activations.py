@@ -1,4 +1,4 @@
-"""What the streaming forward (`calibrate.py`) keeps between two layers, and what a layer asks of its experts.
+"""What the streaming forward (`stream.py`) keeps between two layers, and what a layer asks of its experts.
 
 Both are ordinary tensors, in memory or, where they are large, mapped to files; then whoever reads or writes many rows
 does it through the methods here, which give the pages back as they go.
@@ -52,11 +52,12 @@ class Batch:
         if (values.shape, values.dtype) != (self._hidden.shape, self._hidden.dtype):
             self._hidden = self.maps.zeros(values.shape, values.dtype)
         self.maps.put(self._hidden, values)
-        self.maps.passed(self.num_bytes)
+        self.passed()
 
-    @property
-    def num_bytes(self) -> int:
-        return self._hidden.nbytes
+    def passed(self) -> None:
+        """Notes in its maps, if it has any, that the batch is through a layer."""
+        if self.maps:
+            self.maps.passed(self._hidden.nbytes)
 
     @property
     def num_tokens(self) -> int:

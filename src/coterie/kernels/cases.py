@@ -145,7 +145,7 @@ def inputs(which: str, dtype: str, x: torch.Tensor) -> tuple[str, np.ndarray]:
 
 
 def split(job: list[int], y: np.ndarray, columns: int, threads: int) -> np.ndarray:
-    """The job over all rows, in as many blocks as `coterie.kernels.experts` would make."""
+    """The job over all rows, in as many blocks as `coterie.kernels.multiply` would make."""
     edges = np.linspace(0, len(y), 1 + (1 if threads == 1 else 8 * threads)).astype(np.int64)
     tail = [words(columns), len(y)]
     return np.array([[*job, y.ctypes.data, a, b, *tail] for a, b in pairwise(edges)], np.int64)

@@ -37,11 +37,10 @@ def block_of(layer: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str, t
     Raises: CoterieError unless the layer has exactly one such block of its own.
     """
     experts = moe.experts_modules(layer)
-    path = next((path for path, m in layer.named_modules() if experts and m is experts[0]), "").rpartition(".")[0]
-    if len(experts) != 1 or not path or experts[0].has_post_expert_norm:
+    block = moe.place(layer, experts[0])[0] if len(experts) == 1 else layer
+    if block is layer or experts[0].has_post_expert_norm:
         raise CoterieError(f"{name}: no block of its own holds its experts, so no dense MLP can stand in for it")
-    above, _, attribute = path.rpartition(".")
-    return layer.get_submodule(above), attribute, experts[0]
+    return *moe.place(layer, block), experts[0]
 
 
 def replace_block(layer: torch.nn.Module, hidden: int, width: int, dtype: torch.dtype, name: str) -> None:
