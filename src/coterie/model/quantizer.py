@@ -78,8 +78,8 @@ class CoterieQuantizer(HfQuantizer):
         names = self._place_experts(model)
         self._place_linears(model, [name for name in self.packed if name not in names])
         enter(model)
-        modules: list[Any] = experts_modules(model)
-        for module in modules:
+        found: list[Any] = experts_modules(model)
+        for module in found:
             module.coterie = stock  # until its packed experts are there, if it has any
         modules = "|".join(re.escape(p.name.removeprefix(f"{model.base_model_prefix}.")) for p in self.placed)
         ignored = {rf"\.({'|'.join(PARTS)})$", rf"(^|\.)({modules})\.({'|'.join(WEIGHTS)})$"}
