@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import coterie
 from attacks.corpus import ESCAPE
 from attacks.tables import sound_stats
-from coterie.codecs.packed import dense_view
+from coterie.codecs.open import opened
 from coterie.edits.checks import check_plan
 from coterie.edits.outputs import patched_config, plan_outputs
 from coterie.edits.pack import pack
@@ -249,7 +249,7 @@ def _sparse(home: Path) -> tuple[Target, list[bytes]]:
     def target(raw: bytes) -> None:
         text, _, values = raw.partition(b"\n")
         path.write_bytes(_file(text, values))
-        view = dense_view(Checkpoint.open(path.parent))
+        view = opened(Checkpoint.open(path.parent))
         for tensor in view.tensors:
             view.raw(tensor)
 

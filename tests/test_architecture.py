@@ -94,7 +94,7 @@ def test_public_names_are_functions_whatever_was_imported_before():
         "import coterie, importlib\n"
         "for name in ('apply', 'prune'):\n"
         "    importlib.import_module(f'coterie.verbs.{name}')\n"
-        "from coterie.decide.experts import Pruning\n"
+        "from coterie.decide.pruning import Pruning\n"
         "assert callable(coterie.apply) and callable(coterie.prune), (coterie.apply, coterie.prune)\n"
         "from coterie import apply, prune, CoterieError\n"
         "assert apply is coterie.apply and prune.__module__ == 'coterie.verbs.prune' and Pruning\n"

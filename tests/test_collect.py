@@ -16,7 +16,7 @@ import tiny
 from coterie.errors import CoterieError
 from coterie.forward import samples as samples_module
 from coterie.forward.measure import measure
-from coterie.forward.samples import compute_dtype, max_positions, read_samples
+from coterie.forward.samples import Calibration, compute_dtype, max_positions, read_samples
 from coterie.model import stats as stats_module
 from coterie.model.experts import read_layer
 from coterie.model.layer import Model
@@ -429,15 +429,15 @@ def test_a_full_disk_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
 def test_the_tokenizer_is_loaded_for_text_only(tiny_checkpoint, tmp_path):
     """Tiny checkpoints have none: token ids do without, text is refused by the tokenizer's absence."""
     model = Model.open(tiny_checkpoint("qwen2_moe"))
-    found, notes = read_samples(model, files(tmp_path / "data", {"x": [(5, 6)]}), samples=1)
+    found, notes = read_samples(model, Calibration(data=files(tmp_path / "data", {"x": [(5, 6)]}), samples=1))
     assert (found, notes) == ({"x": [(5, 6)]}, [])
     (tmp_path / "data" / "readme.rst").write_text("some words")
-    assert read_samples(model, {"x": tmp_path / "data"}, samples=1)[1] == [
+    assert read_samples(model, Calibration(data={"x": tmp_path / "data"}, samples=1))[1] == [
         f"{tmp_path / 'data'}: files of other kinds are left out: 1 (.rst)"
     ]
     (tmp_path / "a.txt").write_text("some words")
     with pytest.raises(CoterieError, match="tokenizer"):
-        read_samples(model, [f"x={tmp_path / 'a.txt'}"])
+        read_samples(model, Calibration(data={"x": tmp_path / "a.txt"}))
 
 
 class Spaces:
@@ -453,7 +453,7 @@ class Spaces:
 def test_without_data_the_shipped_texts_are_used(tiny_checkpoint, monkeypatch):
     """One domain after the other, aloud."""
     monkeypatch.setattr(samples_module, "load_tokenizer", lambda path: Spaces())
-    found, notes = read_samples(Model.open(tiny_checkpoint("qwen2_moe")), samples=5, seq_len=16)
+    found, notes = read_samples(Model.open(tiny_checkpoint("qwen2_moe")), Calibration(samples=5, seq_len=16))
     assert list(found) == list(CALIBRATION) and all(len(s) == 1 for s in found.values())
     assert notes == [f"no --data: calibrating on the texts that ship with coterie ({', '.join(CALIBRATION)})"]
 
@@ -462,7 +462,7 @@ def test_lengths_are_clamped_to_the_config(tiny_checkpoint, tmp_path):
     """128 positions in the tiny configs; under another name in others."""
     model = Model.open(tiny_checkpoint("qwen2_moe"))
     with pytest.raises(CoterieError, match=r"0\.jsonl:1: 129 token ids; the model has 128 positions"):
-        read_samples(model, files(tmp_path / "data", {"x": [(5,) * 129]}), samples=1)
+        read_samples(model, Calibration(data=files(tmp_path / "data", {"x": [(5,) * 129]}), samples=1))
     assert max_positions({"max_seq_len": 7}) == 7
     assert max_positions({"text_config": {"max_position_embeddings": 9}}) == 9
     assert max_positions({"max_position_embeddings": None}) is None

@@ -13,8 +13,8 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 import slow_criteria
 import tiny
 from coterie.decide import criteria, reconstruct
-from coterie.decide.experts import Pruning
 from coterie.decide.guard import super_experts
+from coterie.decide.pruning import Pruning
 from coterie.errors import CoterieError
 from coterie.forward.measure import measure
 from coterie.methods import prune as methods

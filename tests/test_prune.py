@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.decide.experts import Pruning, num_kept
+from coterie.decide.experts import num_kept
+from coterie.decide.pruning import Remaining
 from coterie.errors import CoterieError
 from coterie.methods.prune import stun
 from coterie.model.layer import Model
@@ -44,7 +45,7 @@ def pairs_and_singles(num_layers=2):
 def test_the_share_is_taken_in_decimal(num_experts, thousandths):
     """`floor(ratio * E)` experts go, for the ratio as it is written, not as binary fractions round it."""
     removed = math.floor(Fraction(thousandths, 1000) * num_experts)
-    assert num_kept(Pruning(ratio=thousandths / 1000), num_experts) == num_experts - removed
+    assert num_kept(Remaining(ratio=thousandths / 1000), num_experts) == num_experts - removed
 
 
 def test_a_share_of_0_29_of_a_hundred_is_29(tmp_path):

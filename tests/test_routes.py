@@ -422,14 +422,14 @@ def test_stun_without_statistics_says_that_nothing_is_guarded(tmp_path):
 def test_more_super_experts_than_clusters_are_refused(tmp_path):
     """Both of two routing choices in one cluster cannot both stay."""
     from coterie.decide import clusters
-    from coterie.decide.experts import Pruning
+    from coterie.decide.pruning import Pruning, Remaining
     from coterie.model.experts import read_layer
     from coterie.storage.record import no_progress
 
     source = Model.open(alike(tmp_path))
     layers = {b: read_layer(source.checkpoint, b) for b in source.main}
     guarded = {source.main[1]: [1, 2, 5]}
-    task = clusters.Task(layers, Pruning(experts=2), 2, 2, 1, True, guarded)
+    task = clusters.Task(layers, Pruning(remaining=Remaining(experts=2)), 2, 2, 1, True, guarded)
     with pytest.raises(CoterieError, match=r"layer 1: more super experts than the 2 experts that stay.*--no-guard"):
         clusters.decide(task, None, no_progress)
 

@@ -16,7 +16,7 @@ _HOMES = {
     "CoterieError": "coterie.errors",
     "Family": "coterie.model.family",
     "Plan": "coterie.edits.plan",
-    "Report": "coterie.storage.report",
+    "Report": "coterie.storage.record",
     "analyze": "coterie.verbs.analyze",
     "apply": "coterie.verbs.apply",
     "bench": "coterie.verbs.bench",

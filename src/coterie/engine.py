@@ -44,6 +44,14 @@ class Unit:
     cpus: int = 1
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Where units of work run: the engine's name, and HOST:PORT of a Ray cluster, or auto."""
+
+    engine: str = "local"
+    ray_address: str | None = None
+
+
 class Engine:
     """`local`: the caller does its work as ever, and no unit is made. `ray`: `run` carries units out elsewhere."""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from coterie.decide.pruning import Pruning
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
 from coterie.methods.prune import stun
@@ -20,9 +21,6 @@ from coterie.model.experts import Layer
 from coterie.model.layer import Model, MoE
 from coterie.model.stats import Stats, stability
 from coterie.storage.record import Progress, no_progress
-
-if TYPE_CHECKING:
-    from coterie.decide.experts import Pruning
 
 FAR = 1e3  # times the largest distance: of guarded experts
 

@@ -7,18 +7,18 @@ executes the plan. Everything is decided before anything is written.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from coterie.edits.convert import CONVERSIONS, conversion
 from coterie.edits.dense import check_writable, is_stock, num_layers
 from coterie.edits.folding import check_foldable, shared_names
-from coterie.edits.plan import Condensed, Plan
+from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import read_samples
+from coterie.forward.samples import Calibration, read_samples
 from coterie.methods.condense import LAYER_SEARCH, SELECT
 from coterie.model.layer import Model
+from coterie.options import flat
 from coterie.storage.planned import Planned
 from coterie.storage.record import Progress
 
@@ -37,10 +37,7 @@ class Condensing:
     keep: int | None = None
     select: str = "least-squares"
     layer_search: str | None = None
-    data: dict[str, Path] = field(default_factory=dict)
-    samples: int | None = None
-    seq_len: int = 2048
-    seed: int = 0
+    calibration: Calibration = field(default_factory=lambda: Calibration(samples=None))
     dtype: str = "auto"
 
 
@@ -79,12 +76,13 @@ def check_options(options: Condensing) -> None:
 
 def _unused(options: Condensing) -> list[str]:
     """What to say of options that shape what `--layers 0` does not do."""
-    given = [name for name, value in vars(options).items() if value != getattr(Condensing(), name) and name != "layers"]
+    default = flat(Condensing())
+    given = [name for name, value in flat(options).items() if value != default[name] and name != "layers"]
     idle = given if options.layers == 0 else []
     return [f"--{name.replace('_', '-')} had no effect: --layers 0 condenses none, it repackages" for name in idle]
 
 
-def target_type(model: Model, options: Condensing) -> str | None:
+def target_type(model: Model, layers: int | None, layer_ids: list[int] | None = None) -> str | None:
     """The model type to convert to, so that a stock config can say what is condensed; None where none is needed."""
     config = model.checkpoint.config
     found = CONVERSIONS.get(str(config.get("model_type")))
@@ -98,9 +96,9 @@ def target_type(model: Model, options: Condensing) -> str | None:
                 f"repackaged as {found.target} ({obstacle})"
             )
         return found.target
-    fits = options.layer_ids is not None and is_stock(model, _plan_of(options.layer_ids))
-    everything = options.layers == len(model.main) and model.family.dense is not None
-    return None if fits or everything or options.layers == 0 or conversion(config) is None else found.target
+    fits = layer_ids is not None and is_stock(model, _plan_of(layer_ids))
+    everything = layers == len(model.main) and model.family.dense is not None
+    return None if fits or everything or layers == 0 or conversion(config) is None else found.target
 
 
 def _plan_of(layer_ids: list[int], condensed: Condensed | None = None, target: str | None = None) -> Plan:
@@ -180,8 +178,8 @@ def _announce(original: Model, source: Model, options: Condensing) -> None:
 def _samples(model: Model, options: Condensing) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
     """The calibration data by domain, and what should be said aloud about it."""
     usual = OFFICIAL_SAMPLES if options.select == "official" else SAMPLES
-    number = usual if options.samples is None else options.samples
-    return read_samples(model, options.data, samples=number, seq_len=options.seq_len, seed=options.seed)
+    number = usual if options.calibration.samples is None else options.calibration.samples
+    return read_samples(model, replace(options.calibration, samples=number))
 
 
 def decide(
@@ -192,18 +190,18 @@ def decide(
     by_domain: dict[str, list[tuple[int, ...]]],
     spill: Path,
     on_progress: Progress,
-) -> tuple[Plan, dict[str, Any]]:
-    """The plan, and what was measured on the way: see `Decision.findings`.
+) -> Decision:
+    """The plan, and what was measured on the way: see `Condenser.findings`.
 
     spill: the folder for activations that are too large for memory.
     """
     if options.layers == 0:
-        return Plan({}, converted=target), {"notes": []}
-    from coterie.decide.condensed import Decision
+        return Decision(Plan({}, converted=target))
+    from coterie.decide.condensed import Condenser
 
     given = [s for samples in by_domain.values() for s in samples]
-    decision = Decision(model, options, keep, given, spill, on_progress)
+    decision = Condenser(model, options, keep, given, spill, on_progress)
     condensed, findings = decision.make()
     findings["calibration"] = {"samples": {name: len(given) for name, given in by_domain.items()}}
     plan = Plan({}, condensed={str(i): condensed[i] for i in sorted(condensed)}, converted=target)
-    return plan, findings
+    return Decision(plan, tuple(findings.pop("notes")), findings)

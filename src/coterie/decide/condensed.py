@@ -30,7 +30,7 @@ SEARCHED_TOKENS = 256  # of each sample that the published searches read
 HELD_OUT, MOST_HELD_OUT = 4, 16  # every 4th sample judges layers instead of fitting gates; so many at most
 
 
-class Decision:
+class Condenser:
     """One run's decisions about one model, and what they cost."""
 
     def __init__(

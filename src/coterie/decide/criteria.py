@@ -43,7 +43,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Selected:
     """Choices, what goes into the plan's budget and into the report, and what should be said aloud."""
 
     choices: dict[MoE, Choice]
@@ -167,7 +167,7 @@ def listed(guarded: Guarded, stats: Stats | None) -> list[list[Any]]:
     return [[b.key, e, float(total(stats, b, "output_max")[e])] for b, ids in guarded.items() for e in ids]
 
 
-def decide_by_stats(task: Task, method: str, stats: Stats, path: str, *, no_guard: bool = False) -> Decision:
+def decide_by_stats(task: Task, method: str, stats: Stats, path: str, *, no_guard: bool = False) -> Selected:
     """The choices of a criterion of statistics."""
     guarded = guard(task, None if no_guard else stats)
     scores = by_stats(task, method, stats)
@@ -182,7 +182,7 @@ def decide_by_stats(task: Task, method: str, stats: Stats, path: str, *, no_guar
     except CoterieError as error:
         notes.append(f"how stable the choice is was not measured: from half of the data, {error}")
     findings = {"guarded": listed(guarded, stats), "scores": {b.key: scores[b].tolist() for b in task.measured}}
-    return Decision(choices, budget, findings, tuple(notes))
+    return Selected(choices, budget, findings, tuple(notes))
 
 
 def kept_of(task: Task, choices: dict[MoE, Choice]) -> dict[str, Collection[int]]:

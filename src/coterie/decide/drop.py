@@ -15,9 +15,9 @@ from coterie.edits.dense import check_writable, num_layers
 from coterie.edits.drop import check_dropped
 from coterie.edits.folding import check_foldable
 from coterie.edits.outputs import patched_config
-from coterie.edits.plan import Condensed, Plan
+from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import compute_dtype, read_samples
+from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.model.layer import Model
 from coterie.storage.record import Progress
 from coterie.storage.writer import existing
@@ -41,10 +41,7 @@ class Dropping:
 
     unit: str = "layer"
     count: int = 1
-    data: dict[str, Path] = field(default_factory=dict)
-    samples: int = 128
-    seq_len: int = 2048
-    seed: int = 0
+    calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
 
 
@@ -127,32 +124,31 @@ def _anatomy(layer: torch.nn.Module) -> dict[str, Any]:
 # --- ranking ---------------------------------------------------------------------------------------------------
 
 
-def rank(
-    model: Model, options: Dropping, candidates: list[int], spill: Path, on_progress: Progress
-) -> tuple[list[int], dict[str, Any], list[str]]:
-    """(layers, most similar first; findings for the report; notes), from one pass of the model.
+def decided(
+    model: Model, options: Dropping, candidates: list[int], target: str | None, spill: Path, on_progress: Progress
+) -> Decision:
+    """The layers that change least go, as one pass of the model shows.
 
     spill: the folder for activations that are too large for memory.
     """
     from coterie.decide.always_on import Blocks, Work
 
-    by_domain, notes = read_samples(
-        model, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
-    )
+    by_domain, notes = read_samples(model, options.calibration)
     samples = [sample for given in by_domain.values() for sample in given]
     began, blocks = time.monotonic(), Blocks(model, compute_dtype(model, options.dtype))
     work = Work(sum(map(len, samples)), blocks.num_layers)
     batches = blocks.stream.embed(samples, spill=existing(spill))
     found = similarities(blocks, batches, options.unit, candidates, work, on_progress)
     order = sorted(found, key=lambda i: (-round(found[i], DIGITS), i))
-    gone = make_plan(model, options, order, None)
-    return order, {
-        "layer_order": [i for i in order if i in gone.dropped or str(i) in gone.condensed],
+    plan = make_plan(model, options, order, target)
+    findings = {
+        "layer_order": [i for i in order if i in plan.dropped or str(i) in plan.condensed],
         "similarity": {str(i): value for i, value in found.items()},
         "passes": {"experts": 0.0, "layers": round(work.passes, 4)},
         "search_seconds": {"experts": 0.0, "layers": round(time.monotonic() - began, 3)},
         "calibration": {"samples": {name: len(given) for name, given in by_domain.items()}},
-    }, notes  # fmt: skip
+    }
+    return Decision(plan, tuple(notes), findings)
 
 
 def similarities(

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from coterie.decide import merging
-from coterie.decide.criteria import Decision, Task, by_weights, guard, keep, total
-from coterie.decide.experts import Pruning, count_kept, num_kept
-from coterie.decide.experts import check_options as check_counts
-from coterie.edits.plan import Choice, Plan
+from coterie.decide.criteria import Selected, Task, by_weights, guard, keep, total
+from coterie.decide.experts import count_kept, num_kept
+from coterie.decide.pruning import Remaining
+from coterie.edits.plan import Choice, Decision, Plan
 from coterie.errors import CoterieError
+from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.methods import merge as methods
 from coterie.model.experts import read_layer
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import check_routable
 from coterie.model.stats import KNOWN, MERGING, Stats, stability
+from coterie.options import flat
 from coterie.storage.record import Progress, no_progress
 from coterie.storage.writer import existing
 
@@ -46,7 +48,7 @@ def check_sums(stats: Stats, method: str, where: str) -> None:
         )
 
 
-def decide(task: Task, method: str, stats: Stats, *, align: bool = False, alias: bool = False) -> Decision:
+def decide(task: Task, method: str, stats: Stats, *, align: bool = False, alias: bool = False) -> Selected:
     """The choices of a merging method: every measured block's clusters, merged.
 
     Blocks that calibration does not see are cut by their router rows or, where routers are aliased, stay whole.
@@ -63,7 +65,7 @@ def decide(task: Task, method: str, stats: Stats, *, align: bool = False, alias:
     except CoterieError as error:
         notes.append(f"how stable the clusters are was not measured: from half of the data, {error}")
     findings = {"largest_clusters": {block.key: max(map(len, found)) for block, found in clusters.items()}}
-    return Decision({b: choices[b] for b in task.layers if b in choices}, budget, findings, tuple(notes))
+    return Selected({b: choices[b] for b in task.layers if b in choices}, budget, findings, tuple(notes))
 
 
 def _unmeasured(task: Task) -> Task:
@@ -133,22 +135,19 @@ class Merging:
     """What `merge` was asked for, with its defaults; recorded in coterie.json."""
 
     method: str = "hc-smoe"
-    ratio: float | None = None
-    experts: int | None = None
+    remaining: Remaining = Remaining()
     router: str = "mean"
     align: bool = False
     stats: str | None = None
     weights: dict[str, float] = field(default_factory=dict)  # of domains; those not named count 1
-    data: dict[str, Any] = field(default_factory=dict)
-    samples: int = 128
-    seq_len: int = 2048
-    seed: int = 0
+    calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
 
     def record(self) -> dict[str, Any]:
         """As they are spelled on the command line, without those of calibration where statistics were given."""
         weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
-        found = vars(self) | {"weights": weights or None, "data": {n: str(file) for n, file in self.data.items()}}
+        data = {name: str(file) for name, file in self.calibration.data.items()}
+        found = flat(self) | {"weights": weights or None, "data": data}
         others = ("data", "samples", "seq_len", "seed", "dtype") if self.stats else ("stats",)
         return {name: value for name, value in found.items() if name not in others}
 
@@ -158,30 +157,28 @@ def check_options(options: Merging) -> None:
     methods.load(options.method)
     if options.router not in ROUTERS:
         raise CoterieError(f"--router {options.router!r}: unknown; expected one of {', '.join(ROUTERS)}")
-    check_counts(Pruning(ratio=options.ratio, experts=options.experts))
-    default = Merging()
-    given = [n for n in ("data", "samples", "seq_len", "seed", "dtype") if getattr(options, n) != getattr(default, n)]
-    absent = set(options.weights) - set(options.data) if options.data else set()
+    options.remaining.check()
+    asked, default, data = flat(options), flat(Merging()), options.calibration.data
+    given = [name for name in ("data", "samples", "seq_len", "seed", "dtype") if asked[name] != default[name]]
+    absent = set(options.weights) - set(data) if data else set()
     if absent:
-        raise CoterieError(f"--weights: domain {sorted(absent)[0]!r} is not in the data: {', '.join(options.data)}")
+        raise CoterieError(f"--weights: domain {sorted(absent)[0]!r} is not in the data: {', '.join(data)}")
     if options.stats and given:
         flag = f"--{given[0].replace('_', '-')}"
         raise CoterieError(f"{flag} is of calibration and would be ignored: --stats were measured already; give one")
 
 
-def decided(
-    model: Model, options: Merging, spill: Path, on_progress: Progress = no_progress
-) -> tuple[Plan, tuple[str, ...], dict[str, Any]]:
+def decided(model: Model, options: Merging, spill: Path, on_progress: Progress = no_progress) -> Decision:
     """The plan, what should be said aloud about it, and what the decision found. Reads routers and statistics, or
     measures them; where activations are large they go to the folder `spill`."""
-    alias, counting = options.router == "alias", Pruning(ratio=options.ratio, experts=options.experts)
+    alias = options.router == "alias"
     # An aliased router is whole, whatever it leads to: routing groups and top-k do not bind what is stored.
     groups = 1 if alias else model.family.groups(model.checkpoint.config).num_groups
     if alias:
-        kept = num_kept(counting, min(block.num_experts for block in model.main))
+        kept = num_kept(options.remaining, min(block.num_experts for block in model.main))
         check_routable(model.checkpoint, [block.key for block in model.main])
     else:
-        kept = count_kept(model, counting, list(model.moe))
+        kept = count_kept(model, options.remaining, list(model.moe))
     task = Task({b: read_layer(model.checkpoint, b) for b in model.moe}, kept, groups, options.weights)
     stats, notes = _read(model, options) if options.stats else _measured(model, options, spill, on_progress)
     decision = merging.decide(task, options.method, stats, align=options.align, alias=alias)
@@ -189,10 +186,10 @@ def decided(
     budget: dict[str, Any] = {"kind": "uniform", "experts": kept}
     budget |= (origin if options.stats else {"samples": stats.samples}) | decision.budget
     said = [OURS] if alias else []
-    return _plan(decision, budget), (*said, *notes, *decision.notes), decision.findings
+    return Decision(_plan(decision, budget), (*said, *notes, *decision.notes), decision.findings)
 
 
-def _plan(decision: Decision, budget: dict[str, Any]) -> Plan:
+def _plan(decision: Selected, budget: dict[str, Any]) -> Plan:
     return Plan(
         layers={b.key: c for b, c in decision.choices.items() if not b.attention},
         attention={b.key: c for b, c in decision.choices.items() if b.attention},
@@ -212,12 +209,9 @@ def _read(model: Model, options: Merging) -> tuple[Stats, list[str]]:
 def _measured(model: Model, options: Merging, spill: Path, on_progress: Progress) -> tuple[Stats, list[str]]:
     """Statistics of the data given, and what should be said aloud."""
     from coterie.forward.measure import measure
-    from coterie.forward.samples import compute_dtype, read_samples
 
     dtype = compute_dtype(model, options.dtype)
-    samples, notes = read_samples(
-        model, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
-    )
+    samples, notes = read_samples(model, options.calibration)
     extra = [name for name in methods.load(options.method).SUMS if name in MERGING]
     stats = measure(model, samples, dtype, on_progress, extra=extra, spill=existing(spill))
     merging.check_sums(stats, options.method, str(model.checkpoint.path))

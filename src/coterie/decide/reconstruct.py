@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from coterie.decide.criteria import UNMEASURED, Decision, Guarded, Task, by_weights, guard, keep, listed
+from coterie.decide.criteria import UNMEASURED, Guarded, Selected, Task, by_weights, guard, keep, listed
+from coterie.decide.pruning import Pruning
 from coterie.edits.masked import MaskedRouting, twin
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
@@ -37,9 +38,6 @@ from coterie.model.stats import HALVES, Stats, agreement
 from coterie.storage.record import Progress
 from coterie.storage.writer import existing
 
-if TYPE_CHECKING:
-    from coterie.decide.experts import Pruning
-
 MOST_PRODUCTS = 2**30  # bytes of G in memory: 4 T E^2 of one layer
 MOST_OUTPUTS = 2**26  # numbers: the outputs of all experts on some tokens
 ROWS = 4096  # tokens whose errors are summed at once
@@ -50,7 +48,7 @@ Kept = tuple[int, ...]
 
 def decide(
     model: Model, task: Task, options: Pruning, stats: Stats | None, spill: Path | None, on_progress: Progress
-) -> Decision:
+) -> Selected:
     """The choices of a criterion of outputs, layer by layer, on the model as it is.
 
     spill: the folder for activations that are too large for memory.
@@ -61,9 +59,7 @@ def decide(
         method.check([block.num_experts // num_groups] * num_groups, [task.kept // num_groups] * num_groups)
     guarded = guard(task, None if options.no_guard else stats)
     rest = keep(task, by_weights(task, "router-norm", 0), guarded)
-    samples, notes = read_samples(
-        model, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
-    )
+    samples, notes = read_samples(model, options.calibration)
     trial = Trial(task, method, guarded)
     measure(model, samples, options, trial, on_progress, spill)
     notes += [UNMEASURED] if len(task.measured) < len(task.layers) else []
@@ -73,7 +69,7 @@ def decide(
         "stability": agreement(*trial.halves),
     }
     findings = {"guarded": listed(guarded, stats), "reconstruction_error": trial.errors}
-    return Decision({**rest, **trial.choices}, budget, findings, tuple(notes))
+    return Selected({**rest, **trial.choices}, budget, findings, tuple(notes))
 
 
 @dataclass

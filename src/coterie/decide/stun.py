@@ -13,14 +13,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from coterie.decide.experts import Pruning, decided
-from coterie.decide.experts import check_options as check_dropping
-from coterie.decide.zeros import Calibration, Zeroing, prune_layers, workers
+from coterie.decide.experts import decided
+from coterie.decide.pruning import Pruning, Remaining
+from coterie.decide.pruning import check_options as check_dropping
+from coterie.decide.zeros import Calibrated, Zeroing, prune_layers, workers
 from coterie.edits.budget import num_weights
 from coterie.edits.checks import fits_groups
 from coterie.edits.counts import count
 from coterie.edits.outputs import plan_outputs, planned
-from coterie.edits.plan import Plan
+from coterie.edits.plan import Decision
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.storage.record import Progress, no_progress
@@ -81,10 +82,8 @@ class Recipe:
             if n == num_experts or (n >= top_k and fits_groups(n, top_k, groups))
         )
 
-    def plan(
-        self, kept: int, on_progress: Progress = no_progress
-    ) -> tuple[Plan, Zeroing, tuple[str, ...], dict[str, Any]]:
-        """The plan, how its experts are to be zeroed, what should be said aloud, and what goes into the report.
+    def plan(self, kept: int, on_progress: Progress = no_progress) -> tuple[Decision, Zeroing]:
+        """The decision which experts stay, and how their weights are to be zeroed.
 
         Raises: CoterieError where the experts removed are more than the total already.
         """
@@ -92,12 +91,13 @@ class Recipe:
         # Published, router distance mixed with co-activation is not normalised.
         mixed = linkage == "official" and self.lambda1 and self.lambda2
         asked = Pruning(
-            experts=kept, linkage=linkage, distance="raw" if mixed else "frobenius",
+            remaining=Remaining(experts=kept), linkage=linkage, distance="raw" if mixed else "frobenius",
             lambda1=self.lambda1, lambda2=self.lambda2, stats=self.stats,
             no_guard=self.no_guard,
         )  # fmt: skip
         check_dropping(asked)
-        plan, warnings, findings = decided(self.source, asked, dry_run=self.dry_run, on_progress=on_progress)
+        decision = decided(self.source, asked, dry_run=self.dry_run, on_progress=on_progress)
+        plan = decision.plan
         view = planned(self.source, plan, plan_outputs(self.source, plan))
         before, after = (count(list(m.checkpoint.tensors.values()), m.roles)["experts"] for m in (self.source, view))
         removed, prunable = before - after, sum(num_weights(view.checkpoint, b) for b in view.main)
@@ -110,7 +110,8 @@ class Recipe:
         share = Fraction(zeros, prunable)
         budget = plan.budget | {"kind": "stun", "removed": removed / before, "zeros": float(share)}
         total = None if self.preset == "paper" else zeros
-        return replace(plan, budget=budget), replace(self.zeroing, sparsity=share, total=total), warnings, findings
+        zeroing = replace(self.zeroing, sparsity=share, total=total)
+        return replace(decision, plan=replace(plan, budget=budget)), zeroing
 
 
 def search(recipe: Recipe, kept: list[int], spill: Path, on_progress: Progress) -> list[dict[str, Any]]:
@@ -120,9 +121,10 @@ def search(recipe: Recipe, kept: list[int], spill: Path, on_progress: Progress) 
     """
     found = []
     for number, experts_kept in enumerate(kept):
-        plan, options, *_ = recipe.plan(experts_kept)
+        decision, options = recipe.plan(experts_kept)
+        plan = decision.plan
         view = planned(recipe.source, plan, plan_outputs(recipe.source, plan))
-        calibration = Calibration(view, options, spill)
+        calibration = Calibrated(view, options, spill)
         loss = held_out_loss(calibration, _part(on_progress, f"split {number + 1} of {len(kept)}: "))
         shares = {key: plan.budget[key] for key in ("removed", "zeros")}
         found.append({"experts": experts_kept, **shares, "loss": loss})
@@ -133,7 +135,7 @@ def _part(on_progress: Progress, prefix: str) -> Progress:
     return lambda stage, done, total: on_progress(prefix + stage, done, total)
 
 
-def held_out_loss(calibration: Calibration, on_progress: Progress) -> float:
+def held_out_loss(calibration: Calibrated, on_progress: Progress) -> float:
     """Mean negative log-likelihood of the held-out samples' tokens after pruning by the others."""
     stream, samples = calibration.stream, calibration.samples
     judges = [s for s in samples[HELD_OUT - 1 :: HELD_OUT] if len(s) > 1]

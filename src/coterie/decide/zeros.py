@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from coterie.decide import linears
 from coterie.edits import beside, budget
-from coterie.edits.execution import Fill, Filled, Prepare
+from coterie.edits.execution import Fill, Filled, Prepare, Request
 from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import prunable
 from coterie.edits.plan import Plan
 from coterie.engine import Engine
 from coterie.errors import CoterieError
+from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.methods import sparsify as methods
 from coterie.methods.sparsify.select import check_pattern
 from coterie.model.experts import Experts, expert_shapes
 from coterie.model.layer import Model
+from coterie.options import flat
 from coterie.storage.record import Progress
 from coterie.storage.writer import Writer, existing
 
@@ -41,32 +43,46 @@ ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How weights are scored and on what, whichever the rule; recorded in coterie.json."""
+
+    one_pass: bool = False  # score every layer on the dense model's activations
+    also: str = ""  # kinds of further matrices to prune, comma-separated
+    calibration: Calibration = field(default_factory=Calibration)
+    min_tokens: int = 64  # experts that fewer reach are pruned by magnitude
+    outliers: float = 3.0  # OWL's M
+    dtype: str = "auto"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Those of `also`. Raises: CoterieError for one that is not known."""
+        kinds = tuple(dict.fromkeys(kind.strip() for kind in self.also.split(",") if kind.strip()))
+        unknown = set(kinds) - set(beside.KINDS)
+        if unknown:
+            raise CoterieError(f"--also {self.also!r}: {sorted(unknown)[0]!r} is none of {', '.join(beside.KINDS)}")
+        return kinds
+
+
+@dataclass(frozen=True)
 class Zeroing:
-    """How weights are zeroed; recorded in coterie.json. `sparsity` is the share of zeros per expert matrix."""
+    """How many weights are zeroed, and how. `sparsity` is the share of zeros per expert matrix."""
 
     method: str = "wanda"
     sparsity: Fraction = Fraction(1, 2)
     total: int | None = None  # zeros in all; None: floor(S * I) in each row
     pattern: tuple[int, int] | None = None
-    one_pass: bool = False
-    also: tuple[str, ...] = ()
     weighted: bool = True  # OWL's ratios: by parameter count, or as published
-    data: dict[str, Path] = field(default_factory=dict)
-    samples: int = 128
-    seq_len: int = 2048
-    seed: int = 0
-    min_tokens: int = 64
-    outliers: float = 3.0
-    dtype: str = "auto"
+    scoring: Scoring = field(default_factory=Scoring)
 
 
 def idle(options: Zeroing) -> tuple[str, ...]:
     """What to say of options about data where the rule needs none. Raises: CoterieError for data themselves."""
     if options.method != "magnitude":
         return ()
-    if options.data or options.one_pass:
+    if options.scoring.calibration.data or options.scoring.one_pass:
         raise CoterieError("--data and --one-pass would be ignored: magnitude needs no data")
-    given = [name for name in OF_SAMPLING if getattr(options, name) != getattr(Zeroing(), name)]
+    asked, default = flat(options.scoring), flat(Scoring())
+    given = [name for name in OF_SAMPLING if asked[name] != default[name]]
     return tuple(f"--{name.replace('_', '-')} had no effect: magnitude needs no data" for name in given)
 
 
@@ -75,12 +91,13 @@ def check_options(options: Zeroing) -> None:
     methods.load(options.method)
     if options.pattern and options.method == "owl":
         raise CoterieError("--pattern fixes every layer's sparsity, which owl wants to choose; use wanda")
-    if options.also and (options.method == "sparsegpt" or options.pattern):
+    scoring = options.scoring
+    if scoring.kinds and (options.method == "sparsegpt" or options.pattern):
         raise CoterieError("--also prunes by rows of scores: it takes neither --method sparsegpt nor --pattern")
-    if options.min_tokens < 1:
-        raise CoterieError(f"--min-tokens {options.min_tokens}: expected at least 1")
-    if options.outliers <= 0 or (options.outliers != Zeroing().outliers and options.method != "owl"):
-        raise CoterieError(f"--outliers {options.outliers} is OWL's M, a positive number; other methods have none")
+    if scoring.min_tokens < 1:
+        raise CoterieError(f"--min-tokens {scoring.min_tokens}: expected at least 1")
+    if scoring.outliers <= 0 or (scoring.outliers != Scoring().outliers and options.method != "owl"):
+        raise CoterieError(f"--outliers {scoring.outliers} is OWL's M, a positive number; other methods have none")
 
 
 @dataclass(frozen=True)
@@ -94,18 +111,16 @@ class Job:
     engine: Engine
 
 
-def prepared(
-    options: Zeroing, source: Model, plan: Plan, spill: Path, on_progress: Progress, engine: Engine
-) -> Prepare:
+def prepared(options: Zeroing, source: Model, plan: Plan, request: Request) -> Prepare:
     """Checks model, data and options against each other before anything is written; then zeroes the weights."""
 
     def prepare(view: Model) -> Fill:
         check_writable(view, options)
-        job = Job(options, source, plan, view, engine)
+        job = Job(options, source, plan, view, request.engine)
         if options.method == "magnitude":
-            return lambda writer: _by_magnitude(job, writer, on_progress)
-        calibration = Calibration(view, options, spill)
-        return lambda writer: _calibrated(job, calibration, writer, on_progress)
+            return lambda writer: _by_magnitude(job, writer, request.on_progress)
+        calibration = Calibrated(view, options, request.out.parent)
+        return lambda writer: _calibrated(job, calibration, writer, request.on_progress)
 
     return prepare
 
@@ -123,19 +138,16 @@ def check_writable(view: Model, options: Zeroing) -> None:
             check_pattern(columns, *options.pattern)  # type: ignore[misc]
 
 
-class Calibration:
+class Calibrated:
     """What a calibrated run needs before it writes: token sequences, and the model to stream them through."""
 
     def __init__(self, view: Model, options: Zeroing, spill: Path) -> None:
         """spill: the folder for activations that are too large for memory."""
-        from coterie.forward.samples import compute_dtype, read_samples
         from coterie.forward.stream import Stream
 
         self.view, self.options = view, options
-        self.dtype = compute_dtype(view, options.dtype)
-        self.by_domain, self.notes = read_samples(
-            view, options.data, samples=options.samples, seq_len=options.seq_len, seed=options.seed
-        )
+        self.dtype = compute_dtype(view, options.scoring.dtype)
+        self.by_domain, self.notes = read_samples(view, options.scoring.calibration)
         self.samples = [sample for found in self.by_domain.values() for sample in found]
         self.digest = hashlib.sha256(repr(self.samples).encode()).hexdigest()
         self.stream: Stream = Stream(view, self.dtype)
@@ -160,7 +172,7 @@ class Calibration:
             return uniform(self.view, self.options)
         from coterie.decide.outliers import Outliers
 
-        outliers = Outliers(self.stream, self.options.outliers, self.options.also)
+        outliers = Outliers(self.stream, self.options.scoring.outliers, self.options.scoring.kinds)
         return owl_shares(self.view, self.options, outliers.shares(self.batches(), on_progress))
 
     def summary(self) -> dict[str, dict[str, int]]:
@@ -168,7 +180,7 @@ class Calibration:
 
 
 def uniform(view: Model, options: Zeroing) -> Shares:
-    layers = {b.key for b in view.main} | set(map(str, beside.by_layer(view, options.also)))
+    layers = {b.key for b in view.main} | set(map(str, beside.by_layer(view, options.scoring.kinds)))
     return dict.fromkeys(layers, options.sparsity)
 
 
@@ -179,7 +191,7 @@ def owl_shares(view: Model, options: Zeroing, outliers: dict[str, float]) -> Sha
     from coterie.methods.sparsify import owl
 
     sizes: Counter[str] = Counter({b.key: budget.num_weights(view.checkpoint, b) for b in view.main})
-    for index, names in beside.by_layer(view, options.also).items():
+    for index, names in beside.by_layer(view, options.scoring.kinds).items():
         sizes[str(index)] += sum(view.checkpoint.tensors[n].num_parameters for n in names)
     shares = owl.layer_sparsities(
         np.array([outliers[k] for k in sizes]),
@@ -204,9 +216,9 @@ def workers(view: Model, options: Zeroing, shares: Shares, put: Any, dtype: Any 
     method = methods.load(options.method)
     pruner = Pruner(
         view.checkpoint, method, counts(view, options, shares), put, dtype or torch.float32, options.pattern,
-        options.min_tokens, sequential=not options.one_pass,
+        options.scoring.min_tokens, sequential=not options.scoring.one_pass,
     )  # fmt: skip
-    return pruner, linears.Linears(view, method, options.also, shares, put)
+    return pruner, linears.Linears(view, method, options.scoring.kinds, shares, put)
 
 
 def _by_magnitude(job: Job, writer: Writer, on_progress: Progress) -> Filled:
@@ -225,13 +237,13 @@ def spread(job: Job, writer: Writer, pruner: Pruner, shares: Shares) -> Spread:
     found, options = Spread(job.engine, writer, pruner), job.options
     found.describe({
         "plan": job.plan.as_dict(), "method": options.method, "total": options.total, "pattern": options.pattern,
-        "one_pass": options.one_pass, "min_tokens": options.min_tokens, "dtype": str(pruner.dtype).partition(".")[2],
+        "one_pass": options.scoring.one_pass, "min_tokens": options.scoring.min_tokens, "dtype": str(pruner.dtype).partition(".")[2],
         "shares": {key: str(share) for key, share in shares.items()},
     })  # fmt: skip
     return found
 
 
-def _calibrated(job: Job, calibration: Calibration, writer: Writer, on_progress: Progress) -> Filled:
+def _calibrated(job: Job, calibration: Calibrated, writer: Writer, on_progress: Progress) -> Filled:
     """One streaming forward (two for OWL, whose first measures the dense model), pruning each expert on the way.
 
     After each layer the hidden states and what was counted are saved, so that a killed run goes on from there.
@@ -328,12 +340,3 @@ def parse_pattern(text: str | None) -> tuple[int, int] | None:
     if len(parts) != 2 or not all(p.isdecimal() for p in parts) or not 0 < int(parts[0]) < int(parts[1]) <= 64:
         raise CoterieError(f"--pattern {text!r}: expected n:m with 0 < n < m, such as 2:4")
     return int(parts[0]), int(parts[1])
-
-
-def parse_also(text: str) -> tuple[str, ...]:
-    """The kinds of "attention,shared"."""
-    kinds = tuple(dict.fromkeys(kind.strip() for kind in text.split(",") if kind.strip()))
-    unknown = set(kinds) - set(beside.KINDS)
-    if unknown:
-        raise CoterieError(f"--also {text!r}: {sorted(unknown)[0]!r} is none of {', '.join(beside.KINDS)}")
-    return kinds

@@ -20,9 +20,7 @@ from coterie.model.layer import LAYER, Model
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import decode
 from coterie.storage.record import Progress
-from coterie.storage.writer import Writer
-
-FLOATS = ("BF16", "F16", "F32")
+from coterie.storage.writer import Output, Writer
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,9 @@ class Coding:
     checkpoint: Checkpoint
     dtype: str | None = None
 
-    def kind(self, tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-        return self.dtype or tensor.dtype, tensor.shape
-
-    def parts(self, tensor: Tensor, num_values: int) -> list[fmt.Part]:
-        dtype, shape = self.kind(tensor)
+    def parts(self, tensor: Tensor, num_values: int) -> list[Output]:
+        """What the file holds for a tensor of which so many values are kept, still empty."""
+        dtype, shape = self.dtype or tensor.dtype, tensor.shape
         return fmt.parts(tensor.name, dtype, shape, num_values, fmt.num_groups(dtype, shape[-1]))
 
     def num_bytes(self, tensor: Tensor, num_values: int) -> int:
@@ -82,7 +78,7 @@ def candidates(model: Model) -> list[Tensor]:
     for name, tensor in tensors.items():
         other = model.roles[name] in ("shared", "other") and len(tensor.shape) == 2 and LAYER.fullmatch(name)
         if name in experts or (other and name.endswith("_proj.weight")):
-            if tensor.dtype in FLOATS and len(tensor.shape) in (2, 3) and math.prod(tensor.shape) > 0:
+            if tensor.dtype in fmt.CODES and len(tensor.shape) in (2, 3) and math.prod(tensor.shape) > 0:
                 found.append(tensor)
     return found
 

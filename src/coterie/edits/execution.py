@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from coterie.codecs.open import opened
 from coterie.edits.checks import check_plan
 from coterie.edits.counts import count, removed_shares
 from coterie.edits.outputs import patched_config, plan_outputs, planned, with_holes
-from coterie.edits.plan import Plan, read_plan
+from coterie.edits.plan import Decision, Plan, read_plan
 from coterie.edits.routes import constants_name, routed_blocks, sealed
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model, expert_names
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.storage.copying import check_io
-from coterie.storage.in_place import Recipe, consume
+from coterie.storage.in_place import Recipe, check_in_place, consume, went_on
 from coterie.storage.movers import mover
 from coterie.storage.planned import root
 from coterie.storage.record import Progress, Report, Stopwatch, model_card, no_progress, to_json, versions
@@ -38,99 +39,57 @@ MAX_COPIED = 2**30  # bytes of a file that travels along; a sparse one can claim
 OURS = ("coterie.json", "coterie.log", "README.md", "report.html")
 
 
-def execute(
-    model: Model,
-    plan: Plan,
-    out: Path,
-    *,
-    command: str,
-    path: str | Path,
-    options: dict[str, Any],
-    clock: Stopwatch,
-    warnings: tuple[str, ...] = (),
-    aloud: str = "",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
-    engine: Engine | None = None,
-    in_place: bool = False,
-    on_progress: Progress = no_progress,
-    prepare: Prepare | None = None,
-    findings: dict[str, Any] | None = None,
-) -> Report:
-    """Checks the plan against the checkpoint, writes OUT (unless dry_run), and reports.
+@dataclass(frozen=True)
+class Writing:
+    """How OUT is written: dense or with zeros as bits, only planned, gone on with, or in place of an earlier one."""
 
-    findings: what the decision measured, for the report.
-    aloud: what must be known before the work begins, if nothing is refused.
-    prepare: given the model as planned, checks everything and returns what changes its weights once they are written.
+    save: str = "dense"
+    dry_run: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command was asked to write, and how.
+
+    path: the model, as given. options: what is recorded of the command's options.
     engine: where units of work run; not part of what a resume must repeat, since the bytes are the same.
-    in_place: MODEL's files become OUT's (`in_place.py`).
+    in_place: MODEL's files become OUT's (`storage/in_place.py`).
     """
-    checkpoint, engine = model.checkpoint, engine or Engine()
-    check_io(io)
-    check_out(out, checkpoint.path, resume=resume, overwrite=overwrite)
-    check_plan(model, plan)
-    if routed := [block.key for block, _ in routed_blocks(model, plan)]:
-        from coterie.model.loading import check_routable
 
-        check_routable(checkpoint, routed)
-        plan = sealed(model, plan)
-    outputs = plan_outputs(model, plan)
-    numbers, notes = _numbers(model, plan, outputs), [*warnings, *left_behind(checkpoint)]
-    notes += left_over(out) if options.get("save") == "dense" else []
-    view = planned(model, plan, outputs) if prepare else model
-    fill = prepare(view) if prepare else None
-    report = Report(
-        command=command,
-        options=options,
-        # A dry run reads headers and routers only; the fingerprint reads a few blocks of every shard.
-        source={"path": str(path), "hash": None if dry_run else checkpoint.hash},
-        plan=plan.as_dict(),
-        report={
-            **numbers,
-            **clock.read(),
-            "cold_experts": [],
-            "warnings": notes,
-            "dry_run": dry_run,
-            **(findings or {}),
-        },
-        versions=versions(),
-    )
-    if aloud:
-        logger.warning(aloud)
-    if in_place:
-        recipe = Recipe.of(checkpoint, outputs, report, out)
-        notes.append(recipe.note)
-        if not dry_run:
-            small = partial(_write_small, checkpoint=checkpoint, config=patched_config(model, plan))
-            return consume(recipe, out, clock, resume=resume, prepare=small, on_progress=on_progress)
-    if dry_run:
-        return report
-    identity = {"command": command, "options": options, "plan": report.plan, "source": checkpoint.hash}
-    if resume and out.exists() and not partial_of(out).exists():
-        return finished(out, report)
-    if fill:
-        outputs = with_holes(outputs, view)
-    with engine.connected(), Writer(out, identity, resume=resume, io=io, replace=overwrite) as writer:
-        with engine.opened(writer.partial):
-            if engine.spread:
-                writer.move = mover(engine, writer.copier, root(checkpoint))
-            write(writer, checkpoint, outputs, patched_config(model, plan), on_progress)
-            filled = fill(writer) if fill else None
-        report.report["io"] = writer.io
-        notes += [*writer.copier.notes, *engine.notes]
-        if engine.spread:
-            report.report["engine"] = engine.summary
-        if filled:
-            report.plan.update(replace(plan, sparsity=filled.sparsity).as_dict())
-            report.report.update(filled.report | _numbers(model, plan, outputs, filled.zeros))
-            notes += filled.notes
-        report.report.update(clock.read())
-        writer.text("coterie.json", to_json(report.as_dict()))
-        writer.text("README.md", model_card(checkpoint.path.name, report))
-        writer.finish({s: {o.name: o for o in os} for s, os in outputs.items()}, checkpoint.indexed)
-    return report
+    command: str
+    path: str | Path
+    out: Path
+    options: dict[str, Any]
+    writing: Writing = field(default_factory=Writing)
+    io: str = "auto"
+    engine: Engine = field(default_factory=Engine)
+    in_place: bool = False
+    on_progress: Progress = no_progress
+    clock: Stopwatch = field(default_factory=Stopwatch)
+
+    def check(self, source: Checkpoint) -> None:
+        """Raises: CoterieError where OUT cannot be written as asked, before what may take hours."""
+        check_io(self.io)
+        check_out(self.out, source.path, resume=self.writing.resume, overwrite=self.writing.overwrite)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a resume finds nothing left to do."""
+        return self.writing.resume and self.out.exists() and not partial_of(self.out).exists()
+
+    def gone_on(self) -> Report | None:
+        """What an interrupted run in place left to do, completed; None where there is no such run.
+
+        Raises: CoterieError where options exclude each other, or that run was asked for something else.
+        """
+        writing = self.writing
+        if self.in_place:
+            check_in_place(io=self.io, engine=self.engine.name, overwrite=writing.overwrite)
+        if not self.in_place or not writing.resume or writing.dry_run:
+            return None
+        return went_on(self.out, self.command, self.options, self.path, self.clock, self.on_progress)
 
 
 @dataclass(frozen=True)
@@ -145,6 +104,135 @@ class Filled:
 
 Fill = Callable[[Writer], Filled]
 Prepare = Callable[[Model], Fill]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A plan that was checked, the tensors that it makes of the model, by file, and the report that will be written.
+
+    view: the model as planned. fill: changes its weights once they are written.
+    """
+
+    model: Model
+    plan: Plan
+    outputs: dict[str, list[Output]]
+    view: Model
+    fill: Fill | None
+    report: Report
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return patched_config(self.model, self.plan)
+
+    @property
+    def notes(self) -> list[str]:
+        """The report's, to be added to."""
+        found: list[str] = self.report.report["warnings"]
+        return found
+
+
+def execute(model: Model, decision: Decision, request: Request, *, prepare: Prepare | None = None) -> Report:
+    """Checks the plan against the checkpoint, writes OUT (unless it is a dry run), and reports.
+
+    prepare: given the model as planned, checks everything and returns what changes its weights once they are written.
+    Raises: CoterieError, before anything is written, where plan, model and OUT do not fit.
+    """
+    request.check(model.checkpoint)
+    execution = _checked(model, decision, request, prepare)
+    if decision.announced:
+        logger.warning(decision.announced)
+    if request.in_place:
+        return _consumed(execution, request)
+    if request.writing.dry_run:
+        return execution.report
+    if request.is_complete:
+        return finished(request.out, execution.report)
+    return _written(execution, request)
+
+
+def _checked(model: Model, decision: Decision, request: Request, prepare: Prepare | None) -> Execution:
+    """What is to be done, after everything that could be wrong with it was looked at."""
+    plan = decision.plan
+    check_plan(model, plan)
+    if routed := [block.key for block, _ in routed_blocks(model, plan)]:
+        from coterie.model.loading import check_routable
+
+        check_routable(model.checkpoint, routed)
+        plan = sealed(model, plan)
+    outputs = plan_outputs(model, plan)
+    numbers, notes = _numbers(model, plan, outputs), [*decision.notes, *left_behind(model.checkpoint)]
+    notes += left_over(request.out) if request.options.get("save") == "dense" else []
+    view = planned(model, plan, outputs) if prepare else model
+    fill = prepare(view) if prepare else None
+    report = _begun(model.checkpoint, plan, request)
+    report.report.update(numbers | request.clock.read() | {"cold_experts": [], "warnings": notes})
+    report.report.update({"dry_run": request.writing.dry_run} | decision.findings)
+    return Execution(model, plan, outputs, view, fill, report)
+
+
+def _begun(checkpoint: Checkpoint, plan: Plan, request: Request) -> Report:
+    """The report, without its numbers. A dry run reads headers and routers only; the fingerprint reads a few blocks of
+    every shard."""
+    source = {"path": str(request.path), "hash": None if request.writing.dry_run else checkpoint.hash}
+    return Report(request.command, request.options, source, plan.as_dict(), {}, versions())
+
+
+def _consumed(execution: Execution, request: Request) -> Report:
+    """Makes OUT of the model's own files."""
+    checkpoint = execution.model.checkpoint
+    recipe = Recipe.of(checkpoint, execution.outputs, execution.report, request.out)
+    execution.notes.append(recipe.note)
+    if request.writing.dry_run:
+        return execution.report
+    small = partial(_write_small, checkpoint=checkpoint, config=execution.config)
+    return consume(
+        recipe, request.out, request.clock, resume=request.writing.resume, prepare=small,
+        on_progress=request.on_progress,
+    )  # fmt: skip
+
+
+def _written(execution: Execution, request: Request) -> Report:
+    """Writes OUT: tensors, then what changes them, then the record."""
+    report, outputs, engine, writing = execution.report, execution.outputs, request.engine, request.writing
+    checkpoint = execution.model.checkpoint
+    if execution.fill:
+        outputs = with_holes(outputs, execution.view)
+    identity = {k: getattr(report, k) for k in ("command", "options", "plan")} | {"source": checkpoint.hash}
+    with (
+        engine.connected(),
+        Writer(request.out, identity, resume=writing.resume, io=request.io, replace=writing.overwrite) as writer,
+    ):
+        with engine.opened(writer.partial):
+            if engine.spread:
+                writer.move = mover(engine, writer.copier, root(checkpoint))
+            write(writer, checkpoint, outputs, execution.config, request.on_progress)
+            filled = execution.fill(writer) if execution.fill else None
+        report.report["io"] = writer.io
+        execution.notes.extend([*writer.copier.notes, *engine.notes])
+        if engine.spread:
+            report.report["engine"] = engine.summary
+        if filled:
+            _add_filled(execution, filled, outputs)
+        report.report.update(request.clock.read())
+        _finish(writer, report, model_card(checkpoint.path.name, report), outputs, checkpoint)
+    return report
+
+
+def _add_filled(execution: Execution, filled: Filled, outputs: dict[str, list[Output]]) -> None:
+    """What became of the weights, for the record."""
+    report, plan = execution.report, execution.plan
+    report.plan.update(replace(plan, sparsity=filled.sparsity).as_dict())
+    report.report.update(filled.report | _numbers(execution.model, plan, outputs, filled.zeros))
+    execution.notes.extend(filled.notes)
+
+
+def _finish(
+    writer: Writer, report: Report, card: str, outputs: dict[str, list[Output]], checkpoint: Checkpoint
+) -> None:
+    """Writes the record and the model card, and gives OUT its name."""
+    writer.text("coterie.json", to_json(report.as_dict()))
+    writer.text("README.md", card)
+    writer.finish({s: {o.name: o for o in os} for s, os in outputs.items()}, checkpoint.indexed)
 
 
 def finished(out: Path, asked: Report) -> Report:
@@ -256,7 +344,7 @@ def _numbers(
     kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main if b.key not in plan.condensed}
     return {
         "before": {
-            "parameters": root(checkpoint).num_parameters,
+            "parameters": opened(root(checkpoint)).num_parameters,
             "bytes": root(checkpoint).num_bytes,
             "experts": _one_or_all({b.key: b.num_experts for b in model.main}),
         },

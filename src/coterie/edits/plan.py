@@ -110,6 +110,20 @@ class Plan:
         return result | {key: value for key, value in extra.items() if value}
 
 
+@dataclass(frozen=True)
+class Decision:
+    """A plan, and what is known of it besides.
+
+    notes: what should be said aloud; findings: what was measured, for the report; announced: what must be known before
+    the work begins, if nothing is refused.
+    """
+
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    findings: dict[str, Any] = field(default_factory=dict)
+    announced: str = ""
+
+
 def command_of(source: str | Path | dict[str, Any]) -> str | None:
     """The command that a record names; nothing for a plan alone."""
     content = source if isinstance(source, dict) else load_json(_file(source))

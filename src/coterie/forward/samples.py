@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import CoterieError
@@ -20,21 +21,36 @@ STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float3
 POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length")
 
 
-def read_samples(
-    model: Model, data: Data = (), *, samples: int = 128, seq_len: int = 2048, seed: int = 0
-) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
-    """Token sequences by domain, and what should be said aloud; `data` is NAME=FILE items or a dictionary of files.
+@dataclass(frozen=True)
+class Calibration:
+    """On what a model is run to be measured: files by domain, sequences in all, tokens of each, and which of them.
+
+    samples: None where the command chooses a number.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+    samples: int | None = 128
+    seq_len: int = 2048
+    seed: int = 0
+
+
+def read_samples(model: Model, calibration: Calibration) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
+    """Token sequences by domain, and what should be said aloud.
 
     The model's tokenizer is loaded only where there is text.
     Raises: CoterieError as `data.draw` and `data.calibration_files`.
     """
-    files = calibration_files(data)
+    files = calibration_files(calibration.data)
     notes = [] if files else [SHIPPED]
     documents = {name: list(read_documents(file, notes)) for name, file in (files or CALIBRATION).items()}
     is_text = any(d.input_ids is None for entries in documents.values() for d in entries)
     tokenizer = load_tokenizer(model.checkpoint.path) if is_text else None
     limit = max_positions(model.checkpoint.config)
-    drawn, more = draw(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, max_positions=limit)
+    number: Any = calibration.samples  # checked there
+    drawn, more = draw(
+        documents, tokenizer, samples=number, seq_len=calibration.seq_len, seed=calibration.seed,
+        max_positions=limit,
+    )  # fmt: skip
     return drawn, notes + more
 
 

@@ -19,10 +19,9 @@ from coterie.model import moe
 from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.loading import NO_DATA, decoder_layers, empty_stock, guarded, quiet_transformers
 from coterie.model.opened import open_experts
-from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.tensors import Maps, read, trim
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 MAPPED = 2**26  # bytes: a table of embeddings larger than this is mapped, since few of its rows are touched
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.codecs.packed import is_sparse
+from coterie.codecs.open import opened
 from coterie.errors import CoterieError
 from coterie.model.family import NUM_LAYERS, Family, Layout, detect, lookup
 from coterie.model.own import OwnLayout, own_layout
@@ -82,13 +82,12 @@ class Model:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Model:
         """A checkpoint that is open already, or a view of one. Raises: CoterieError as `open`."""
+        checkpoint = opened(checkpoint)
         return find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
 
 
 def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
     """Claims every tensor by one rule. Raises: CoterieError for an unclaimed one, or a block that is not whole."""
-    if is_sparse(checkpoint):
-        raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
     found: list[MoE] = []
     own = own_layout(checkpoint.config)
     roles: dict[str, str] = {}

@@ -139,8 +139,8 @@ class Maps:
     def stored(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
         """A stored tensor of which only what is touched is read; it must not be written to."""
         stored, dtype = checkpoint.tensors[name], stored_dtype(checkpoint, name)
-        if stored.start % dtype.itemsize or not stored.num_bytes:
-            return read(checkpoint, name)
+        if type(checkpoint) is not Checkpoint or stored.start % dtype.itemsize or not stored.num_bytes:
+            return read(checkpoint, name)  # a planned checkpoint's bytes do not stand at one place of a file
         path = checkpoint.path / stored.file
         try:
             with path.open("rb") as file:

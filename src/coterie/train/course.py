@@ -36,8 +36,7 @@ class Course:
 
     def __init__(self, job: Job, save_every: int, on_progress: Progress) -> None:
         self.job, self.options, self.save_every, self.on_progress = job, job.options, save_every, on_progress
-        asked = {key: getattr(job.options, key) for key in ("samples", "seq_len", "seed")}
-        self.by_name, self.notes = read_samples(job.model, job.options.data, **asked)
+        self.by_name, self.notes = read_samples(job.model, job.options.calibration)
         self.train_on, self.held_out = split([s for given in self.by_name.values() for s in given], self.notes)
         self.student, self.teacher = load_models(job)
         check_samples(self.by_name, self.student.get_input_embeddings().num_embeddings)

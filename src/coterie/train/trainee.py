@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coterie.edits.folding import FOLDABLE, shared_names
+from coterie.codecs.open import codec_of
+from coterie.edits.folding import shared_names
 from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError
+from coterie.forward.samples import Calibration
 from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.model.layer import LAYER, Model, MoE, find_blocks
-from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.record import record_of
 from coterie.storage.writer import Output, whole
 
@@ -36,6 +38,10 @@ class Training:
     samples: int = 2048
     seed: int = 0
     dtype: str = "auto"
+
+    @property
+    def calibration(self) -> Calibration:
+        return Calibration(data=self.data, samples=self.samples, seq_len=self.seq_len, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,15 @@ def make_job(checkpoint: Checkpoint, options: Training) -> Job:
     job = Job(model, plan, record, options, teacher, mlps, blocks, tuple(notes))
     for name in job.tensors:
         dtype = checkpoint.tensors[name].dtype
-        if dtype not in FOLDABLE:
+        if dtype not in FLOATS:
             raise CoterieError(f"tensor {name!r}: {dtype} weights cannot be trained; dequantise the checkpoint first")
     return job
 
 
 def open_model(checkpoint: Checkpoint) -> Model:
     """The checkpoint understood, also where every layer is condensed, so that no router is left."""
+    if codec_of(checkpoint):
+        raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
     family = detect(checkpoint.config)
     rest = {match["rest"] for name in checkpoint.tensors if (match := LAYER.fullmatch(name))}
     if rest.isdisjoint({layout.router for layout in family.layouts}):

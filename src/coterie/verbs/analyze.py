@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.forward.samples import Data, compute_dtype, read_samples
+from coterie.forward.data import calibration_files
+from coterie.forward.samples import Calibration, Data, compute_dtype, read_samples
 from coterie.model.experts import Experts, expert_shapes, read_layer
 from coterie.model.layer import Model
 from coterie.storage.files import check_new_file, write_whole
@@ -72,7 +73,8 @@ def analyze(
         check_new_file(Path(out), overwrite)
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
-    by_domain, notes = read_samples(source, data, samples=samples, seq_len=seq_len, seed=seed)
+    calibration = Calibration(data=calibration_files(data), samples=samples, seq_len=seq_len, seed=seed)
+    by_domain, notes = read_samples(source, calibration)
     spill = None if out is None else Path(out).parent
     layers = _measure(source, by_domain, chosen, seed, on_progress, spill)
     from coterie.judge.advice import advise

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from coterie.edits.convert import converted
-from coterie.edits.execution import execute
-from coterie.edits.plan import command_of, read_plan
+from coterie.edits.execution import Request, Writing, execute
+from coterie.edits.plan import Decision, command_of, read_plan
 from coterie.edits.saving import savable
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
-from coterie.storage.in_place import check_in_place, went_on
-from coterie.storage.record import OBJECT, Progress, Report, Stopwatch, no_progress
+from coterie.storage.record import OBJECT, Progress, Report, no_progress
 
 
 @savable
@@ -41,12 +40,15 @@ def apply(
     in_place: MODEL's files become OUT's (see `prune`).
     Raises: CoterieError when plan and model do not fit, or OUT cannot be written; then nothing is written.
     """
-    clock, read, where = Stopwatch(), read_plan(plan), Engine(engine, ray_address)
-    options = {"plan": str(plan) if not isinstance(plan, dict) else OBJECT, "save": save}
-    if in_place:
-        check_in_place(io=io, engine=engine, overwrite=overwrite)
-        if resume and not dry_run and (report := went_on(Path(out), "apply", options, model, clock, on_progress)):
-            return report
+    read = read_plan(plan)
+    request = Request(
+        command="apply", path=model, out=Path(out),
+        options={"plan": str(plan) if not isinstance(plan, dict) else OBJECT, "save": save},
+        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io,
+        engine=Engine(engine, ray_address), in_place=in_place, on_progress=on_progress,
+    )  # fmt: skip
+    if report := request.gone_on():
+        return report
     if command_of(plan) == "recover":
         raise CoterieError("plan: of `coterie recover`, whose training no plan holds; give the condensed model's own")
     if read.sparsity:
@@ -54,8 +56,4 @@ def apply(
             f"plan: layer {next(iter(read.sparsity))!r} records zeros inside the experts, which `coterie sparsify` or "
             "`coterie stun` make from data; to keep only the choice of experts, delete the `sparsity` entries"
         )
-    return execute(
-        converted(Model.open(model), read.converted), read, Path(out), command="apply", path=model,
-        options=options, clock=clock, dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where,
-        in_place=in_place, on_progress=on_progress,
-    )  # fmt: skip
+    return execute(converted(Model.open(model), read.converted), Decision(read), request)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.codecs.packed import dense_view
+from coterie.codecs.open import opened
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.record import Progress, no_progress
 
@@ -52,7 +52,7 @@ def bench(
     sizes = _batches(batch)
     _check_threads(threads)
     paths = [model] if against is None else [model, against]
-    views = [dense_view(Checkpoint.open(path)) for path in paths]
+    views = [opened(Checkpoint.open(path)) for path in paths]
     from coterie.model.loading import load
 
     with _threads(threads) as number:

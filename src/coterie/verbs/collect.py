@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.forward.samples import Data, compute_dtype, read_samples
+from coterie.forward.data import calibration_files
+from coterie.forward.samples import Calibration, Data, compute_dtype, read_samples
 from coterie.model.layer import Model
 from coterie.model.stats import MERGING
 from coterie.storage.files import check_new_file
@@ -50,7 +51,8 @@ def collect(
     check_new_file(out, overwrite)
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
-    by_domain, notes = read_samples(source, data, samples=samples, seq_len=seq_len, seed=seed)
+    calibration = Calibration(data=calibration_files(data), samples=samples, seq_len=seq_len, seed=seed)
+    by_domain, notes = read_samples(source, calibration)
     extra = MERGING if merging else ()
     result = measure(source, by_domain, chosen, on_progress, extra=extra, spill=out.parent)
     result.save(out)

@@ -13,7 +13,8 @@ from typing import Any
 
 from coterie.decide import clusters, criteria
 from coterie.decide.criteria import Guarded, Task
-from coterie.decide.experts import Pruning, check_options, count_kept
+from coterie.decide.experts import count_kept
+from coterie.decide.pruning import Pruning, Remaining, check_options
 from coterie.errors import CoterieError
 from coterie.methods import prune as methods
 from coterie.model.experts import read_layer
@@ -52,7 +53,9 @@ def compare(
     Raises: CoterieError for statistics of another model, and for options that `prune` refuses.
     """
     clock = Stopwatch()
-    options = Pruning("reap", ratio, experts, stats=str(stats), weights=parse_weights(weights), no_guard=no_guard)
+    options = Pruning(
+        "reap", Remaining(ratio, experts), stats=str(stats), weights=parse_weights(weights), no_guard=no_guard
+    )
     contest = Contest.of(Model.open(model), options)
     kept, found = contest.task.kept, contest.stats
     named = [name for name in methods.names("stats", "router") if name not in CONTROLS]
@@ -97,7 +100,7 @@ class Contest:
         check_options(options)
         num_groups = model.family.groups(model.checkpoint.config).num_groups
         layers = {b: read_layer(model.checkpoint, b) for b in model.main}
-        task = Task(layers, count_kept(model, options, model.main), num_groups, options.weights)
+        task = Task(layers, count_kept(model, options.remaining, model.main), num_groups, options.weights)
         stats = criteria.read_stats(model, str(options.stats), methods.names("stats"))
         return cls(task, options, stats, criteria.guard(task, None if options.no_guard else stats))
 

@@ -7,7 +7,6 @@ executes the plan. Everything is decided before anything is written.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from coterie.decide.condense import (
     Condensing,
@@ -22,14 +21,14 @@ from coterie.decide.condense import (
     target_type,
 )
 from coterie.edits.convert import converted
-from coterie.edits.execution import execute
+from coterie.edits.execution import Request, Writing, execute
+from coterie.edits.plan import Decision
 from coterie.edits.saving import savable
 from coterie.forward.data import calibration_files
-from coterie.forward.samples import Data
+from coterie.forward.samples import Calibration, Data
 from coterie.model.layer import Model
-from coterie.storage.copying import check_io
-from coterie.storage.record import Progress, Report, Stopwatch, no_progress
-from coterie.storage.writer import check_out
+from coterie.options import flat
+from coterie.storage.record import Progress, Report, no_progress
 
 
 @savable
@@ -69,29 +68,31 @@ def condense(
     io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
     Raises: CoterieError, before anything is written.
     """
-    clock, original = Stopwatch(), Model.open(model)
+    original = Model.open(model)
     files = calibration_files(data)
-    options = Condensing(layers, parse_ids(layer_ids), keep, select, layer_search, files, samples, seq_len, seed, dtype)
+    options = Condensing(
+        layers=layers, layer_ids=parse_ids(layer_ids), keep=keep, select=select, layer_search=layer_search,
+        calibration=Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed), dtype=dtype,
+    )  # fmt: skip
     check_options(options)
-    check_io(io)
-    check_out(Path(out), original.checkpoint.path, resume=resume, overwrite=overwrite)
-    target = target_type(original, options)
+    request = Request(
+        command="condense", path=model, out=Path(out),
+        options=flat(options) | {"data": {name: str(file) for name, file in files.items()}, "save": save},
+        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io, on_progress=on_progress,
+    )  # fmt: skip
+    request.check(original.checkpoint)
+    target = target_type(original, options.layers, options.layer_ids)
     source = converted(original, target)
     keep, notes = check_model(source, options)
     by_domain, said = ({}, []) if dry_run or layers == 0 else _samples(source, options)
     notes += [*said, *_unused(options)]
     _announce(original, source, options)
     if dry_run:
-        plan, findings = _size_plan(source, options, keep, target), dict[str, Any]()
-        notes.append("a dry run computes sizes; which layers, experts and gates comes from data")
+        size_only = "a dry run computes sizes; which layers, experts and gates comes from data"
+        decision = Decision(_size_plan(source, options, keep, target), (size_only,))
     else:
-        plan, findings = decide(source, options, keep, target, by_domain, Path(out).parent, on_progress)
-        notes += findings.pop("notes")
+        decision = decide(source, options, keep, target, by_domain, Path(out).parent, on_progress)
+    findings = dict(decision.findings)
     if target:
         findings["converted"] = {"from": original.checkpoint.config["model_type"], "to": target}
-    asked = vars(options) | {"data": {name: str(file) for name, file in files.items()}, "save": save}
-    return execute(
-        source, plan, Path(out), command="condense", path=model, options=asked,
-        clock=clock, warnings=tuple(notes), dry_run=dry_run, resume=resume, overwrite=overwrite,
-        io=io, on_progress=on_progress, findings=findings,
-    )  # fmt: skip
+    return execute(source, Decision(decision.plan, (*notes, *decision.notes), findings), request)

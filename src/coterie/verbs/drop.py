@@ -6,23 +6,21 @@ Source: He et al., Demystifying the Compression of Mixture-of-Experts, arXiv 240
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from coterie.decide.condense import Condensing, target_type
+from coterie.decide.condense import target_type
+from coterie.decide.drop import Dropping, check_kinds, check_model, check_options, decided, make_plan
 from coterie.edits.convert import converted
-from coterie.edits.execution import execute
+from coterie.edits.execution import Request, Writing, execute
+from coterie.edits.plan import Decision
 from coterie.edits.saving import savable
 from coterie.forward.data import calibration_files
-from coterie.forward.samples import Data
+from coterie.forward.samples import Calibration, Data
 from coterie.model.layer import Model
-from coterie.storage.copying import check_io
-from coterie.storage.record import Progress, Report, Stopwatch, no_progress
-from coterie.storage.writer import check_out
-
-if TYPE_CHECKING:
-    pass
-from coterie.decide.drop import Dropping, check_kinds, check_model, check_options, make_plan, rank
+from coterie.options import flat
+from coterie.storage.record import Progress, Report, no_progress
 
 
 @savable
@@ -52,27 +50,26 @@ def drop(
     save: dense, or sparse: zeros take one bit each (see `pack`).
     Raises: CoterieError, before anything is written.
     """
-    clock, original = Stopwatch(), Model.open(model)
+    original = Model.open(model)
     files = calibration_files(data)
-    options = Dropping(unit, count, files, samples, seq_len, seed, dtype)
+    calibration = Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed)
+    options = Dropping(unit=unit, count=count, calibration=calibration, dtype=dtype)
     check_options(options)
-    check_io(io)
-    check_out(Path(out), original.checkpoint.path, resume=resume, overwrite=overwrite)
-    target = target_type(original, Condensing(layers=count)) if unit == "layer" else None
+    request = Request(
+        command="drop", path=model, out=Path(out),
+        options=flat(options) | {"data": {name: str(file) for name, file in files.items()}, "save": save},
+        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io, on_progress=on_progress,
+    )  # fmt: skip
+    request.check(original.checkpoint)
+    target = target_type(original, count) if unit == "layer" else None
     source = converted(original, target)
     candidates = check_model(source, options)
     findings: dict[str, Any] = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}}
     findings = findings if target else {}
     if dry_run:
-        plan = make_plan(source, options, candidates, target)
-        notes = ["a dry run computes sizes; which layers go comes from data"]
+        said = "a dry run computes sizes; which layers go comes from data"
+        decision = Decision(make_plan(source, options, candidates, target), (said,))
     else:
-        order, found, notes = rank(source, options, candidates, Path(out).parent, on_progress)
-        plan, findings = make_plan(source, options, order, target), findings | found
-    check_kinds(source, plan)
-    asked = vars(options) | {"data": {name: str(file) for name, file in files.items()}, "save": save}
-    return execute(
-        source, plan, Path(out), command="drop", path=model, options=asked,
-        clock=clock, warnings=tuple(notes), dry_run=dry_run, resume=resume, overwrite=overwrite,
-        io=io, on_progress=on_progress, findings=findings,
-    )  # fmt: skip
+        decision = decided(source, options, candidates, target, request.out.parent, on_progress)
+    check_kinds(source, decision.plan)
+    return execute(source, replace(decision, findings=findings | decision.findings), request)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coterie.decide.merging import Merging, check_options, decided
-from coterie.edits.execution import execute
+from coterie.decide.pruning import Remaining
+from coterie.edits.execution import Request, Writing, execute
 from coterie.edits.saving import savable
 from coterie.forward.data import calibration_files
-from coterie.forward.samples import Data
+from coterie.forward.samples import Calibration, Data
 from coterie.model.layer import Model
 from coterie.model.stats import parse_weights
-from coterie.storage.record import Progress, Report, Stopwatch, no_progress
-from coterie.storage.writer import check_out
+from coterie.storage.record import Progress, Report, no_progress
 
 
 @savable
@@ -53,18 +53,17 @@ def merge(
     dry_run: measure, decide and report; nothing is written.
     Raises: CoterieError, before anything is written.
     """
-    clock = Stopwatch()
     files = calibration_files(data)
     options = Merging(
-        method, ratio, experts, router, align, None if stats is None else str(stats), parse_weights(weights),
-        files, samples, seq_len, seed, dtype,
+        method=method, remaining=Remaining(ratio=ratio, experts=experts), router=router, align=align,
+        stats=None if stats is None else str(stats), weights=parse_weights(weights),
+        calibration=Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed), dtype=dtype,
     )  # fmt: skip
     check_options(options)
-    source = Model.open(model)
-    check_out(Path(out), source.checkpoint.path, resume=resume, overwrite=overwrite)
-    plan, warnings, findings = decided(source, options, Path(out).parent, on_progress)
-    return execute(
-        source, plan, Path(out), command="merge", path=model,
-        options=options.record() | {"save": save}, clock=clock, warnings=warnings, findings=findings,
-        dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
+    request = Request(
+        command="merge", path=model, out=Path(out), options=options.record() | {"save": save},
+        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), on_progress=on_progress,
     )  # fmt: skip
+    source = Model.open(model)
+    request.check(source.checkpoint)
+    return execute(source, decided(source, options, request.out.parent, on_progress), request)

@@ -5,24 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from coterie.decide.experts import Pruning, check_options, decided
-from coterie.edits.execution import execute
+from coterie.decide.experts import decided
+from coterie.decide.pruning import Pruning, Remaining, check_options
+from coterie.edits.execution import Request, Writing, execute
 from coterie.edits.saving import savable
 from coterie.engine import Engine
 from coterie.forward.data import calibration_files
-from coterie.forward.samples import Data
+from coterie.forward.samples import Calibration, Data
 from coterie.methods.prune import stun
 from coterie.model.layer import Model
 from coterie.model.stats import parse_weights
 from coterie.storage.copying import check_io
-from coterie.storage.in_place import check_in_place, went_on
-from coterie.storage.record import Progress, Report, Stopwatch, no_progress
-from coterie.storage.writer import check_out
-
-OURS = (
-    "routers keep the rows of removed experts, which no stock config can say: written in a layout that `coterie.load` "
-    "reads (--removed remove writes a stock checkpoint)"
-)
+from coterie.storage.record import Progress, Report, no_progress
 
 
 @savable
@@ -100,28 +94,25 @@ def prune(
     (resume), not undone.
     Raises: CoterieError, before anything is written.
     """
-    clock, where = Stopwatch(), Engine(engine, ray_address)
+    where = Engine(engine, ray_address)
     files = data if isinstance(data, dict) else calibration_files(data)  # a dictionary's are checked when read
     options = Pruning(
-        method, ratio, experts, budget, linkage, distance, kappa, min_experts, non_uniform, threshold, seed, drop_mtp,
-        lambda1, lambda2, None if stats is None else str(stats), parse_weights(weights), no_guard,
-        None if base is None else str(base), files, samples, seq_len, dtype, removed,
+        method=method, remaining=Remaining(ratio=ratio, experts=experts), budget=budget, linkage=linkage,
+        distance=distance, kappa=kappa, min_experts=min_experts, non_uniform=non_uniform, threshold=threshold,
+        seed=seed, drop_mtp=drop_mtp, lambda1=lambda1, lambda2=lambda2, stats=None if stats is None else str(stats),
+        weights=parse_weights(weights), no_guard=no_guard, base=None if base is None else str(base),
+        calibration=Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed), dtype=dtype, removed=removed,
     )  # fmt: skip
     check_options(options)
     check_io(io)
-    recorded = options.record() | {"save": save}
-    if in_place:
-        check_in_place(io=io, engine=engine, overwrite=overwrite)
-        if resume and not dry_run and (report := went_on(Path(out), "prune", recorded, model, clock, on_progress)):
-            return report
-    source = Model.open(model)
-    check_out(Path(out), source.checkpoint.path, resume=resume, overwrite=overwrite)  # before what may take hours
-    plan, warnings, findings = decided(
-        source, options, dry_run=dry_run, spill=Path(out).parent, on_progress=on_progress
-    )
-    return execute(
-        source, plan, Path(out), command="prune", path=model,
-        options=recorded, clock=clock, warnings=warnings, findings=findings, dry_run=dry_run, resume=resume,
-        overwrite=overwrite, io=io, engine=where, in_place=in_place, on_progress=on_progress,
-        aloud=OURS if options.fate != "remove" else "",
+    request = Request(
+        command="prune", path=model, out=Path(out), options=options.record() | {"save": save},
+        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io, engine=where,
+        in_place=in_place, on_progress=on_progress,
     )  # fmt: skip
+    if report := request.gone_on():
+        return report
+    source = Model.open(model)
+    request.check(source.checkpoint)
+    decision = decided(source, options, dry_run=dry_run, spill=Path(out).parent, on_progress=on_progress)
+    return execute(source, decision, request)

@@ -77,8 +77,9 @@ def recover(
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(model)
     options = Training(
-        None if teacher is None else str(teacher), calibration_files(data), stage, parse_ids(layer_ids),
-        steps, lr, batch_size, accumulate, seq_len, samples, seed, dtype,
+        teacher=None if teacher is None else str(teacher), data=calibration_files(data), stage=stage,
+        layer_ids=parse_ids(layer_ids), steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate,
+        seq_len=seq_len, samples=samples, seed=seed, dtype=dtype,
     )  # fmt: skip
     check_options(options, save_every)
     check_io(io)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from coterie.decide.zeros import Zeroing, check_options, idle, parse_also, parse_pattern, prepared
+from coterie.decide.zeros import Scoring, Zeroing, check_options, idle, parse_pattern, prepared
 from coterie.edits import budget
-from coterie.edits.execution import execute
-from coterie.edits.plan import Plan
+from coterie.edits.execution import Request, Writing, execute
+from coterie.edits.plan import Decision, Plan
 from coterie.edits.saving import savable
 from coterie.engine import Engine
 from coterie.errors import CoterieError
+from coterie.forward.data import calibration_files
+from coterie.forward.samples import Calibration
 from coterie.model.layer import Model
-from coterie.storage.record import Progress, Report, Stopwatch, no_progress
+from coterie.options import flat
+from coterie.storage.record import Progress, Report, no_progress
 
 PER_ROW = ("magnitude", "wanda", "moe-pruner")  # as published: floor(S * I) zeros in every row
 
@@ -62,37 +65,31 @@ def sparsify(
     and OUT under the driver's paths. Not recorded: the bytes are the same.
     Raises: CoterieError, before anything is written.
     """
-    from coterie.forward.data import calibration_files
-
-    clock, where = Stopwatch(), Engine(engine, ray_address)
+    where = Engine(engine, ray_address)
     files = calibration_files(data)
     groups = parse_pattern(pattern)
     if groups and sparsity is not None:
         raise CoterieError(f"--sparsity would be ignored: --pattern {pattern} zeroes {groups[0]} of every {groups[1]}")
-    asked = 0.5 if sparsity is None else sparsity
-    if not 0 <= asked < 1:
-        raise CoterieError(f"--sparsity {asked}: the share of zeros must be in [0, 1)")
-    share = Fraction(*groups) if groups else Fraction(str(asked))
+    wanted = 0.5 if sparsity is None else sparsity
+    if not 0 <= wanted < 1:
+        raise CoterieError(f"--sparsity {wanted}: the share of zeros must be in [0, 1)")
+    share = Fraction(*groups) if groups else Fraction(str(wanted))
     source = Model.open(model)
     weights = sum(budget.num_weights(source.checkpoint, block) for block in source.main)
     total = None if groups or method in PER_ROW else round(share * weights)
-    options = Zeroing(
-        method, share, total, groups, one_pass, parse_also(also), True, files, samples, seq_len, seed, min_tokens,
-        outliers, dtype,
+    scoring = Scoring(
+        one_pass=one_pass, also=also, min_tokens=min_tokens, outliers=outliers, dtype=dtype,
+        calibration=Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed),
     )  # fmt: skip
+    options = Zeroing(method=method, sparsity=share, total=total, pattern=groups, scoring=scoring)
     check_options(options)
     unused = idle(options)
     plan = Plan(layers={}, budget={"kind": "sparsity", "sparsity": float(share)})
-    recorded = {k: v for k, v in vars(options).items() if k not in ("total", "weighted")} | {
-        "sparsity": None if groups else float(share),  # one excludes the other
-        "pattern": pattern,
-        "also": also,
-        "data": {name: str(file) for name, file in files.items()},
-        "save": save,
-    }
-    return execute(
-        source, plan, Path(out), command="sparsify", path=model, options=recorded, clock=clock, warnings=unused,
-        dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where,
+    asked = {"method": method, "sparsity": None if groups else float(share), "pattern": pattern}  # one excludes another
+    files_read = {"data": {name: str(file) for name, file in files.items()}}
+    request = Request(
+        command="sparsify", path=model, out=Path(out), options=asked | flat(scoring) | files_read | {"save": save},
+        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io, engine=where,
         on_progress=on_progress,
-        prepare=prepared(options, source, plan, Path(out).parent, on_progress, where),
     )  # fmt: skip
+    return execute(source, Decision(plan, unused), request, prepare=prepared(options, source, plan, request))

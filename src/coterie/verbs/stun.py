@@ -11,15 +11,16 @@ from fractions import Fraction
 from pathlib import Path
 
 from coterie.decide.stun import SPLITS_HERE, Recipe, _check, search
-from coterie.decide.zeros import Zeroing, check_options, idle, parse_also, prepared
+from coterie.decide.zeros import Scoring, Zeroing, check_options, idle, prepared
 from coterie.edits import beside
-from coterie.edits.execution import execute
+from coterie.edits.execution import Request, Writing, execute
 from coterie.edits.saving import savable
 from coterie.engine import Engine
+from coterie.forward.data import calibration_files
+from coterie.forward.samples import Calibration
 from coterie.model.layer import Model
-from coterie.storage.copying import check_io
-from coterie.storage.record import Progress, Report, Stopwatch, no_progress
-from coterie.storage.writer import check_out
+from coterie.options import flat
+from coterie.storage.record import Progress, Report, no_progress
 
 
 @savable
@@ -70,42 +71,43 @@ def stun(
     and OUT under the driver's paths. Not recorded: the bytes are the same.
     Raises: CoterieError, before anything is written.
     """
-    from coterie.forward.data import calibration_files
-
-    clock, where = Stopwatch(), Engine(engine, ray_address)
+    where = Engine(engine, ray_address)
     files = calibration_files(data)
     _check(sparsity, expert_ratio, preset, also)
     paper = preset == "paper"
-    zeroing = Zeroing(
-        second, Fraction(0), None, None, one_pass, beside.KINDS if paper else parse_also(also), not paper, files,
-        samples, seq_len, seed, (1 if paper else 64) if min_tokens is None else min_tokens, outliers, dtype,
+    scoring = Scoring(
+        one_pass=one_pass, also=",".join(beside.KINDS) if paper else also, outliers=outliers, dtype=dtype,
+        calibration=Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed),
+        min_tokens=(1 if paper else 64) if min_tokens is None else min_tokens,
     )  # fmt: skip
+    zeroing = Zeroing(method=second, sparsity=Fraction(0), weighted=not paper, scoring=scoring)
     check_options(zeroing)
     unused = idle(zeroing) if expert_ratio != "auto" else ()  # auto judges on data, whatever zeroes
-    check_io(io)
     source = Model.open(model)
-    check_out(Path(out), source.checkpoint.path, resume=resume, overwrite=overwrite)  # before what may take hours
     recipe = Recipe(
-        source, Fraction(str(sparsity)), preset, lambda1, lambda2, str(stats) if stats else None, no_guard, zeroing,
-        dry_run,
+        source=source, sparsity=Fraction(str(sparsity)), preset=preset, lambda1=lambda1, lambda2=lambda2,
+        stats=str(stats) if stats else None, no_guard=no_guard, zeroing=zeroing, dry_run=dry_run,
     )  # fmt: skip
+    asked = {
+        "sparsity": sparsity, "expert_ratio": expert_ratio, "second": second, "preset": preset, "lambda1": lambda1,
+        "lambda2": lambda2, "stats": recipe.stats, "no_guard": no_guard, **flat(scoring), "also": also,
+        "data": {name: str(file) for name, file in files.items()}, "save": save,
+    }  # fmt: skip
+    request = Request(
+        command="stun", path=model, out=Path(out), options=asked,
+        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io, engine=where,
+        on_progress=on_progress,
+    )  # fmt: skip
+    request.check(source.checkpoint)
     kept = recipe.kept(expert_ratio)
     splits = []
     if expert_ratio == "auto":
         splits = search(recipe, kept, Path(out).parent, on_progress)
         kept = [min(splits, key=lambda s: s["loss"])["experts"]]
-    plan, options, warnings, findings = recipe.plan(kept[0], on_progress)
+    decision, options = recipe.plan(kept[0], on_progress)
+    plan, notes = decision.plan, decision.notes
     if splits:
         plan = replace(plan, budget=plan.budget | {"splits": splits})
-        warnings += (SPLITS_HERE,) if where.spread else ()
-    asked = {
-        "sparsity": sparsity, "expert_ratio": expert_ratio, "second": second, "preset": preset, "lambda1": lambda1,
-        "lambda2": lambda2, "stats": recipe.stats, "no_guard": no_guard, "one_pass": one_pass, "also": also,
-        "data": {name: str(file) for name, file in files.items()}, "samples": samples, "seq_len": seq_len,
-        "seed": seed, "min_tokens": options.min_tokens, "outliers": outliers, "dtype": dtype, "save": save,
-    }  # fmt: skip
-    return execute(
-        source, plan, Path(out), command="stun", path=model, options=asked, clock=clock, warnings=(*warnings, *unused),
-        dry_run=dry_run, resume=resume, overwrite=overwrite, io=io, engine=where, on_progress=on_progress,
-        prepare=prepared(options, source, plan, Path(out).parent, on_progress, where), findings=findings,
-    )  # fmt: skip
+        notes += (SPLITS_HERE,) if where.spread else ()
+    decision = replace(decision, plan=plan, notes=(*notes, *unused))
+    return execute(source, decision, request, prepare=prepared(options, source, plan, request))

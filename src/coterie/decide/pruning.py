@@ -1,0 +1,191 @@
+"""What `prune` can be asked for, and what its options demand of each other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from coterie.errors import CoterieError
+from coterie.forward.samples import Calibration
+from coterie.methods import prune as methods
+from coterie.methods.prune import stun
+from coterie.options import flat
+
+CHOICES = {
+    "budget": ("uniform", "global"),
+    "linkage": ("complete", "official"),
+    "distance": ("frobenius", "raw"),
+    "non_uniform": ("round", "refuse", "coterie"),
+}
+REMOVED = ("remove", "null", "constant")
+OURS = (
+    "routers keep the rows of removed experts, which no stock config can say: written in a layout that `coterie.load` "
+    "reads (--removed remove writes a stock checkpoint)"
+)
+READ_BY = {  # option: the NEEDS of the methods that read it
+    "stats": ("stats", "outputs", "base"),
+    "weights": ("stats", "outputs"),
+    "no_guard": ("stats", "outputs", "base"),
+    "base": ("base",),
+    "data": ("outputs",),
+    "samples": ("outputs",),
+    "seq_len": ("outputs",),
+    "dtype": ("outputs",),
+}
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """How many experts of a layer remain: all but a share of them (None: a quarter), or a count."""
+
+    ratio: float | None = None
+    experts: int | None = None
+
+    def check(self) -> None:
+        """Raises: CoterieError where both are given, or the share is none."""
+        if self.ratio is not None and self.experts is not None:
+            raise CoterieError("--ratio and --experts say the same thing twice; give one of them")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise CoterieError(f"--ratio {self.ratio}: the share of experts to remove must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What `prune` was asked for, with its defaults; recorded in coterie.json."""
+
+    method: str = "stun"
+    remaining: Remaining = Remaining()
+    budget: str = "uniform"
+    linkage: str = "complete"
+    distance: str = "frobenius"
+    kappa: int = stun.MERGE_BELOW
+    min_experts: int | None = None
+    non_uniform: str = "round"
+    threshold: float = 0.5
+    seed: int = 0
+    drop_mtp: bool = False
+    lambda1: float = 1.0
+    lambda2: float = 0.0
+    stats: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)  # of domains; those not named count 1
+    no_guard: bool = False
+    base: str | None = None
+    calibration: Calibration = field(default_factory=Calibration)
+    dtype: str = "auto"
+    removed: str | None = None
+
+    @property
+    def fate(self) -> str:
+        """What becomes of removed experts' router rows: asked for, or the method's own way."""
+        return self.removed or ("constant" if self.method == "mone" else "remove")
+
+    @property
+    def needs(self) -> str:
+        """What the method decides from, as `methods/prune/__init__.py` has it."""
+        return methods.load(self.method).NEEDS
+
+    def record(self) -> dict[str, Any]:
+        """As they are spelled on the command line, without those that only other kinds of methods read."""
+        weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
+        data = {name: str(file) for name, file in self.calibration.data.items()}
+        others = [n for n in ("base", "data", "samples", "seq_len", "dtype") if self.needs not in READ_BY[n]]
+        found = flat(self) | {"weights": weights or None, "data": data, "removed": self.fate}
+        return {n: v for n, v in found.items() if n not in others}
+
+
+def check_options(options: Pruning) -> None:
+    """Raises: CoterieError for a value out of its range, or for two options that contradict or ignore each other."""
+    methods.load(options.method)
+    for name, allowed in CHOICES.items():
+        if getattr(options, name) not in allowed:
+            flag = f"--{name.replace('_', '-')}"
+            raise CoterieError(f"{flag} {getattr(options, name)!r}: unknown; expected one of {', '.join(allowed)}")
+    options.remaining.check()
+    if options.kappa < 0:
+        raise CoterieError(f"--kappa {options.kappa}: expected a number of clusters, 0 or more")
+    if options.min_experts is not None and options.min_experts < 1:
+        raise CoterieError(f"--min-experts {options.min_experts}: expected at least 1")
+    default = Pruning()
+    shaping: tuple[str, ...] = ("budget", "linkage", "distance", "kappa", "min_experts", "non_uniform", "threshold")
+    shaping += ("lambda1", "lambda2")
+    given = [n for n in shaping if getattr(options, n) != getattr(default, n)]
+    if options.method != "stun" and given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise CoterieError(f"{flag} shapes the method stun and would be ignored by {options.method}")
+    if options.min_experts is not None and options.budget != "global":
+        raise CoterieError("--min-experts is the floor of a global budget and would be ignored; add --budget global")
+    if options.non_uniform != default.non_uniform and options.budget != "global":
+        raise CoterieError("--non-uniform is about a global budget and would be ignored; add --budget global")
+    if options.threshold != default.threshold and (options.linkage, options.budget) != ("official", "global"):
+        raise CoterieError("--threshold would be ignored; it belongs to --linkage official --budget global")
+    if options.seed != default.seed and options.method != "random" and options.needs != "outputs":
+        raise CoterieError(f"--seed is of the method random and would be ignored by {options.method}")
+    if options.min_experts is not None and options.linkage == "official":
+        raise CoterieError("--min-experts: the published program knows no floor; use --linkage complete")
+    _check_distance(options)
+    _check_needs(options)
+
+
+def _check_needs(options: Pruning) -> None:
+    """What a criterion decides from must be given, and nothing else."""
+    given, default, method = flat(options), flat(Pruning()), options.method
+    _check_removed(options)
+    for name, needs in READ_BY.items():
+        of_stun = name in ("stats", "weights", "no_guard")
+        if given[name] != default[name] and not (of_stun and method == "stun"):
+            if options.needs not in needs:
+                readers = ", ".join([*(("stun",) if of_stun else ()), *methods.names(*needs)])
+                raise CoterieError(f"--{name.replace('_', '-')} would be ignored by {method}; it is of {readers}")
+    if options.needs == "stats" and not options.stats:
+        raise CoterieError(
+            f"--method {method} decides by statistics; add --stats FILE, which `coterie collect MODEL FILE` writes"
+        )
+    if options.needs == "base" and not options.base:
+        raise CoterieError(
+            f"--method {method} compares with an earlier checkpoint; add --base MODEL, before fine-tuning"
+        )
+    if options.no_guard and not options.stats:
+        raise CoterieError("--no-guard would be ignored: without --stats no super experts are known")
+
+
+def _check_removed(options: Pruning) -> None:
+    """Whether the method's choice is one for routers that stay as they are."""
+    if options.fate not in REMOVED:
+        raise CoterieError(f"--removed {options.fate!r}: unknown; expected one of {', '.join(REMOVED)}")
+    if options.fate != "remove" and (options.method == "stun" or options.needs == "outputs"):
+        raise CoterieError(
+            f"--removed {options.fate}: {options.method} chooses experts that take over for those that go, which a "
+            "router that still chooses these does not let them; use --removed remove, or another method"
+        )
+    if options.fate == "constant" and options.needs != "stats":
+        raise CoterieError(
+            "--removed constant needs mean outputs, which are in the statistics: use a method that reads them, "
+            f"{', '.join(methods.names('stats'))}"
+        )
+
+
+def _check_distance(options: Pruning) -> None:
+    """What router rows, co-activation and statistics demand of each other."""
+    lambda1, lambda2 = options.lambda1, options.lambda2
+    for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
+        if not 0 <= value < math.inf:
+            raise CoterieError(f"--{name} {value}: expected a finite number, 0 or more")
+    if lambda2 and not options.stats:
+        raise CoterieError(
+            "--lambda2 weighs co-activation, which only data show; "
+            "add --stats FILE, which `coterie collect MODEL FILE` writes"
+        )
+    if lambda1 != 1 and not lambda2:
+        raise CoterieError("--lambda1 weighs router distance against co-activation and would be ignored; add --lambda2")
+    if options.distance != "frobenius" and not lambda1:
+        raise CoterieError("--distance is of router rows and would be ignored with --lambda1 0")
+    if options.weights and not options.stats and options.needs != "outputs":
+        raise CoterieError("--weights are of the statistics' domains and would be ignored; add --stats")
+    if options.linkage == "official" and not stun.is_official(
+        lambda1, lambda2, normalise=options.distance == "frobenius"
+    ):
+        raise CoterieError(
+            "--linkage official knows --lambda1 and --lambda2 as 1 and 0, as 0 and 1, or as 1 and any number with "
+            "--distance raw; use one of these, or --linkage complete"
+        )
