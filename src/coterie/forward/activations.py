@@ -25,7 +25,7 @@ from coterie.storage.tensors import Maps
 if TYPE_CHECKING:
     from coterie.storage.checkpoint import Checkpoint
 
-Arguments = list[tuple[tuple, dict[str, Any]]]  # per layer: what it is given beside the hidden states
+Arguments = list[tuple[tuple, dict[str, object]]]  # per layer: what it is given beside the hidden states
 ROWS = 256  # that sums in float32 see at a time: they stay in the processor's caches
 MOST_ROWS = 1024  # of a map between two releases: the kernel makes the pages around each row resident as well
 

@@ -17,7 +17,7 @@ import torch
 from coterie.errors import CoterieError
 from coterie.model import moe
 from coterie.model.layer import Model, MoE, expert_names
-from coterie.model.loading import NO_DATA, decoder_layers, empty_stock, guarded, quiet_transformers
+from coterie.model.loading import NO_DATA, convert, decoder_layers, empty_stock, guarded, quiet_transformers
 from coterie.model.opened import open_experts
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.tensors import Maps, read, trim
@@ -176,20 +176,11 @@ def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtyp
     Raises: CoterieError for a tensor that does not fit, or is quantised.
     """
     with _young():
-        _convert(model, checkpoint, names, dtype, maps)
-
-
-def _convert(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype, maps: Maps | None) -> None:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    mapping: Any = get_model_conversion_mapping(model)  # conversions keep state: a fresh one each time
-    plan = model._get_dtype_plan(dtype)  # what the library keeps in float32 whatever is asked
-    how = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype, dtype_plan=plan, device_map={"": "cpu"})
-    tensors = {name: _tensor(checkpoint, name, maps) for name in names}
-    with quiet_transformers():
-        info, _ = convert_and_load_state_dict_in_model(model, tensors, how, None)
+        plan = model._get_dtype_plan(dtype)  # what the library keeps in float32 whatever is asked
+        tensors = {name: _tensor(checkpoint, name, maps) for name in names}
+        with quiet_transformers():
+            info = convert(model, tensors, dtype, plan)
+        del tensors
     faults = {*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors}
     if faults:
         raise CoterieError(f"{checkpoint.path}: transformers does not take {sorted(map(str, faults))[0]!r}")

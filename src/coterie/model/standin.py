@@ -26,9 +26,9 @@ class StandIn(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """(..., D) -> (..., D); what else a block is given, such as token ids, is of no use here."""
-        weight: dict[str, Any] = {name: module.weight for name, module in self.named_children()}
-        gate_up = F.linear(x, torch.cat([weight["gate_proj"], weight["up_proj"]]))
-        return F.linear(self._experts[0]._apply_gate(gate_up), weight["down_proj"])  # type: ignore[operator]
+        gate, up, down = (self.get_parameter(f"{name}.weight") for name in GATED)
+        experts: Any = self._experts[0]
+        return F.linear(experts._apply_gate(F.linear(x, torch.cat([gate, up]))), down)
 
 
 def block_of(layer: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str, torch.nn.Module]:
