@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from coterie.errors import CoterieError
 from coterie.forward.activations import Arguments, Batch, Piece, Routed, Walk, plain_walk, restore, save, shared
 from coterie.forward.skeleton import Skeleton, free, own_tensors
-from coterie.forward.suspended import Suspended, Unrepeatable, unobserved
+from coterie.forward.suspended import Suspended, Unrepeatable, instead, unobserved
 from coterie.model.layer import Model
 from coterie.model.loading import NO_DATA
 from coterie.storage.tensors import Maps
@@ -115,16 +115,11 @@ class Stream:
             returned.append(hidden + 1 if changed else hidden)
             return returned[-1]
 
-        for layer in self.layers:
-            layer.forward = record  # type: ignore[method-assign, assignment]
         try:
-            with unobserved(self.layers.modules()):
+            with unobserved(self.layers.modules()), instead(dict.fromkeys(self.layers, record)):
                 self.decoder(input_ids=ids, use_cache=False)
         except Exception as error:  # anything can go wrong where layers are expected to return more
             raise self._refusal(str(error)) from error
-        finally:
-            for layer in self.layers:
-                del layer.forward
         if len(arguments) != len(self.layers):
             raise self._refusal(f"{len(arguments)} calls of {len(self.layers)} layers")
         return first[0], arguments
@@ -225,7 +220,8 @@ class Stream:
         if isinstance(output, tuple) and len(output) == 1:
             output = output[0]
         if not isinstance(output, torch.Tensor):
-            raise self._refusal(f"layer {index} returns {_described(output)}")
+            found = f"{len(output)} values" if isinstance(output, tuple) else type(output).__name__
+            raise self._refusal(f"layer {index} returns {found}")
         if not all(bound.isfinite() for bound in output.aminmax()):
             raise CoterieError(
                 f"{self.checkpoint.path}: layer {index}: hidden states are NaN or infinite; the weights are damaged, "
@@ -238,15 +234,10 @@ class Stream:
         """The model's head on the last layer's output, by stock code."""
         if any(tensor.is_meta for tensor in own_tensors(self._skeleton.outside(head=True)).values()):
             self._skeleton.load_outside(head=True)
-        for layer in self.layers:
-            layer.forward = lambda *args, **kwargs: batch.loaded()  # type: ignore[method-assign, assignment]
-        try:
-            ids = torch.zeros(batch.hidden.shape[:2], dtype=torch.long)
-            with unobserved(self.layers.modules()):
-                return self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            for layer in self.layers:
-                del layer.forward
+        through = dict.fromkeys(self.layers, lambda *args, **kwargs: batch.loaded())
+        ids = torch.zeros(batch.hidden.shape[:2], dtype=torch.long)
+        with unobserved(self.layers.modules()), instead(through):
+            return self.model(input_ids=ids, use_cache=False).logits
 
 
 def _grouped(samples: Samples, tokens_per_batch: int) -> Iterator[tuple[int, ...]]:
@@ -282,7 +273,3 @@ def _rows_of(batches: list[Batch]) -> Iterator[tuple[Batch, slice]]:
 def advance(batch: Batch, output: torch.Tensor) -> None:
     """The layer's output becomes the next one's input."""
     batch.hidden = output
-
-
-def _described(output: Any) -> str:
-    return f"{len(output)} values" if isinstance(output, tuple) else type(output).__name__

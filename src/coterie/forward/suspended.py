@@ -82,7 +82,7 @@ class Suspended:
             raise _Reached(Request(module, *(t.reshape(-1, t.shape[-1]) for t in tensors)))
 
         keeping = {part: self._keeping(part, rows) for part in self._parts}
-        with unobserved(self._others), _instead(keeping), moe.answering(self._experts, reached):
+        with unobserved(self._others), instead(keeping), moe.answering(self._experts, reached):
             try:
                 return run()
             except _Reached as stop:
@@ -122,7 +122,7 @@ class Suspended:
 
         done = [part for part in self._parts if (part, rows.start) in self._calls]
         repeating = {part: self._repeating(part, rows) for part in done}
-        with unobserved(done), _instead(repeating), moe.answering(self._experts, answer):
+        with unobserved(done), instead(repeating), moe.answering(self._experts, answer):
             return run()
 
     def _keeping(self, part: Module, rows: slice) -> Callable[..., Any]:
@@ -201,7 +201,7 @@ def _has_matrices(part: Module) -> bool:
 
 
 @contextmanager
-def _instead(forwards: dict[Module, Callable[..., Any]]) -> Iterator[None]:
+def instead(forwards: dict[Module, Callable[..., Any]]) -> Iterator[None]:
     """While entered, modules compute by other functions."""
     own = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
