@@ -121,7 +121,7 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
 
 
-def auto_class(config: dict[str, Any]) -> Any:
+def auto_class(config: Mapping[str, object]) -> Any:
     """The library's own choice of model classes that a checkpoint is one of."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -234,7 +234,9 @@ def decoder_layers(decoder: Any, where: str) -> Any:
     raise CoterieError(f"{where}: {type(decoder).__name__} has no list of layers; {NO_DATA}")
 
 
-def empty_stock(checkpoint: Checkpoint, dtype: Any, config: dict[str, Any] | None = None, *, advice: str = "") -> Any:
+def empty_stock(
+    checkpoint: Checkpoint, dtype: Any, config: Mapping[str, object] | None = None, *, advice: str = ""
+) -> Any:
     """transformers' model with its parameters on the meta device. Buffers are real: rotary ones are computed, not
     loaded. By `config`, of the same sizes, or the checkpoint's own.
 
@@ -296,12 +298,12 @@ def check_sizes(checkpoint: Checkpoint) -> None:
             )
 
 
-def stock_config(config: dict[str, Any]) -> Any:
+def stock_config(config: Mapping[str, object]) -> Any:
     """The library's config object, read by its own reader (which knows how it spells infinities)."""
     from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
         return AutoConfig.from_pretrained(folder)
 
 
