@@ -10,7 +10,7 @@ computes, all others in the second. The numbers are those of an ordinary forward
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -38,6 +38,19 @@ class _Reached(BaseException):  # no error, so that no `except Exception` on the
 
     def __init__(self, request: Request) -> None:
         self.request = request
+
+
+def asked_by(run: Run, experts: Sequence[Module]) -> Request | torch.Tensor:
+    """Runs a layer, or a part of one, up to its experts: what it asks of them, or its output if it asks nothing."""
+
+    def reached(module: Module, *tensors: torch.Tensor) -> torch.Tensor:
+        raise _Reached(Request(module, *(t.reshape(-1, t.shape[-1]) for t in tensors)))
+
+    with moe.answering(experts, reached):
+        try:
+            return run()
+        except _Reached as stop:
+            return stop.request
 
 
 class Unrepeatable(Exception):
@@ -77,16 +90,12 @@ class Suspended:
 
         Raises: Unrepeatable for a layer that asks for more or fewer tokens than it was given.
         """
-
-        def reached(module: Module, *tensors: torch.Tensor) -> torch.Tensor:
-            raise _Reached(Request(module, *(t.reshape(-1, t.shape[-1]) for t in tensors)))
-
         keeping = {part: self._keeping(part, rows) for part in self._parts}
-        with unobserved(self._others), instead(keeping), moe.answering(self._experts, reached):
-            try:
-                return run()
-            except _Reached as stop:
-                module, x, chosen, weights = stop.request
+        with unobserved(self._others), instead(keeping):
+            found = asked_by(run, self._experts)
+        if not isinstance(found, Request):
+            return found
+        module, x, chosen, weights = found
         num_tokens = rows.stop - rows.start
         if len(x) != num_tokens:
             raise Unrepeatable(f"asks for {len(x)} rows of {num_tokens} tokens")
