@@ -30,7 +30,7 @@ from coterie.errors import CoterieError
 from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk
 from coterie.forward.samples import compute_dtype, read_samples
 from coterie.forward.stream import Stream, advance
-from coterie.forward.suspended import Request, asked_by
+from coterie.forward.suspended import Asked, asked_by
 from coterie.methods import prune as methods
 from coterie.model import moe
 from coterie.model.layer import Model, MoE
@@ -248,7 +248,7 @@ class Sets:
         routing.hide(self._block.name, self._router, kept)
         with _lowered(self._biases, dropped), routing:
             calls = [partial(self._module, *args, **kwargs) for args, kwargs in self._calls]
-            asked = [found for call in calls if isinstance(found := asked_by(call, [self._experts]), Request)]
+            asked = [found for call in calls if isinstance(found := asked_by(call, [self._experts]), Asked)]
         if not all(routing.hits.values()):
             raise CoterieError(
                 f"{self._block.name}: its router computes in another dtype than {self._router.dtype}, so no set can be "

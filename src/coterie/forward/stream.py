@@ -203,7 +203,7 @@ class Stream:
                 if output is not None:
                     keep(batch, output)
                 batch.passed()
-            if not (asked := layer.request()):
+            if not (asked := layer.asked()):
                 return
             sums = walk(Routed(self._blocks[index], *asked, maps))
             for batch, rows in _rows_of(batches):

@@ -24,7 +24,7 @@ Module = torch.nn.Module
 Run = Callable[[], torch.Tensor]  # the layer's forward over one batch
 
 
-class Request(NamedTuple):
+class Asked(NamedTuple):
     """What a layer asks of its experts for a batch: their module, inputs (T, D), chosen ids and weights (T, K)."""
 
     module: Module
@@ -34,23 +34,23 @@ class Request(NamedTuple):
 
 
 class _Reached(BaseException):  # no error, so that no `except Exception` on the way out takes it for one
-    """Carries a request out of the layer's forward."""
+    """Carries what a layer asks out of its forward."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
 
 
-def asked_by(run: Run, experts: Sequence[Module]) -> Request | torch.Tensor:
+def asked_by(run: Run, experts: Sequence[Module]) -> Asked | torch.Tensor:
     """Runs a layer, or a part of one, up to its experts: what it asks of them, or its output if it asks nothing."""
 
     def reached(module: Module, *tensors: torch.Tensor) -> torch.Tensor:
-        raise _Reached(Request(module, *(t.reshape(-1, t.shape[-1]) for t in tensors)))
+        raise _Reached(Asked(module, *(t.reshape(-1, t.shape[-1]) for t in tensors)))
 
     with moe.answering(experts, reached):
         try:
             return run()
         except _Reached as stop:
-            return stop.request
+            return stop.asked
 
 
 class Unrepeatable(Exception):
@@ -83,17 +83,17 @@ class Suspended:
         self._others = [module for module in layer.modules() if module not in inside]
         self._places: dict[tuple, torch.Tensor] = {}  # (what, its size per token, dtype) -> all rows
         self._calls: dict[tuple[Module, int], list[tuple[list[Any], Any]]] = {}  # (part, first row) -> outputs
-        self._requests: list[Request] = []
+        self._asked: list[Asked] = []
 
     def start(self, rows: slice, run: Run) -> torch.Tensor | None:
-        """Runs a batch up to its experts, whose request is kept; returns the layer's output if it asks nothing.
+        """Runs a batch up to its experts, takes down what it asks of them, and returns the layer's output if it asks nothing.
 
         Raises: Unrepeatable for a layer that asks for more or fewer tokens than it was given.
         """
         keeping = {part: self._keeping(part, rows) for part in self._parts}
         with unobserved(self._others), instead(keeping):
             found = asked_by(run, self._experts)
-        if not isinstance(found, Request):
+        if not isinstance(found, Asked):
             return found
         module, x, chosen, weights = found
         num_tokens = rows.stop - rows.start
@@ -101,24 +101,24 @@ class Suspended:
             raise Unrepeatable(f"asks for {len(x)} rows of {num_tokens} tokens")
         if self._maps:
             x, chosen, weights = self._put("x", x, rows), chosen.clone(), weights.clone()
-        self._requests.append(Request(module, x, chosen, weights))
+        self._asked.append(Asked(module, x, chosen, weights))
         return None
 
-    def request(self) -> Request | None:
+    def asked(self) -> Asked | None:
         """What all batches that were started ask of the experts; None if nothing."""
-        if not self._requests:
+        if not self._asked:
             return None
-        modules, xs, chosen, weights = zip(*self._requests, strict=True)
+        modules, xs, chosen, weights = zip(*self._asked, strict=True)
         x = next(v for k, v in self._places.items() if k[0] == "x") if self._maps else torch.cat(xs)
-        self._requests = [Request(modules[0], x, torch.cat(chosen), torch.cat(weights))]
-        return self._requests[0]
+        self._asked = [Asked(modules[0], x, torch.cat(chosen), torch.cat(weights))]
+        return self._asked[0]
 
     def finish(self, rows: slice, run: Run, sums: torch.Tensor) -> torch.Tensor:
-        """A batch's output, given the experts' sums (T, D) for the request of all.
+        """A batch's output, given the experts' sums (T, D) for all that was asked.
 
         Raises: Unrepeatable for a layer that does not do again what it did in its first run.
         """
-        (asked,) = self._requests
+        (asked,) = self._asked
         x, y = asked.x[rows], sums.view(asked.x.shape)[rows]
         left = [self._maps.get(y) if self._maps else y]
 

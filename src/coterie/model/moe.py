@@ -197,13 +197,14 @@ def ask(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tenso
 @contextmanager
 def answering(modules: Sequence[Any], answer: Answer) -> Iterator[None]:
     """While entered, these experts modules' sums come from `answer(module, x, chosen, weights)`."""
+    before = [getattr(module, "coterie", None) for module in modules]
     for module in modules:
         module.coterie = answer
     try:
         yield
     finally:
-        for module in modules:
-            del module.coterie
+        for module, own in zip(modules, before, strict=True):
+            module.coterie = own
 
 
 def experts_modules(layer: torch.nn.Module) -> list[torch.nn.Module]:
