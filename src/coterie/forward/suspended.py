@@ -86,7 +86,7 @@ class Suspended:
         self._asked: list[Asked] = []
 
     def start(self, rows: slice, run: Run) -> torch.Tensor | None:
-        """Runs a batch up to its experts, takes down what it asks of them, and returns the layer's output if it asks nothing.
+        """Runs a batch up to its experts and takes down what it asks of them; the layer's output if it asks nothing.
 
         Raises: Unrepeatable for a layer that asks for more or fewer tokens than it was given.
         """
