@@ -1,7 +1,7 @@
 """STUN on a whole model: distances to clusters under a budget, one expert of each, and how much of it data decided.
 
-Between the verb (`verbs/prune.py`), which says how many experts stay, and the method (`methods/prune/stun.py`), which is
-about one layer's arrays.
+Between the verb (`verbs/prune.py`), which says how many experts stay, and the method (`methods/prune/stun.py`), which
+is about one layer's arrays.
 """
 
 from __future__ import annotations

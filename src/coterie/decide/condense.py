@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 from coterie.edits.convert import CONVERSIONS, conversion
 from coterie.edits.dense import check_writable, is_stock, num_layers
 from coterie.edits.folding import check_foldable, shared_names
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, read_samples
+from coterie.forward.samples import Calibration, Dtype, read_samples
 from coterie.methods.condense import LAYER_SEARCH, SELECT
 from coterie.model.layer import Model
-from coterie.options import flat
+from coterie.options import Help, flat
 from coterie.storage.planned import Planned
 from coterie.storage.record import Progress
 
@@ -26,22 +27,6 @@ logger = logging.getLogger("coterie")
 logger.addHandler(logging.NullHandler())  # a library says nothing unless it is asked to
 
 SAMPLES, OFFICIAL_SAMPLES = 128, 100
-
-
-@dataclass(frozen=True)
-class Condensing:
-    """What `condense` was asked for, with its defaults; recorded in coterie.json."""
-
-    layers: int | None = None
-    layer_ids: list[int] | None = None
-    keep: int | None = None
-    select: str = "least-squares"
-    layer_search: str | None = None
-    calibration: Calibration = field(default_factory=lambda: Calibration(samples=None))
-    dtype: str = "auto"
-
-
-# --- what was asked for ----------------------------------------------------------------------------------------
 
 
 def parse_ids(given: list[int] | str | None) -> list[int] | None:
@@ -53,6 +38,29 @@ def parse_ids(given: list[int] | str | None) -> list[int] | None:
         return [part if type(part) is int else int(str(part)) for part in parts]
     except ValueError as error:
         raise CoterieError(f"--layer-ids {given!r}: expected decoder layer numbers such as 3,5,11") from error
+
+
+@dataclass(frozen=True)
+class Condensing:
+    """What `condense` was asked for, with its defaults; recorded in coterie.json."""
+
+    layers: Annotated[int | None, Help("How many layers to condense; which is searched for.")] = None
+    layer_ids: Annotated[
+        list[int] | None, Help("Which decoder layers, instead of --layers.", "A,B,...", given=str, read=parse_ids)
+    ] = None
+    keep: Annotated[int | None, Help("Experts always on in each, beside the shared one [default: top-k].")] = None
+    select: Annotated[str, Help(f"How experts are chosen: {', '.join(SELECT)}.")] = "least-squares"
+    layer_search: Annotated[
+        str | None, Help(f"How layers are chosen: {', '.join(LAYER_SEARCH)} [default: greedy].")
+    ] = None
+    calibration: Annotated[
+        Calibration,
+        {"samples": Help("Calibration sequences in all [default: 128; official: 100].", given=int, default=None)},
+    ] = field(default_factory=lambda: Calibration(samples=None))
+    dtype: Dtype = "auto"
+
+
+# --- what was asked for ----------------------------------------------------------------------------------------
 
 
 def check_options(options: Condensing) -> None:

@@ -18,8 +18,8 @@ from coterie.forward.samples import compute_dtype
 from coterie.forward.stream import Batch
 from coterie.methods.condense import layers as layer_search
 from coterie.model.layer import Model
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import existing
 
 if TYPE_CHECKING:
     from coterie.decide.condense import Condensing

@@ -1,7 +1,7 @@
 """A criterion on a whole model: what each layer's experts score, which are guarded, and how stable the choice is.
 
-Between the verbs (`verbs/prune.py`, `verbs/compare.py`), which say how many experts stay, and the methods (`methods/prune/`), which
-are about one layer's arrays.
+Between the verbs (`verbs/prune.py`, `verbs/compare.py`), which say how many experts stay, and the methods
+(`methods/prune/`), which are about one layer's arrays.
 """
 
 from __future__ import annotations

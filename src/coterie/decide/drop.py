@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.edits.dense import check_writable, num_layers
 from coterie.edits.drop import check_dropped
@@ -17,10 +17,11 @@ from coterie.edits.folding import check_foldable
 from coterie.edits.outputs import patched_config
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.model.layer import Model
+from coterie.options import Help
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import existing
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +40,10 @@ DIGITS = 12  # of a similarity that count: less is rounding
 class Dropping:
     """What `drop` was asked for, with its defaults; recorded in coterie.json."""
 
-    unit: str = "layer"
-    count: int = 1
+    unit: Annotated[str, Help("layer: the MoE inside a decoder layer; block: all of it.")] = "layer"
+    count: Annotated[int, Help("How many, by the similarity of what enters and leaves.")] = 1
     calibration: Calibration = field(default_factory=Calibration)
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
 
 
 def check_options(options: Dropping) -> None:

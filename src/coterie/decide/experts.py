@@ -14,7 +14,7 @@ from coterie.edits.checks import check_count, fits_groups
 from coterie.edits.plan import Choice, Decision, Plan
 from coterie.errors import CoterieError
 from coterie.model.experts import Layer, read_layer
-from coterie.model.family import Groups
+from coterie.model.family import RoutingGroups
 from coterie.model.layer import Model, MoE, mtp_names
 from coterie.model.stats import Stats
 from coterie.storage.record import Progress, no_progress
@@ -129,7 +129,7 @@ def _by_clusters(model: Model, task: clusters.Task, on_progress: Progress) -> Se
     return Selected(choices, found, {"guarded": listed}, notes)
 
 
-def _floor(options: Pruning, uniform: int, top_k: int, groups: Groups) -> int:
+def _floor(options: Pruning, uniform: int, top_k: int, groups: RoutingGroups) -> int:
     """The fewest experts that a global budget may leave in a layer."""
     least = top_k if options.min_experts is None else options.min_experts
     if least < top_k:

@@ -1,7 +1,7 @@
 """A merging method on a whole model: each layer's clusters, who stands for them, and how much of it data decided.
 
-Between the verb (`verbs/merge.py`), which says how many experts stay, and the methods (`methods/merge/`), which are about the
-sums of one routing group.
+Between the verb (`verbs/merge.py`), which says how many experts stay, and the methods (`methods/merge/`), which are
+about the sums of one routing group.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.decide import merging
 from coterie.decide.criteria import Selected, Task, by_weights, guard, keep, total
 from coterie.decide.experts import count_kept, num_kept
-from coterie.decide.pruning import Remaining
+from coterie.decide.pruning import Remaining, Weights
 from coterie.edits.plan import Choice, Decision, Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.methods import merge as methods
 from coterie.model.experts import read_layer
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import check_routable
 from coterie.model.stats import KNOWN, MERGING, Stats, stability
-from coterie.options import flat
+from coterie.options import Help, as_text, flat
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
-from coterie.storage.writer import existing
 
 UNMEASURED = "multi-token-prediction layers and attention experts are never measured, so nothing is merged there: "
 LONGEST, WHOLE = "the longest router rows stay", "they stay whole"
@@ -134,20 +134,30 @@ OURS = "--router alias: several router rows lead to one expert, which only `cote
 class Merging:
     """What `merge` was asked for, with its defaults; recorded in coterie.json."""
 
-    method: str = "hc-smoe"
-    remaining: Remaining = Remaining()
-    router: str = "mean"
-    align: bool = False
-    stats: str | None = None
-    weights: dict[str, float] = field(default_factory=dict)  # of domains; those not named count 1
+    method: Annotated[str, Help(f"Which experts are alike: {', '.join(methods.names())}.")] = "hc-smoe"
+    remaining: Annotated[
+        Remaining,
+        {
+            "ratio": Help("Share of experts to lose per layer [default: 0.25]."),
+            "experts": Help("Experts to have per layer, instead of --ratio."),
+        },
+    ] = field(default_factory=Remaining)
+    router: Annotated[str, Help("mean: rows are merged too; alias: rows stay, several lead to one (our layout).")] = (
+        "mean"
+    )
+    align: Annotated[bool, Help("Line neurons up before they are averaged.")] = False
+    stats: Annotated[
+        str | None,
+        Help("What `coterie collect --merging` measured, instead of --data.", "STATS", given=Path, read=as_text),
+    ] = None
+    weights: Weights = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
 
     def record(self) -> dict[str, Any]:
         """As they are spelled on the command line, without those of calibration where statistics were given."""
         weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
-        data = {name: str(file) for name, file in self.calibration.data.items()}
-        found = flat(self) | {"weights": weights or None, "data": data}
+        found = flat(self) | {"weights": weights or None, "data": self.calibration.named}
         others = ("data", "samples", "seq_len", "seed", "dtype") if self.stats else ("stats",)
         return {name: value for name, value in found.items() if name not in others}
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration
+from coterie.forward.samples import Calibration, Dtype
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
-from coterie.options import flat
+from coterie.model.stats import parse_weights
+from coterie.options import Help, as_text, flat
 
 CHOICES = {
     "budget": ("uniform", "global"),
@@ -35,12 +37,27 @@ READ_BY = {  # option: the NEEDS of the methods that read it
 }
 
 
+Lambda1 = Annotated[float, Help("Weight of the router rows' distance.")]
+Lambda2 = Annotated[float, Help("Weight of co-activation; needs --stats.")]
+Statistics = Annotated[
+    str | None,
+    Help("What `coterie collect` measured on MODEL: criteria need it, and stun's ties.", "STATS", given=Path,
+         read=as_text),
+]  # fmt: skip
+Weights = Annotated[  # of domains; those not named count 1
+    dict[str, float],
+    Help("How often each domain of STATS counts [default: 1 each].", "NAME=W,...", given=str, read=parse_weights,
+         default=None),
+]  # fmt: skip
+NoGuard = Annotated[bool, Help("Let experts with extreme outputs be removed too.")]
+
+
 @dataclass(frozen=True)
 class Remaining:
     """How many experts of a layer remain: all but a share of them (None: a quarter), or a count."""
 
-    ratio: float | None = None
-    experts: int | None = None
+    ratio: Annotated[float | None, Help("Share of experts to remove per layer [default: 0.25].")] = None
+    experts: Annotated[int | None, Help("Experts to keep per layer, instead of --ratio.")] = None
 
     def check(self) -> None:
         """Raises: CoterieError where both are given, or the share is none."""
@@ -54,26 +71,34 @@ class Remaining:
 class Pruning:
     """What `prune` was asked for, with its defaults; recorded in coterie.json."""
 
-    method: str = "stun"
-    remaining: Remaining = Remaining()
-    budget: str = "uniform"
-    linkage: str = "complete"
-    distance: str = "frobenius"
-    kappa: int = stun.MERGE_BELOW
-    min_experts: int | None = None
-    non_uniform: str = "round"
-    threshold: float = 0.5
-    seed: int = 0
-    drop_mtp: bool = False
-    lambda1: float = 1.0
-    lambda2: float = 0.0
-    stats: str | None = None
-    weights: dict[str, float] = field(default_factory=dict)  # of domains; those not named count 1
-    no_guard: bool = False
-    base: str | None = None
+    method: Annotated[str, Help(f"How experts are chosen: {', '.join(methods.names())}.")] = "stun"
+    remaining: Remaining = field(default_factory=Remaining)
+    budget: Annotated[str, Help("uniform: every layer alike; global: one height cuts all.")] = "uniform"
+    linkage: Annotated[str, Help("complete, or official: the published program's rules.")] = "complete"
+    distance: Annotated[str, Help("frobenius: over the router's norm; or raw.")] = "frobenius"
+    kappa: Annotated[int, Help("Average clusters in layers left with fewer than this many.")] = stun.MERGE_BELOW
+    min_experts: Annotated[int | None, Help("Floor of a global budget [default: top-k].")] = None
+    non_uniform: Annotated[str, Help("Unequal counts: round, refuse, or coterie (our layout).")] = "round"
+    threshold: Annotated[float, Help("Where the official global search starts.")] = 0.5
+    seed: Annotated[int, Help("Of the methods random and naee.")] = 0
+    drop_mtp: Annotated[bool, Help("Leave multi-token-prediction layers out.")] = False
+    lambda1: Lambda1 = 1.0
+    lambda2: Lambda2 = 0.0
+    stats: Statistics = None
+    weights: Weights = field(default_factory=dict)
+    no_guard: NoGuard = False
+    base: Annotated[
+        str | None, Help("The checkpoint before training, for router-norm-change.", "MODEL0", read=as_text)
+    ] = None
     calibration: Calibration = field(default_factory=Calibration)
-    dtype: str = "auto"
-    removed: str | None = None
+    dtype: Dtype = "auto"
+    removed: Annotated[
+        str | None,
+        Help(
+            "What becomes of removed experts' router rows: remove; or, in our layout, null or constant: they stay, and "
+            "give zero or a mean output [default: remove; mone: constant]."
+        ),
+    ] = None
 
     @property
     def fate(self) -> str:
@@ -88,9 +113,8 @@ class Pruning:
     def record(self) -> dict[str, Any]:
         """As they are spelled on the command line, without those that only other kinds of methods read."""
         weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
-        data = {name: str(file) for name, file in self.calibration.data.items()}
         others = [n for n in ("base", "data", "samples", "seq_len", "dtype") if self.needs not in READ_BY[n]]
-        found = flat(self) | {"weights": weights or None, "data": data, "removed": self.fate}
+        found = flat(self) | {"weights": weights or None, "data": self.calibration.named, "removed": self.fate}
         return {n: v for n, v in found.items() if n not in others}
 
 

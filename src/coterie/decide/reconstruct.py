@@ -30,14 +30,14 @@ from coterie.errors import CoterieError
 from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk
 from coterie.forward.samples import compute_dtype, read_samples
 from coterie.forward.stream import Stream, advance
-from coterie.forward.suspended import Asked, asked_by
+from coterie.forward.suspended import ExpertsCall, asked_by
 from coterie.methods import prune as methods
 from coterie.model import moe
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
 from coterie.model.stats import HALVES, Stats, agreement
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import existing
 
 MOST_PRODUCTS = 2**30  # bytes of G in memory: 4 T E^2 of one layer
 MOST_OUTPUTS = 2**26  # numbers: the outputs of all experts on some tokens
@@ -248,7 +248,7 @@ class Sets:
         routing.hide(self._block.name, self._router, kept)
         with _lowered(self._biases, dropped), routing:
             calls = [partial(self._module, *args, **kwargs) for args, kwargs in self._calls]
-            asked = [found for call in calls if isinstance(found := asked_by(call, [self._experts]), Asked)]
+            asked = [found for call in calls if isinstance(found := asked_by(call, [self._experts]), ExpertsCall)]
         if not all(routing.hits.values()):
             raise CoterieError(
                 f"{self._block.name}: its router computes in another dtype than {self._router.dtype}, so no set can be "

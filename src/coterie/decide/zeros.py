@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.decide import linears
 from coterie.edits import beside, budget
@@ -22,14 +22,15 @@ from coterie.edits.outputs import prunable
 from coterie.edits.plan import Plan
 from coterie.engine import Engine
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, compute_dtype, read_samples
+from coterie.forward.samples import DATA, Calibration, Dtype, compute_dtype, read_samples
 from coterie.methods import sparsify as methods
 from coterie.methods.sparsify.select import check_pattern
 from coterie.model.experts import Experts, expert_shapes
 from coterie.model.layer import Model
-from coterie.options import flat
+from coterie.options import Help, flat
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import Writer, existing
+from coterie.storage.writer import Writer
 
 if TYPE_CHECKING:
     from coterie.decide.linears import Linears
@@ -46,12 +47,16 @@ ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated
 class Scoring:
     """How weights are scored and on what, whichever the rule; recorded in coterie.json."""
 
-    one_pass: bool = False  # score every layer on the dense model's activations
-    also: str = ""  # kinds of further matrices to prune, comma-separated
-    calibration: Calibration = field(default_factory=Calibration)
-    min_tokens: int = 64  # experts that fewer reach are pruned by magnitude
-    outliers: float = 3.0  # OWL's M
-    dtype: str = "auto"
+    one_pass: Annotated[bool, Help("Score all layers on the dense model, not on layers pruned before them.")] = False
+    also: Annotated[str, Help("Prune these too, comma-separated: attention, shared, dense, router.", "KINDS")] = ""
+    calibration: Annotated[Calibration, {"data": replace(DATA, default=None)}] = field(default_factory=Calibration)
+    min_tokens: Annotated[int, Help("Experts that fewer tokens reach are pruned by magnitude.")] = 64
+    outliers: Annotated[float, Help("OWL's M: outliers score so many times the mean.")] = 3.0
+    dtype: Dtype = "auto"
+
+    def record(self) -> dict[str, Any]:
+        """As they are spelled on the command line."""
+        return flat(self) | {"data": self.calibration.named}
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """From dense tensors to packed ones: which may be packed, how much each keeps, and their parts, put where they belong.
 
-`verbs/pack.py` decides and writes with it. Streamed: one matrix in memory, read twice, because a safetensors header names all
-sizes before the first value.
+`edits/pack.py` decides and writes with it. Streamed: one matrix in memory, read twice, because a safetensors header
+names all sizes before the first value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from coterie.model.layer import LAYER, Model
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import decode
 from coterie.storage.record import Progress
-from coterie.storage.writer import Output, Writer
+from coterie.storage.shards import Output
+from coterie.storage.writer import Writer
 
 
 @dataclass(frozen=True)

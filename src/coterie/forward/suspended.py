@@ -24,7 +24,7 @@ Module = torch.nn.Module
 Run = Callable[[], torch.Tensor]  # the layer's forward over one batch
 
 
-class Asked(NamedTuple):
+class ExpertsCall(NamedTuple):
     """What a layer asks of its experts for a batch: their module, inputs (T, D), chosen ids and weights (T, K)."""
 
     module: Module
@@ -36,15 +36,15 @@ class Asked(NamedTuple):
 class _Reached(BaseException):  # no error, so that no `except Exception` on the way out takes it for one
     """Carries what a layer asks out of its forward."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: ExpertsCall) -> None:
         self.asked = asked
 
 
-def asked_by(run: Run, experts: Sequence[Module]) -> Asked | torch.Tensor:
+def asked_by(run: Run, experts: Sequence[Module]) -> ExpertsCall | torch.Tensor:
     """Runs a layer, or a part of one, up to its experts: what it asks of them, or its output if it asks nothing."""
 
     def reached(module: Module, *tensors: torch.Tensor) -> torch.Tensor:
-        raise _Reached(Asked(module, *(t.reshape(-1, t.shape[-1]) for t in tensors)))
+        raise _Reached(ExpertsCall(module, *(t.reshape(-1, t.shape[-1]) for t in tensors)))
 
     with moe.answering(experts, reached):
         try:
@@ -83,7 +83,7 @@ class Suspended:
         self._others = [module for module in layer.modules() if module not in inside]
         self._places: dict[tuple, torch.Tensor] = {}  # (what, its size per token, dtype) -> all rows
         self._calls: dict[tuple[Module, int], list[tuple[list[Any], Any]]] = {}  # (part, first row) -> outputs
-        self._asked: list[Asked] = []
+        self._asked: list[ExpertsCall] = []
 
     def start(self, rows: slice, run: Run) -> torch.Tensor | None:
         """Runs a batch up to its experts and takes down what it asks of them; the layer's output if it asks nothing.
@@ -93,7 +93,7 @@ class Suspended:
         keeping = {part: self._keeping(part, rows) for part in self._parts}
         with unobserved(self._others), instead(keeping):
             found = asked_by(run, self._experts)
-        if not isinstance(found, Asked):
+        if not isinstance(found, ExpertsCall):
             return found
         module, x, chosen, weights = found
         num_tokens = rows.stop - rows.start
@@ -101,16 +101,16 @@ class Suspended:
             raise Unrepeatable(f"asks for {len(x)} rows of {num_tokens} tokens")
         if self._maps:
             x, chosen, weights = self._put("x", x, rows), chosen.clone(), weights.clone()
-        self._asked.append(Asked(module, x, chosen, weights))
+        self._asked.append(ExpertsCall(module, x, chosen, weights))
         return None
 
-    def asked(self) -> Asked | None:
+    def asked(self) -> ExpertsCall | None:
         """What all batches that were started ask of the experts; None if nothing."""
         if not self._asked:
             return None
         modules, xs, chosen, weights = zip(*self._asked, strict=True)
         x = next(v for k, v in self._places.items() if k[0] == "x") if self._maps else torch.cat(xs)
-        self._asked = [Asked(modules[0], x, torch.cat(chosen), torch.cat(weights))]
+        self._asked = [ExpertsCall(modules[0], x, torch.cat(chosen), torch.cat(weights))]
         return self._asked[0]
 
     def finish(self, rows: slice, run: Run, sums: torch.Tensor) -> torch.Tensor:

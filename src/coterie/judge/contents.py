@@ -16,13 +16,13 @@ from coterie.edits.lineage import plan_of
 from coterie.edits.outputs import patched_config, plan_outputs
 from coterie.edits.routes import compared_constants, constants_name, routed_blocks
 from coterie.edits.zeros import zero_faults
-from coterie.errors import CoterieError
+from coterie.errors import reading
 from coterie.judge.files import Answer, first
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.planned import Planned
 from coterie.storage.record import Progress, no_progress, object_at, record_of
-from coterie.storage.writer import Hole, Made, Output, Run, whole
+from coterie.storage.shards import Hole, Made, Output, Run, whole
 
 CHUNK = 4 << 20  # bytes compared at a time
 
@@ -176,13 +176,11 @@ class _Reader(contextlib.ExitStack):
         self._opened: dict[Path, int] = {}
 
     def __call__(self, path: Path, start: int, length: int) -> bytes:
-        try:
+        with reading(path):
             if path not in self._opened:
                 self._opened[path] = os.open(path, os.O_RDONLY)
                 self.callback(os.close, self._opened[path])
             return os.pread(self._opened[path], length, start)
-        except OSError as error:
-            raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _tally(source: Checkpoint, outputs: list[Output]) -> str:

@@ -1,25 +1,27 @@
-"""`coterie compare`: which experts each criterion would keep, from one statistics file, and how far they agree.
+"""What each criterion would keep: how much they agree, and how much of it is chance. Writes nothing.
 
-Nothing is run again: routers and sums decide, in seconds.
+Example: coterie compare MODEL STATS --ratio 0.25
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.decide import clusters, criteria
 from coterie.decide.criteria import Guarded, Task
 from coterie.decide.experts import count_kept
-from coterie.decide.pruning import Pruning, Remaining, check_options
+from coterie.decide.pruning import NoGuard, Pruning, Remaining, Weights, check_options
 from coterie.errors import CoterieError
 from coterie.methods import prune as methods
 from coterie.model.experts import read_layer
 from coterie.model.layer import Model
-from coterie.model.stats import Stats, agreement, parse_weights, stability
+from coterie.model.stats import Stats, agreement, stability
+from coterie.options import Help, ModelPath, public
+from coterie.pages.terminal import Asked, table
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
 DRAWS = 5  # of the method random
@@ -32,15 +34,15 @@ CONTROLS = ("first", "random")
 Kept = dict[str, Collection[int]]  # by layer key
 
 
+@public
 def compare(
-    model: str | Path,
-    stats: str | Path,
+    model: ModelPath,
+    stats: Annotated[str | Path, Help("What `coterie collect` measured on MODEL.", "STATS", given=Path)],
     *,
-    ratio: float | None = None,
-    experts: int | None = None,
-    weights: str | Mapping[str, float] | None = None,
-    no_guard: bool = False,
-    seed: int = 0,
+    remaining: Remaining,
+    weights: Weights,
+    no_guard: NoGuard = False,
+    seed: Annotated[int, Help("Of the random control.")] = 0,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """What each criterion would keep of every measured layer, and how far they agree; in seconds, writing nothing.
@@ -53,9 +55,7 @@ def compare(
     Raises: CoterieError for statistics of another model, and for options that `prune` refuses.
     """
     clock = Stopwatch()
-    options = Pruning(
-        "reap", Remaining(ratio, experts), stats=str(stats), weights=parse_weights(weights), no_guard=no_guard
-    )
+    options = Pruning(method="reap", remaining=remaining, stats=str(stats), weights=weights, no_guard=no_guard)
     contest = Contest.of(Model.open(model), options)
     kept, found = contest.task.kept, contest.stats
     named = [name for name in methods.names("stats", "router") if name not in CONTROLS]
@@ -67,7 +67,7 @@ def compare(
     return {
         "model": {"path": str(model), "hash": found.model},
         "stats": str(stats),
-        "options": {"experts": kept, "weights": dict(options.weights), "no_guard": no_guard, "seed": seed},
+        "options": {"experts": kept, "weights": dict(weights), "no_guard": no_guard, "seed": seed},
         "samples": found.samples,
         "notes": contest.notes,
         "guarded": criteria.listed(contest.guarded, found),
@@ -143,3 +143,19 @@ class Contest:
 
 def _overlap(first: Kept, second: Kept) -> float:
     return agreement(first, second)["mean"]
+
+
+def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+    """A square of overlaps, criterion by criterion."""
+    names = list(found["criteria"])
+    yield "share of kept experts in common (and of the same criterion on two halves of the data)"
+    yield from table(
+        " " * 20 + "  ".join(f"{n:>18}" for n in names), [(name, _overlaps(found, name, names)) for name in names]
+    )
+    yield f"by chance: {found['random']['expected']:.2f}; {found['seconds']:.1f} s"
+
+
+def _overlaps(found: dict[str, Any], name: str, names: list[str]) -> str:
+    stable = found["criteria"][name]["stability"]
+    own = f"({stable['mean']:.2f})" if stable else "(-)"
+    return "  ".join(f"{own if other == name else format(found['overlap'][name][other], '.2f'):>18}" for other in names)

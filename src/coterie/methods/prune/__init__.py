@@ -7,8 +7,8 @@
 | `base` | `score(layer, base) -> (E,)`, the same layer in an earlier checkpoint |
 | `outputs` | `check(...)` and `choose(error, groups, per_group) -> kept`, from what sets of experts give together |
 
-The highest scores stay. STUN (`verbs/stun.py`) clusters instead of scoring. The command's `--method router-norm` is the file
-`router_norm.py`.
+The highest scores stay. STUN (`methods/prune/stun.py`) clusters instead of scoring. The command's `--method
+router-norm` is the file `router_norm.py`.
 """
 
 import importlib
