@@ -38,13 +38,12 @@ from coterie.codecs.bits import (
 )
 from coterie.codecs.open import coded, opened
 from coterie.errors import CoterieError
-from coterie.kernels import experts as sparse_experts
-from coterie.kernels.experts import IMPLEMENTATION, SparseExperts, SparseLinear
 from coterie.kernels.memory import TORCH, Arena, Matrix, Stack, load
 from coterie.model.experts import expert_matrices
 from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.loading import decoder_layers
-from coterie.model.moe import experts_modules
+from coterie.model.moe import enter, experts_modules
+from coterie.model.sparse import SparseExperts, SparseLinear, stock
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode as encode_values
 
@@ -91,8 +90,10 @@ class CoterieQuantizer(HfQuantizer):
         self.packed = coded(self.view)
         names = self._place_experts(model)
         self._place_linears(model, [name for name in self.packed if name not in names])
-        sparse_experts.register()
-        model.set_experts_implementation(IMPLEMENTATION)
+        enter(model)
+        found: list[Any] = experts_modules(model)
+        for module in found:
+            module.coterie = stock  # until its packed experts are there, if it has any
         modules = "|".join(re.escape(p.name.removeprefix(f"{model.base_model_prefix}.")) for p in self.placed)
         ignored = {rf"\.({'|'.join(PARTS)})$", rf"(^|\.)({modules})\.({'|'.join(WEIGHTS)})$"}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
