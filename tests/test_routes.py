@@ -16,7 +16,7 @@ from coterie.errors import CoterieError
 from coterie.forward.measure import measure
 from coterie.model.layer import Model
 from coterie.model.loading import load
-from coterie.model.routed import Routed
+from coterie.model.routed import RoutedExperts
 from coterie.model.stats import Stats
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.apply import apply
@@ -171,8 +171,8 @@ def test_routed_by_hand():
     """Row 0 leads to expert 1, row 1 to none, row 2 to expert 0; 0.25 of a constant is added for row 1."""
     x, chosen = torch.tensor([[1.0, 2.0], [10.0, 20.0], [3.0, 3.0]]), torch.tensor([[0, 1], [1, 2], [1, 1]])
     weights = torch.tensor([[0.75, 0.25], [0.25, 0.75], [0.5, 0.0]])
-    null = Routed(Doubling(), (1, -1, 0))
-    constant = Routed(Doubling(), (1, -1, 0), torch.tensor([[8.0, 0.0]]))
+    null = RoutedExperts(Doubling(), (1, -1, 0))
+    constant = RoutedExperts(Doubling(), (1, -1, 0), torch.tensor([[8.0, 0.0]]))
     assert null(x, chosen, weights).tolist() == [[1.5, 3.0], [7.5, 15.0], [0.0, 0.0]]
     assert constant(x, chosen, weights).tolist() == [[3.5, 3.0], [9.5, 15.0], [4.0, 0.0]]
 
