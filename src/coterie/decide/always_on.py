@@ -135,16 +135,12 @@ class Blocks:
         """S(x) as in the files, without the gate it may have."""
         return moe.expert_forward(experts, shared, x)[1] * scale_of(self.checkpoint)
 
-    def own_gate(self, index: int) -> torch.Tensor | None:
-        """(1, D) the vector v of a shared expert that is multiplied by sigmoid(v x)."""
-        names = shared_names(self.by_index[index])
-        return None if names is None or names[1] is None else torch.tensor(self.checkpoint.read(names[1])).float()
-
     def shared_gates(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """(T,) what the shared expert is multiplied by, token by token, in terms of the files."""
-        vector = self.own_gate(index)
-        if vector is None:
+        """(T,) what the shared expert is multiplied by, token by token, in terms of the files: 1, or sigmoid(v x)."""
+        names = shared_names(self.by_index[index])
+        if names is None or names[1] is None:
             return torch.ones(len(x))
+        vector = torch.tensor(self.checkpoint.read(names[1])).float()  # (1, D)
         return (x.float() @ vector.T).sigmoid()[:, 0] / scale_of(self.checkpoint)
 
     def outputs(self, index: int, x: torch.Tensor, members: list[int]) -> Iterator[torch.Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -66,7 +65,7 @@ class Clusterer:
 
     def choose(
         self, stats: Stats | None, nearest: Nearest, on_progress: Progress = no_progress
-    ) -> tuple[dict[MoE, Choice], dict[str, Any]]:
+    ) -> tuple[dict[MoE, Choice], dict[str, object]]:
         """The choices, and what the budget came to."""
         usage = self._usage(stats)
         clusters, found = self._cluster(usage)
@@ -82,7 +81,7 @@ class Clusterer:
             found[block] = Usage(tokens_of(stats, block, weights), pairs)
         return found
 
-    def _cluster(self, usage: dict[MoE, Usage]) -> tuple[dict[MoE, stun.Clusters], dict[str, Any]]:
+    def _cluster(self, usage: dict[MoE, Usage]) -> tuple[dict[MoE, stun.Clusters], dict[str, object]]:
         """Each block's clusters under the budget, and what the budget came to."""
         layers, uniform, num_groups = self.task.layers, self.task.kept, self.task.num_groups
         matrices = {
@@ -93,7 +92,7 @@ class Clusterer:
         trees = {b: [stun.dendrogram(d) for d in _per_group(m, num_groups)] for b, m in matrices.items()}
         counts = dict.fromkeys(layers, uniform)
         heights = {b: [sum(hs) for hs in zip(*(t.heights for t in ts), strict=True)] for b, ts in trees.items()}
-        found: dict[str, Any] = {"cost": _cost(heights, counts, num_groups)}
+        found: dict[str, object] = {"cost": _cost(heights, counts, num_groups)}
         if self.how.budget == "global":
             main = [b for b in layers if not b.mtp]
             limits = [(b.num_experts - self.floor) // num_groups for b in main]
@@ -105,10 +104,10 @@ class Clusterer:
             counts |= self._settle(asked, found)
         return {b: _in_layer([t.cut(counts[b] // num_groups) for t in ts], b) for b, ts in trees.items()}, found
 
-    def _official(self, matrices: dict[MoE, np.ndarray]) -> tuple[dict[MoE, stun.Clusters], dict[str, Any]]:
+    def _official(self, matrices: dict[MoE, np.ndarray]) -> tuple[dict[MoE, stun.Clusters], dict[str, object]]:
         """The published program: single linkage at a fixed count, or its threshold search for a total."""
         uniform, num_groups = self.task.kept, self.task.num_groups
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         searched: dict[MoE, stun.Clusters] = {}
         if self.how.budget == "global":
             if num_groups > 1:
@@ -126,7 +125,7 @@ class Clusterer:
             clusters[block] = _in_layer(parts, block)
         return clusters | searched, found
 
-    def _settle(self, asked: dict[MoE, int], found: dict[str, Any]) -> dict[MoE, int]:
+    def _settle(self, asked: dict[MoE, int], found: dict[str, object]) -> dict[MoE, int]:
         """What becomes of unequal counts. Stock configs hold one count."""
         if len(set(asked.values())) == 1 or self.how.non_uniform == "round":
             found["rounded"] = len(set(asked.values())) > 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from coterie.decide.always_on import Blocks, Work
 from coterie.decide.choosing import Chooser, Fits
@@ -77,12 +77,12 @@ class Condenser:
         taken = set(range(HELD_OUT - 1, len(samples), HELD_OUT)[:MOST_HELD_OUT])
         return [sample for i, sample in enumerate(samples) if i not in taken], held_out
 
-    def make(self) -> tuple[list[int], Fits, dict[str, Any]]:
+    def make(self) -> tuple[list[int], Fits, dict[str, object]]:
         """The layers in the order chosen, what each becomes, and the findings for the report."""
         named, refits = self.options.layer_ids, self.needs == "moments"
         fits = Fits() if named is not None and refits else self._timed("experts", self._choose)
         order, scores = (named, []) if named is not None else self._timed("layers", lambda: self._search(fits))
-        findings: dict[str, Any] = {
+        findings: dict[str, object] = {
             "layer_order": order,
             "layer_scores": scores,
             "layer_error": {str(i): error for i, error in fits.errors.items()},

@@ -47,8 +47,8 @@ class Selected:
     """Choices, what goes into the plan's budget and into the report, and what should be said aloud."""
 
     choices: dict[MoE, Choice]
-    budget: dict[str, Any] = field(default_factory=dict)
-    findings: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, object] = field(default_factory=dict)
+    findings: dict[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -96,7 +96,7 @@ def origin(stats: Stats, path: str | None) -> dict[str, object]:
 
 def how_stable(
     stats: Stats, what: str, choose: Callable[[Stats], dict[str, Collection[int]]]
-) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+) -> tuple[dict[str, object] | None, tuple[str, ...]]:
     """What halves of the data choose in common, as `stats.stability` has it; or None, and what to say of it."""
     try:
         return stability(stats, choose), ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from coterie.edits.dense import check_writable, num_layers
 from coterie.edits.drop import check_dropped
@@ -112,9 +112,9 @@ def check_kinds(model: Model, plan: Plan) -> None:
         )
 
 
-def _anatomy(layer: torch.nn.Module) -> dict[str, Any]:
+def _anatomy(layer: torch.nn.Module) -> dict[str, object]:
     """What distinguishes a decoder layer from others but its weights and its number."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for path, module in layer.named_modules():
         settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in NUMBERS}
         found[path] = type(module).__name__, {k: v for k, v in settings.items() if isinstance(v, SETTINGS)}

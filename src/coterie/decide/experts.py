@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 from coterie.decide import criteria
 from coterie.decide.clusters import Clusterer
@@ -86,7 +85,7 @@ def decided(
         drop_mtp=options.drop_mtp,
         constants={"stats": options.stats, "weights": options.weights} if options.fate == "constant" else {},
     )
-    said: dict[str, Any] = {
+    said: dict[str, object] = {
         "guard": f"off: {unknown}" if unknown else _guard(options),
         "guarded": criteria.listed(guarded, stats),
         "stability": found.budget.get("stability"),

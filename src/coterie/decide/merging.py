@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from coterie.decide.criteria import Task, by_weights, guard, how_stable, keep, origin, tokens_of, total
 from coterie.decide.experts import count_kept, num_kept
@@ -57,7 +57,7 @@ class Merging:
     calibration: Calibration = field(default_factory=Calibration)
     dtype: Dtype = "auto"
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """As they are spelled on the command line, without those of calibration where statistics were given."""
         weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
         found = flat(self) | {"weights": weights or None, "data": self.calibration.named}

@@ -60,7 +60,7 @@ def decide(
     samples, notes = read_samples(model, calibration)
     measure(model, samples, trial, compute_dtype(model, dtype), on_progress, spill)
     notes += [UNMEASURED] if len(task.measured) < len(task.layers) else []
-    budget = {
+    budget: dict[str, object] = {
         "samples": {name: len(given) for name, given in samples.items()},
         "stability": agreement(*trial.halves),
     }

@@ -71,6 +71,8 @@ class Spread:
 
     def walk(self, routed: Routed) -> torch.Tensor:
         """A layer's experts on its tokens; as `Pruner.walk`, to the last bit on processors of one kind."""
+        from safetensors.torch import load_file
+
         experts = list(every_expert(routed))
         folder = self.engine.scratch
         inputs = folder / f"inputs-{routed.block.key}.safetensors"
@@ -85,7 +87,7 @@ class Spread:
         for visitors, some, state in zip(experts, tokens, states, strict=True):
             self.pruner.absorb(state)
             if some and len(visitors.rows):
-                routed.add_rows(total, visitors.rows, _load(some.outputs))
+                routed.add_rows(total, visitors.rows, load_file(some.outputs)["0"])
                 Path(some.outputs).unlink()
         inputs.unlink()
         return total
@@ -122,13 +124,6 @@ def _save_inputs(routed: Routed, experts: list[Visitors], path: Path) -> None:
     chosen = [(rows, gates) for _, rows, gates in experts if len(rows)]
     rows, gates = (torch.cat([pair[i] for pair in chosen]) for i in (0, 1))
     save([inputs, Batch(rows, []), Batch(gates, [])], path, sync=False)
-
-
-def _load(path: str) -> torch.Tensor:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("0")
 
 
 # --- the units' side ----------------------------------------------------------------------------------------------

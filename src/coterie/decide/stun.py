@@ -114,11 +114,18 @@ class StunRecipe:
         return replace(decision, plan=replace(plan, budget=budget)), zeroing
 
 
-def search(recipe: StunRecipe, kept: list[int], spill: Path, on_progress: Progress) -> list[dict[str, Any]]:
-    """Prunes on three quarters of the samples, without writing, for each number of experts; judges on the rest.
+@dataclass(frozen=True)
+class Split:
+    """Experts per layer, shares removed and zeroed, and the mean negative log-likelihood of a held-out token."""
 
-    -> experts per layer, shares removed and zeroed, and the mean negative log-likelihood of a held-out token.
-    """
+    experts: int
+    removed: float
+    zeros: float
+    loss: float
+
+
+def search(recipe: StunRecipe, kept: list[int], spill: Path, on_progress: Progress) -> list[Split]:
+    """Prunes on three quarters of the samples, without writing, for each number of experts; judges on the rest."""
     found = []
     for number, experts_kept in enumerate(kept):
         decision, options = recipe.plan(experts_kept)
@@ -126,8 +133,7 @@ def search(recipe: StunRecipe, kept: list[int], spill: Path, on_progress: Progre
         view = planned(recipe.source, plan, plan_outputs(recipe.source, plan))
         calibration = Calibrated(view, options, spill)
         loss = held_out_loss(calibration, _part(on_progress, f"split {number + 1} of {len(kept)}: "))
-        shares = {key: plan.budget[key] for key in ("removed", "zeros")}
-        found.append({"experts": experts_kept, **shares, "loss": loss})
+        found.append(Split(experts_kept, plan.budget["removed"], plan.budget["zeros"], loss))
     return found
 
 

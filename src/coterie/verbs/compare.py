@@ -31,7 +31,7 @@ LEFT_OUT = {
     "base": "needs an earlier checkpoint: coterie prune --base",
     "outputs": "runs every expert on data: coterie prune --data",
 }
-Kept = dict[str, Collection[int]]  # by layer key
+Kept = Mapping[str, Collection[int]]  # by layer key
 
 
 @public
@@ -70,13 +70,22 @@ def compare(
         "samples": found.samples,
         "notes": contest.notes,
         "guarded": criteria.listed(contest.guarded, found),
-        "criteria": results,
-        "overlap": {a: {b: _overlap(results[a]["kept"], results[b]["kept"]) for b in named} for a in named},
-        "random": _against_draws(contest, seed, {name: result["kept"] for name, result in results.items()}),
+        "criteria": {name: vars(result) for name, result in results.items()},
+        "overlap": {a: {b: _overlap(results[a].kept, results[b].kept) for b in named} for a in named},
+        "random": _against_draws(contest, seed, results),
         "left_out": {name: LEFT_OUT[methods.load(name).NEEDS] for name in methods.names(*LEFT_OUT)},
         "versions": versions(),
         **clock.read(),
     }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a criterion keeps by layer, how stable that is (None where unknown), and the seconds it took."""
+
+    kept: dict[str, list[int]]
+    stability: dict[str, object] | None
+    seconds: float
 
 
 @dataclass
@@ -99,7 +108,7 @@ class Contest:
         stats = criteria.read_stats(model, str(options.stats), methods.names("stats"))
         return cls(task, options, stats, criteria.guard(task, None if options.no_guard else stats))
 
-    def result(self, name: str) -> dict[str, Any]:
+    def result(self, name: str) -> Outcome:
         """What a criterion keeps by layer, how stable that is, and the seconds it took."""
         began, needs = time.monotonic(), methods.load(name).NEEDS
         if needs == "router":
@@ -111,29 +120,29 @@ class Contest:
             stable, unstable = criteria.how_stable(self.stats, f"{name} is", choose)
             self.notes += unstable
         seconds = round(time.monotonic() - began, 3)
-        return {"kept": {key: list(ids) for key, ids in kept.items()}, "stability": stable, "seconds": seconds}
+        return Outcome({key: list(ids) for key, ids in kept.items()}, stable, seconds)
 
     def drawn(self, seed: int) -> Kept:
         """Experts kept at random."""
         return criteria.kept_of(self.task, criteria.keep(self.task, criteria.by_weights(self.task, "random", seed)))
 
-    def _by_stats(self, name: str, stats: Stats) -> Kept:
+    def _by_stats(self, name: str, stats: Stats) -> dict[str, Collection[int]]:
         scores = criteria.by_stats(self.task, name, stats)
         return criteria.kept_of(self.task, criteria.keep(self.task, scores, self.guarded))
 
-    def _by_clusters(self, stats: Stats) -> Kept:
+    def _by_clusters(self, stats: Stats) -> dict[str, Collection[int]]:
         """Of router rows, and of usage where two are alike: as a dry run of `prune` has it, without weights."""
         clusterer = Clusterer(self.task, self.options, self.guarded, dry_run=True)
         return criteria.kept_of(self.task, clusterer.choose(stats, nearest)[0])
 
 
-def _against_draws(contest: Contest, seed: int, kept: dict[str, Kept]) -> dict[str, object]:
+def _against_draws(contest: Contest, seed: int, results: dict[str, Outcome]) -> dict[str, object]:
     """How far what each criterion keeps agrees with random draws, and what is to be expected of that."""
     draws, measured = [contest.drawn(seed + i) for i in range(DRAWS)], contest.task.measured
     return {
         "draws": DRAWS,
         "expected": sum(contest.task.kept / b.num_experts for b in measured) / len(measured),
-        "overlap": {name: sum(_overlap(ids, draw) for draw in draws) / DRAWS for name, ids in kept.items()},
+        "overlap": {name: sum(_overlap(found.kept, draw) for draw in draws) / DRAWS for name, found in results.items()},
     }
 
 

@@ -49,7 +49,8 @@ def condense(
     original = Model.open(model)
     check_options(condensing)
     request = Request(
-        command="condense", path=model, out=Path(out), options=flat(condensing) | {"data": condensing.calibration.named, "save": writing.save},
+        command="condense", path=model, out=Path(out),
+        options=flat(condensing) | {"data": condensing.calibration.named, "save": writing.save},
         writing=writing, io=io, on_progress=on_progress,
     )  # fmt: skip
     request.check(original.checkpoint)

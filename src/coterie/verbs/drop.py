@@ -42,7 +42,8 @@ def drop(
     original = Model.open(model)
     check_options(dropping)
     request = Request(
-        command="drop", path=model, out=Path(out), options=flat(dropping) | {"data": dropping.calibration.named, "save": writing.save},
+        command="drop", path=model, out=Path(out),
+        options=flat(dropping) | {"data": dropping.calibration.named, "save": writing.save},
         writing=writing, io=io, on_progress=on_progress,
     )  # fmt: skip
     request.check(original.checkpoint)

@@ -111,11 +111,11 @@ def stun(
     splits = []
     if expert_ratio == "auto":
         splits = search(recipe, kept, request.out.parent, on_progress)
-        kept = [min(splits, key=lambda s: s["loss"])["experts"]]
+        kept = [min(splits, key=lambda split: split.loss).experts]
     decision, options = recipe.plan(kept[0], on_progress)
     plan, notes = decision.plan, decision.notes
     if splits:
-        plan = replace(plan, budget=plan.budget | {"splits": splits})
+        plan = replace(plan, budget=plan.budget | {"splits": [vars(split) for split in splits]})
         notes += (SPLITS_HERE,) if engine.spread else ()
     decision = replace(decision, plan=plan, notes=(*notes, *unused))
     return execute(source, decision, request, prepare=prepared(options, source, plan, request))
