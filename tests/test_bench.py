@@ -11,7 +11,7 @@ import tiny
 from coterie import bench as bench_verb
 from coterie.cli import main
 from coterie.codecs.bits import decode, encode
-from coterie.codecs.packed import dense_view
+from coterie.codecs.open import opened
 from coterie.errors import CoterieError
 from coterie.judge.speed import bytes_per_token, kernel_rows, quantiles, read_bandwidth, subject
 from coterie.kernels import cases
@@ -83,7 +83,7 @@ def test_bytes_of_a_tied_head_are_read(tiny_checkpoint, tmp_path):
 
 def test_bytes_of_packed_experts_are_those_stored(folders):
     """A quarter of the packed experts, and everything else as it is."""
-    view, dense = dense_view(Checkpoint.open(folders[1])), dense_view(Checkpoint.open(folders[0]))
+    view, dense = opened(Checkpoint.open(folders[1])), opened(Checkpoint.open(folders[0]))
     saved = sum(dense.tensors[n].num_bytes - entry.num_bytes for n, entry in view.packed.items())
     assert bytes_per_token(dense) - bytes_per_token(view) == saved * 2 // 8
 
@@ -117,7 +117,7 @@ def test_quantiles_are_of_single_calls():
 
 def test_kernels_are_measured_on_a_matrix_of_the_checkpoint(folders):
     """Its own zeros and bytes, beside every rival; a small matrix is said to be one."""
-    view, notes = dense_view(Checkpoint.open(folders[1])), []
+    view, notes = opened(Checkpoint.open(folders[1])), []
     found = kernel_rows(view, 1, notes)
     assert found["zeros"] == pytest.approx(0.5, abs=0.05) and found["tensor"] in view.packed
     rows = {row["name"]: row for row in found["rows"]}
@@ -133,7 +133,7 @@ def test_kernels_are_measured_on_a_matrix_of_the_checkpoint(folders):
 def test_the_dense_rivals_multiply_the_same_matrix(folders, tmp_path, values):
     """The bits are those that the packed matrix stands for; rounded ones as bf16."""
     coterie.pack(folders[0], tmp_path / "out", values=values)
-    found = subject(dense_view(Checkpoint.open(tmp_path / "out")))
+    found = subject(opened(Checkpoint.open(tmp_path / "out")))
     if values == "as stored":
         assert found.bits.tobytes() == decode(found.packed) and found.dtype == "F32"
         return

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from coterie.codecs.fp8 import dequantise
+from coterie.codecs.mxfp4 import mxfp4
 from coterie.errors import CoterieError
 from coterie.model.experts import Experts
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.numerics import decode, dequantise, encode, mxfp4, round_to_bf16
+from coterie.storage.numerics import decode, encode, round_to_bf16
 from handmade import save
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}

@@ -11,7 +11,7 @@ import pytest
 import coterie
 import tiny
 from coterie.cli import main
-from coterie.codecs.packed import dense_view
+from coterie.codecs.open import opened
 from coterie.edits import saving
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint
@@ -114,7 +114,7 @@ def test_other_commands_save_sparse_from_a_model_with_zeros(home, ids, tmp_path,
     act(tmp_path / "dense")
     report = act(tmp_path / "out", save="sparse")
     assert report.command == verb and report.options["save"] == "sparse" and report.report["packed"]["tensors"] > 0
-    view, dense = dense_view(Checkpoint.open(tmp_path / "out")), Checkpoint.open(tmp_path / "dense")
+    view, dense = opened(Checkpoint.open(tmp_path / "out")), Checkpoint.open(tmp_path / "dense")
     assert view.config == dense.config and list(view.tensors) == list(dense.tensors)
     assert all(view.raw(name) == dense.raw(name) for name in dense.tensors)
     assert not (tmp_path / "out.dense").exists()

@@ -112,7 +112,7 @@ def test_another_format_version_is_refused(found):
     """Only format 1, spelled as a number."""
     with pytest.raises(CoterieError, match="expected 1"):
         fmt.check_settings(found, "config.json")
-    fmt.check_settings(fmt.settings(), "config.json")
+    fmt.check_settings(fmt.SETTINGS, "config.json")
 
 
 def test_int8_rounds_to_half_a_scale_and_keeps_zeros():

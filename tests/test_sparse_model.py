@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from coterie.codecs.bits import GROUP, quantise
-from coterie.codecs.packed import dense_view, entries
+from coterie.codecs.open import coded, opened
 from coterie.errors import CoterieError
 from coterie.kernels import run as kernels
 from coterie.kernels.experts import IMPLEMENTATION, SparseExperts
@@ -143,7 +143,7 @@ def test_minus_zeros_and_dense_tensors_survive(pruned, tmp_path):
     arrays[names[0]][...] = np.where(arrays[names[0]] == 0, np.float32(-0.0), arrays[names[0]])
     tiny.write(tmp_path / "in", arrays, config)
     pack(tmp_path / "in", tmp_path / "packed")
-    found = entries(Checkpoint.open(tmp_path / "packed"))
+    found = coded(opened(Checkpoint.open(tmp_path / "packed")))
     assert names[0] not in found and names[1] in found and "lm_head.weight" not in found
     unpack(tmp_path / "packed", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "in" / "model.safetensors").read_bytes()
@@ -161,7 +161,7 @@ def test_pruned_linear_layers_are_packed_too(pruned, tmp_path):
             array[np.abs(array) < np.median(np.abs(array))] = 0
     tiny.write(tmp_path / "in", arrays, config)
     pack(tmp_path / "in", tmp_path / "packed")
-    found = entries(Checkpoint.open(tmp_path / "packed"))
+    found = coded(opened(Checkpoint.open(tmp_path / "packed")))
     assert any("self_attn" in n for n in found) and any("shared" in n for n in found)
     assert not any(part in n for n in found for part in ("gate.weight", "embed", "lm_head", "norm"))
     with torch.inference_mode():
@@ -372,11 +372,11 @@ def test_random_damage_never_reaches_a_kernel(packed, tmp_path, seed):
 
     wrong = change(packed("qwen3_moe"), tmp_path / "wrong", names[rng.integers(len(names))], edit)
     try:
-        view = dense_view(Checkpoint.open(wrong))
+        view = opened(Checkpoint.open(wrong))
         found = {n: view.raw(n) for n in view.tensors}
     except CoterieError:
         return
-    wanted = dense_view(source)
+    wanted = opened(source)
     assert all(found[n] == wanted.raw(n) for n in wanted.tensors)
 
 

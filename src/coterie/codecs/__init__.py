@@ -1,1 +1,121 @@
-"""How a matrix is stored: one file a way."""
+"""How a matrix is stored: one file a way, found by its name; `open.py` picks among them.
+
+A file here has one record, `CODEC`, whose `read` answers with the matrices that a tensor holds if they are stored its
+way, and with None if they are not. There are two kinds:
+
+- A codec without a `method` reads matrices where a family's record has them (floats, FP8 with scales, MXFP4): the
+  checkpoint is read and rewritten as it is, part by part, and only the numbers are decoded.
+- A codec with a `method` is named by config.json (`"quantization_config": {"quant_method": method}`) and keeps a tensor
+  NAME under other names, NAME + part (zeros as bits). A checkpoint that names it is opened as the dense one that it
+  stands for, with tensors NAME and without that entry, so that nothing else has to know of it.
+
+To add one, add a file. Of matrices stored negated under NAME.negated:
+
+    def read(checkpoint, place):
+        name = f"{place.name}.negated"
+        if name not in checkpoint.tensors:
+            return None
+        tensor = checkpoint.tensors[name]
+        rows = lambda e: -checkpoint.read(name).reshape(-1, *tensor.shape[-2:])[e]
+        return Matrices(place.name, tensor.dtype, tensor.shape, tensor.num_bytes, (name,), rows)
+
+    CODEC = Codec(parts=(".negated",), read=read, method="negated")
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.numerics import encode
+from coterie.storage.planned import Coded
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of matrices, and what is known of it from around: names, and what config.json says.
+
+    name: of the tensor, or what it would be called in one piece. key: the same below the expert, or below the layer.
+    num_matrices: E of a fused tensor, along its first axis; 0 for a matrix of its own.
+    beside: the tensors among which its scales may stand, by key. weights: which of those keys, without ".weight", are
+    weights. transposed: whether matrices are (in, out). gate_above_up: whether each is two, one above the other.
+    settings: the entry quantization_config of config.json, wherever it stands.
+    """
+
+    name: str
+    key: str = ""
+    num_matrices: int = 0
+    beside: Mapping[str, str] = field(default_factory=dict, repr=False)
+    weights: tuple[str, ...] = ()
+    transposed: bool = False
+    gate_above_up: bool = False
+    settings: object = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrices:
+    """The matrices of a tensor, one at a time.
+
+    dtype, shape: of the tensor when it is decoded, ([E,] O, I). num_bytes: of all parts, as stored. parts: their names.
+    rows: number of a matrix -> its values (O, I) in float32, as they are oriented in the tensor.
+    verbatim: the tensor's bytes are those values.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    parts: tuple[str, ...]
+    rows: Callable[[int], np.ndarray] = field(repr=False)
+    verbatim: bool = False
+    exact: bool = True
+
+    @property
+    def stored(self) -> str:
+        return self.dtype
+
+    @property
+    def num_matrices(self) -> int:
+        return math.prod(self.shape[:-2])
+
+    def raw(self, e: int) -> bytes:
+        """Matrix e of the decoded tensor, as bytes of its dtype."""
+        return encode(self.rows(e), self.dtype, self.name)
+
+    def check(self, e: int) -> None:
+        """Raises: CoterieError for a matrix whose parts do not agree."""
+        self.rows(e)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to store matrices.
+
+    parts: what the names of the tensors on the disk add to the matrix's own, the first of them the one in whose place
+    the decoded tensor stands. read: (checkpoint, place) -> the matrices there, or None; it looks at headers alone.
+    encode: (bytes, dtype, shape) of a dense tensor -> the bytes of each part; None where we only read.
+    method, settings: `quant_method` in config.json, and the whole entry. check: raises for a checkpoint that names the
+    method but is not in order.
+    """
+
+    parts: tuple[str, ...]
+    read: Callable[[Checkpoint, Place], Coded | None]
+    encode: Callable[[bytes, str, tuple[int, ...]], dict[str, bytes]] | None = None
+    method: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    check: Callable[[Checkpoint], None] = lambda checkpoint: None
+
+
+@cache
+def codecs() -> tuple[Codec, ...]:
+    """All of them, in the order in which they are asked: plain floats last, which hold what no other claims."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "open"]
+    ordered = sorted(names, key=lambda name: (name == "plain", name))
+    return tuple(importlib.import_module(f"{__name__}.{name}").CODEC for name in ordered)

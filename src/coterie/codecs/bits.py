@@ -1,4 +1,4 @@
-"""The sparse format: one bit per weight and the kept values, row after row. numpy only.
+"""Zeros as bits: one bit per weight and the values that are not zero, row after row. numpy only.
 
 A matrix (O, I) of `NAME` becomes tensors that stand side by side in the same file:
 
@@ -18,15 +18,21 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
+from coterie.codecs import Codec, Place
 from coterie.errors import CoterieError
-from coterie.storage.checkpoint import BITS
+from coterie.storage.checkpoint import BITS, Checkpoint
+from coterie.storage.numerics import decode as values_of
+from coterie.storage.shards import Hole, Output
 
 FORMAT = 1
 METHOD = "coterie"  # quant_method in config.json
+SETTINGS = {"quant_method": METHOD, "format": FORMAT}  # the entry quantization_config of config.json
 PARTS = ("layout", "mask", "scales", "rows", "values")  # in the order in which they stand in a file
 CODES: dict[str, np.dtype] = {
     "BF16": np.dtype("<u2"),
@@ -38,6 +44,8 @@ GROUP = 128  # columns that share a scale
 ALIGNED = 8  # bytes
 WORD = 32  # columns per word of the mask
 MAX_LENGTH = 2**31  # rows or columns of a matrix
+CLOSED = "is not open to other implementations of its experts"  # said of models that cannot be loaded packed
+DAMAGED = "the file is damaged: pack the dense checkpoint again, or download this one again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +105,13 @@ def decode(packed: Packed) -> bytes:
     return dense.tobytes()
 
 
+def products(packed: Packed) -> np.ndarray:
+    """int8 values times their scales (O, I), float32."""
+    assert packed.scales is not None
+    codes: np.ndarray = np.frombuffer(decode(packed), np.int8).reshape(packed.shape)
+    return np.multiply(codes, np.repeat(packed.scales, GROUP, 1)[:, : packed.shape[1]], dtype=np.float32)
+
+
 def words(num_columns: int) -> int:
     """32-bit mask words per row."""
     return -(-num_columns // WORD)
@@ -140,37 +155,26 @@ def check(packed: Packed, crc: int, name: str) -> None:
         raise CoterieError(f"tensor {name!r}: checksum {checksum(packed):08x}, expected {crc:08x}; {DAMAGED}")
 
 
-DAMAGED = "the file is damaged: pack the dense checkpoint again, or download this one again"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of the format as a file holds it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * BITS[self.dtype] // 8
-
-
-def parts(name: str, dtype: str, shape: tuple[int, ...], num_values: int, groups: int = 0) -> list[Part]:
-    """What the file holds for a dense tensor (O, I) or (E, O, I) of which `num_values` are kept."""
+def parts(name: str, dtype: str, shape: tuple[int, ...], num_values: int, groups: int = 0) -> list[Output]:
+    """What the file holds for a dense tensor (O, I) or (E, O, I) of which `num_values` are kept, still empty."""
     num_matrices = shape[0] if len(shape) == 3 else 1
     lead, columns = shape[:-1], shape[-1]
     counts, value = row_type(columns), CODES[dtype]
-    found = [Part(f"{name}.layout", "I64", (2 + num_matrices,)), Part(f"{name}.mask", "U32", (*lead, words(columns)))]
+    found = [_part(f"{name}.layout", "I64", 2 + num_matrices), _part(f"{name}.mask", "U32", *lead, words(columns))]
     if groups:
-        found.append(Part(f"{name}.scales", "F32", (*lead, groups)))
+        found.append(_part(f"{name}.scales", "F32", *lead, groups))
     before = sum(p.num_bytes for p in found)
     num_rows = math.prod(lead) + -(before + math.prod(lead) * counts.itemsize) % ALIGNED // counts.itemsize
-    found.append(Part(f"{name}.rows", f"U{8 * counts.itemsize}", (num_rows,)))
+    num_padded = num_values + -num_values * value.itemsize % ALIGNED // value.itemsize
     return [
         *found,
-        Part(f"{name}.values", dtype, (num_values + -num_values * value.itemsize % ALIGNED // value.itemsize,)),
+        _part(f"{name}.rows", f"U{8 * counts.itemsize}", num_rows),
+        _part(f"{name}.values", dtype, num_padded),
     ]
+
+
+def _part(name: str, dtype: str, *shape: int) -> Output:
+    return Output(name, dtype, shape, (Hole(math.prod(shape) * BITS[dtype] // 8),))
 
 
 def num_groups(dtype: str, num_columns: int) -> int:
@@ -188,9 +192,167 @@ def shrinks(dtype: str, shape: tuple[int, ...], num_values: int) -> bool:
     return num_bytes(dtype, shape, num_values) < math.prod(shape) * CODES[dtype].itemsize
 
 
-def settings() -> dict[str, object]:
-    """The entry `quantization_config` of config.json."""
-    return {"quant_method": METHOD, "format": FORMAT}
+def joined(matrices: Sequence[Packed], num_axes: int) -> dict[str, np.ndarray]:
+    """The parts of a tensor of packed matrices as its file holds them, by what they add to its name.
+
+    num_axes: 3 where matrices stand along an axis of their own, else 2.
+    """
+    first = matrices[0]
+    groups = 0 if first.scales is None else first.scales.shape[1]
+    shape = (*((len(matrices),) if num_axes == 3 else ()), *first.shape)
+    found = {}
+    for part in parts("", first.dtype, shape, sum(len(m.values) for m in matrices), groups):
+        if part.name == ".layout":
+            found[part.name] = np.array([shape[-1], GROUP if groups else 0, *map(checksum, matrices)], np.int64)
+            continue
+        arrays = [getattr(m, part.name[1:]).reshape(-1) for m in matrices]
+        padded = np.zeros(math.prod(part.shape), arrays[0].dtype)
+        np.concatenate(arrays, out=padded[: sum(map(len, arrays))])
+        found[part.name] = padded.reshape(part.shape)
+    return found
+
+
+def encode_tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> dict[str, bytes]:
+    """The parts of a dense tensor (O, I) or (E, O, I), in which nothing but zeros is left out."""
+    rows, columns = shape[-2:]
+    size = rows * columns * CODES[dtype].itemsize
+    matrices = [encode(raw[at : at + size], dtype, (rows, columns)) for at in range(0, len(raw), size)]
+    return {part: array.tobytes() for part, array in joined(matrices, len(shape)).items()}
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """A packed tensor: its dense name, dtype and shape, and where its parts are. Matrices are read one at a time.
+
+    Every part is checked against the others, and against its checksum, before anything is decoded or multiplied. int8
+    values with scales decode to their products, as F32.
+    """
+
+    checkpoint: Checkpoint = field(repr=False)
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    num_groups: int
+    crcs: tuple[int, ...]
+    verbatim: bool = False
+
+    @property
+    def dtype(self) -> str:
+        return "F32" if self.num_groups else self.stored
+
+    @property
+    def exact(self) -> bool:
+        return not self.num_groups
+
+    @property
+    def num_matrices(self) -> int:
+        return len(self.crcs)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(name for part in PARTS if (name := self.part(part)) in self.checkpoint.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parts, as stored."""
+        return sum(self.checkpoint.tensors[name].num_bytes for name in self.parts)
+
+    def part(self, part: str) -> str:
+        return f"{self.name}.{part}"
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Kept values of every row, (E, O), checked to account for all values. Raises: CoterieError."""
+        counts = self.checkpoint.read(self.part("rows"))
+        num_rows = math.prod(self.shape[:-1])
+        rows = counts[:num_rows].reshape(self.num_matrices, -1)
+        total = int(rows.sum(dtype=np.int64))
+        wanted = parts(self.name, self.stored, self.shape, total, self.num_groups)
+        found = self.checkpoint.tensors[self.part("values")]
+        if wanted[-1].shape != found.shape or counts[num_rows:].any():
+            raise CoterieError(
+                f"tensor {self.name!r}: its rows keep {total} values, {found.shape[0]} are stored; {DAMAGED}"
+            )
+        return rows
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The first value of every matrix, and the end, (E + 1,)."""
+        return np.concatenate([[0], self.counts.sum(1, dtype=np.int64).cumsum()])
+
+    def matrix(self, e: int = 0) -> Packed:
+        """Matrix e, checked. Raises: CoterieError when its parts contradict each other or their checksum."""
+        rows, columns = self.shape[-2:]
+        first, last = (int(n) for n in self.starts[e : e + 2])
+        codes = CODES[self.stored]
+        size = codes.itemsize
+        values = np.frombuffer(self.checkpoint.raw(self.part("values"), first * size, (last - first) * size), codes)
+        scales = self._slice("scales", e, "<f4").reshape(rows, -1) if self.num_groups else None
+        mask = self._slice("mask", e, "<u4").reshape(rows, -1)
+        counts = self.counts[e].astype(row_type(columns))
+        packed = Packed(self.stored, (rows, columns), mask, counts, values, scales)
+        check(packed, self.crcs[e], f"{self.name}[{e}]" if len(self.shape) == 3 else self.name)
+        return packed
+
+    def _slice(self, part: str, e: int, dtype: str) -> np.ndarray:
+        """The share of matrix e in a part that has equal shares."""
+        name = self.part(part)
+        size = self.checkpoint.tensors[name].num_bytes // self.num_matrices
+        return np.frombuffer(self.checkpoint.raw(name, e * size, size), dtype)
+
+    def raw(self, e: int) -> bytes:
+        """Matrix e's dense bytes."""
+        packed = self.matrix(e)
+        return decode(packed) if packed.scales is None else products(packed).tobytes()
+
+    def rows(self, e: int) -> np.ndarray:
+        """Matrix e (O, I) in float32."""
+        return values_of(self.raw(e), self.dtype, self.name).reshape(self.shape[-2:])
+
+    def check(self, e: int) -> None:
+        self.matrix(e)
+
+
+def read(checkpoint: Checkpoint, place: Place) -> PackedTensor | None:
+    """One packed tensor, its parts checked against the shape that they themselves imply."""
+    name, tensors = place.name, checkpoint.tensors
+    if f"{name}.layout" not in tensors:
+        return None
+    layout, mask, values = (tensors.get(f"{name}.{part}") for part in ("layout", "mask", "values"))
+    where = f"{checkpoint.path}: packed tensor {name!r}"
+    if not layout or not mask or not values or values.dtype not in CODES or len(mask.shape) not in (2, 3):
+        raise CoterieError(f"{where}: expected layout, mask (2 or 3 axes), rows and values; {DAMAGED}")
+    num_matrices = mask.shape[0] if len(mask.shape) == 3 else 1
+    if layout.dtype != "I64" or layout.shape != (2 + num_matrices,):
+        raise CoterieError(f"{where}: layout is {layout.dtype} {layout.shape} for {num_matrices} matrices; {DAMAGED}")
+    columns, group, *crcs = (int(n) for n in checkpoint.read(layout.name))
+    groups = -(-columns // GROUP) if group else 0
+    if not 0 < columns < MAX_LENGTH or group not in (0, GROUP) or min(crcs, default=0) < 0:
+        raise CoterieError(
+            f"{where}: {columns} columns in groups of {group}; expected groups of 0 or {GROUP}; {DAMAGED}"
+        )
+    shape = (*mask.shape[:-1], columns)
+    if max(shape) >= MAX_LENGTH or bool(group) > (values.dtype == "I8"):
+        raise CoterieError(f"{where}: shape {shape} of {values.dtype}; {DAMAGED}")
+    for part in parts(name, values.dtype, shape, 0, groups)[:-1]:
+        found = tensors.get(part.name)
+        if found is None or (found.dtype, found.shape) != (part.dtype, part.shape):
+            raise CoterieError(f"{where}: {part.name!r} should be {part.dtype} {part.shape}; {DAMAGED}")
+    if (f"{name}.scales" in tensors) != bool(group) or name in tensors or len(values.shape) != 1:
+        raise CoterieError(f"{where}: stored twice, or with parts that do not belong to it; {DAMAGED}")
+    return PackedTensor(checkpoint, name, values.dtype, shape, groups, tuple(crcs))
+
+
+def check_all(checkpoint: Checkpoint) -> None:
+    """Raises: CoterieError for another version of the format, and for parts without a layout."""
+    check_settings(checkpoint.config.get("quantization_config"), f"{checkpoint.path / 'config.json'}")
+    for name in checkpoint.tensors:
+        stem, _, part = name.rpartition(".")
+        if part in PARTS and f"{stem}.layout" not in checkpoint.tensors:
+            raise CoterieError(f"{checkpoint.path}: tensor {name!r} has no {stem + '.layout'!r} beside it; {DAMAGED}")
 
 
 def check_settings(found: object, where: str) -> None:
@@ -201,3 +363,13 @@ def check_settings(found: object, where: str) -> None:
             f"{where}: sparse format {version!r:.40}, expected {FORMAT}; "
             "it was written by another version of coterie: use that one, or pack the dense checkpoint again"
         )
+
+
+CODEC = Codec(
+    parts=tuple(f".{part}" for part in PARTS),
+    read=read,
+    encode=encode_tensor,
+    method=METHOD,
+    settings=SETTINGS,
+    check=check_all,
+)

@@ -21,8 +21,8 @@ from coterie.forward.stream import Batch
 from coterie.methods import condense as methods
 from coterie.methods import layer_search
 from coterie.model.layer import Model
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import existing
 
 Samples = list[tuple[int, ...]]
 Result = TypeVar("Result")

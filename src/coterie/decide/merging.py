@@ -22,8 +22,8 @@ from coterie.model.layer import Model, MoE
 from coterie.model.loading import check_routable
 from coterie.model.stats import KNOWN, MERGING, Stats
 from coterie.options import Help, as_text, flat
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
-from coterie.storage.writer import existing
 
 UNMEASURED = "multi-token-prediction layers and attention experts are never measured, so nothing is merged there: "
 LONGEST, WHOLE = "the longest router rows stay", "they stay whole"

@@ -33,8 +33,8 @@ from coterie.model import moe
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
 from coterie.model.stats import HALVES, agreement
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import existing
 
 MOST_PRODUCTS = 2**30  # bytes of G in memory: 4 T E^2 of one layer
 MOST_OUTPUTS = 2**26  # numbers: the outputs of all experts on some tokens

@@ -1,8 +1,8 @@
 """Pruning experts as units of work: what `pruner.py` does in one process, one expert per unit on any node.
 
-Called by `job.py` where the engine spreads work. A unit reads its expert from MODEL, writes it with its zeros into its
-place in OUT.partial, and answers with counts. Where data decide, a layer's inputs lie in a file that units read their
-tokens from, and each leaves its expert's outputs in a file, which the driver adds in the experts' order: sums of
+Called by `zeros.py` where the engine spreads work. A unit reads its expert from MODEL, writes it with its zeros into
+its place in OUT.partial, and answers with counts. Where data decide, a layer's inputs lie in a file that units read
+their tokens from, and each leaves its expert's outputs in a file, which the driver adds in the experts' order: sums of
 floats depend on it.
 """
 
@@ -27,7 +27,7 @@ from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import read_plan
 from coterie.engine import Engine, Unit
-from coterie.errors import guarded
+from coterie.errors import writing
 from coterie.forward.activations import Batch, Routed, save
 from coterie.forward.stream import Stream
 from coterie.methods import sparsify as methods
@@ -56,7 +56,8 @@ class Spread:
     def describe(self, job: Mapping[str, object]) -> None:
         """Says to the units what all of them need to know: plan, method, shares, total, pattern, and so on."""
         text = json.dumps({**job, "threads": torch.get_num_threads()})  # the last bits of products depend on it
-        guarded(self.engine.scratch, lambda: (self.engine.scratch / JOB).write_text(text))
+        with writing(self.engine.scratch):
+            (self.engine.scratch / JOB).write_text(text)
 
     def prune_all(self, model: Model, on_progress: Progress) -> None:
         """Every expert of every block, without data."""

@@ -28,8 +28,9 @@ from coterie.methods.masks import check_pattern
 from coterie.model.experts import Experts, expert_shapes
 from coterie.model.layer import Model
 from coterie.options import Help, flat
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import Writer, existing
+from coterie.storage.writer import Writer
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,7 @@ from coterie.edits.plan import Choice, Plan
 from coterie.edits.routes import check_routes, is_routed
 from coterie.errors import CoterieError
 from coterie.model.layer import Model, MoE
-from coterie.storage.checkpoint import Checkpoint
-
-MERGEABLE = ("F64", "F32", "F16", "BF16")
+from coterie.storage.checkpoint import FLOATS, Checkpoint
 
 
 def check_plan(model: Model, plan: Plan) -> None:
@@ -60,7 +58,7 @@ def _check_choice(checkpoint: Checkpoint, block: MoE, choice: Choice, num_groups
         )
     if choice.merged:
         for name in [*(n for e in block.experts for n in e.values()), *block.fused, block.router]:
-            if checkpoint.tensors[name].dtype not in MERGEABLE:
+            if checkpoint.tensors[name].dtype not in FLOATS:
                 raise CoterieError(
                     f"tensor {name!r}: {checkpoint.tensors[name].dtype} weights cannot be averaged; "
                     "dequantise the checkpoint first, or average none (prune: --kappa 0)"

@@ -1,7 +1,7 @@
 """From dense tensors to packed ones: which may be packed, how much each keeps, and their parts, put where they belong.
 
-`verbs/pack.py` decides and writes with it. Streamed: one matrix in memory, read twice, because a safetensors header names all
-sizes before the first value.
+`edits/pack.py` decides and writes with it. Streamed: one matrix in memory, read twice, because a safetensors header
+names all sizes before the first value.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from coterie.model.layer import LAYER, Model
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import decode
 from coterie.storage.record import Progress
+from coterie.storage.shards import Output
 from coterie.storage.writer import Writer
-
-FLOATS = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,9 @@ class Coding:
     checkpoint: Checkpoint
     dtype: str | None = None
 
-    def kind(self, tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-        return self.dtype or tensor.dtype, tensor.shape
-
-    def parts(self, tensor: Tensor, num_values: int) -> list[fmt.Part]:
-        dtype, shape = self.kind(tensor)
+    def parts(self, tensor: Tensor, num_values: int) -> list[Output]:
+        """What the file holds for a tensor of which so many values are kept, still empty."""
+        dtype, shape = self.dtype or tensor.dtype, tensor.shape
         return fmt.parts(tensor.name, dtype, shape, num_values, fmt.num_groups(dtype, shape[-1]))
 
     def num_bytes(self, tensor: Tensor, num_values: int) -> int:
@@ -82,7 +79,7 @@ def candidates(model: Model) -> list[Tensor]:
     for name, tensor in tensors.items():
         other = model.roles[name] in ("shared", "other") and len(tensor.shape) == 2 and LAYER.fullmatch(name)
         if name in experts or (other and name.endswith("_proj.weight")):
-            if tensor.dtype in FLOATS and len(tensor.shape) in (2, 3) and math.prod(tensor.shape) > 0:
+            if tensor.dtype in fmt.CODES and len(tensor.shape) in (2, 3) and math.prod(tensor.shape) > 0:
                 found.append(tensor)
     return found
 

@@ -20,8 +20,8 @@ from coterie.errors import CoterieError
 from coterie.model.family import registry
 from coterie.model.layer import LAYER, Model, find_blocks
 from coterie.storage.checkpoint import Checkpoint, Tensor
-from coterie.storage.planned import view
-from coterie.storage.writer import Made, Output, whole
+from coterie.storage.planned import resolved, view
+from coterie.storage.shards import Made, Output, whole
 
 Config = dict[str, Any]
 
@@ -61,6 +61,7 @@ def converted(model: Model, target: str | None) -> Model:
     changed = found.config(copy.deepcopy(config), model)
     changed |= {"model_type": target, "architectures": [found.architecture]}
     changed.pop("auto_map", None)  # names code that we neither run nor copy
+    shards = resolved(model.checkpoint, shards)
     return find_blocks(view(model.checkpoint, shards, changed, found.shared_scale), registry()[target])
 
 

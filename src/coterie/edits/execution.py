@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from coterie.codecs.open import opened
 from coterie.edits.checks import check_plan
 from coterie.edits.counts import count, removed_shares
 from coterie.edits.outputs import patched_config, plan_outputs, planned, with_holes
@@ -24,12 +25,13 @@ from coterie.model.layer import Model, expert_names
 from coterie.options import Help
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.storage.copying import IO, check_io
-from coterie.storage.in_place import Recipe, check_in_place, consume, went_on
+from coterie.storage.folders import check_out, left_over, partial_of, tidy
+from coterie.storage.in_place import UsedUp, check_in_place, consume, went_on
 from coterie.storage.movers import mover
 from coterie.storage.planned import root
 from coterie.storage.record import Progress, Report, Stopwatch, model_card, no_progress, to_json, versions
-from coterie.storage.steps import left_over
-from coterie.storage.writer import Output, Writer, check_out, num_copied, partial_of, tidy
+from coterie.storage.shards import Output, num_copied
+from coterie.storage.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +186,7 @@ def _begun(checkpoint: Checkpoint, plan: Plan, request: Request) -> Report:
 def _consumed(execution: Execution, request: Request) -> Report:
     """Makes OUT of the model's own files."""
     checkpoint = execution.model.checkpoint
-    recipe = Recipe.of(checkpoint, execution.outputs, execution.report, request.out)
+    recipe = UsedUp.of(checkpoint, execution.outputs, execution.report, request.out)
     execution.notes.append(recipe.note)
     if request.writing.dry_run:
         return execution.report
@@ -218,7 +220,7 @@ def _written(execution: Execution, request: Request) -> Report:
         if filled:
             _add_filled(execution, filled, outputs)
         report.report.update(request.clock.read())
-        finish_record(writer, report, model_card(checkpoint.path.name, report), outputs, checkpoint)
+        finish_record(writer, report, model_card(checkpoint.path.name, report))
     return report
 
 
@@ -230,13 +232,11 @@ def _add_filled(execution: Execution, filled: Filled, outputs: dict[str, list[Ou
     execution.notes.extend(filled.notes)
 
 
-def finish_record(
-    writer: Writer, report: Report, card: str, outputs: dict[str, list[Output]], checkpoint: Checkpoint
-) -> None:
+def finish_record(writer: Writer, report: Report, card: str) -> None:
     """Writes the record and the model card, and gives OUT its name."""
     writer.text("coterie.json", to_json(report.as_dict()))
     writer.text("README.md", card)
-    writer.finish({s: {o.name: o for o in os} for s, os in outputs.items()}, checkpoint.indexed)
+    writer.finish()
 
 
 def finished(out: Path, asked: Report) -> Report:
@@ -294,8 +294,8 @@ def write(
         done += num_bytes
         on_progress("writing", done, total)
 
-    for shard, tensors in outputs.items():
-        writer.shard(shard, tensors, checkpoint.metadata[shard], checkpoint, advance)
+    for shard in outputs:
+        writer.shard(shard, advance)
     _write_small(writer, checkpoint, config)
 
 
@@ -348,7 +348,7 @@ def _numbers(
     kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main if b.key not in plan.condensed}
     return {
         "before": {
-            "parameters": root(checkpoint).num_parameters,
+            "parameters": opened(root(checkpoint)).num_parameters,
             "bytes": root(checkpoint).num_bytes,
             "experts": _one_or_all({b.key: b.num_experts for b in model.main}),
         },

@@ -17,10 +17,9 @@ from coterie.errors import CoterieError
 from coterie.model.experts import expert_matrices, expert_shapes
 from coterie.model.family import GATED
 from coterie.model.layer import MoE
-from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.planned import scale_of
 
-FOLDABLE = ("F64", "F32", "F16", "BF16")
 GATE, UP, DOWN = range(3)
 
 Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]  # gate (F, D), up (F, D), down (D, F), float32
@@ -102,7 +101,7 @@ def check_foldable(checkpoint: Checkpoint, block: MoE) -> None:
         raise CoterieError(f"{block.name}: {fault}; expected a block that one dense SwiGLU MLP can stand for")
     shared = shared_names(block)
     for name in (*weights(block), *(shared[0] if shared else ())):
-        if checkpoint.tensors[name].dtype not in FOLDABLE:
+        if checkpoint.tensors[name].dtype not in FLOATS:
             kind = checkpoint.tensors[name].dtype
             raise CoterieError(f"tensor {name!r}: {kind} weights cannot be folded; dequantise the checkpoint first")
 

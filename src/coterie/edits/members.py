@@ -1,6 +1,6 @@
 """What a merged expert is made of: its members' stored values, their neurons lined up where the plan says so.
 
-Serves `applying/`, one tensor and one member at a time. A permutation comes from both experts' weights the first time
+Serves `edits/`, one tensor and one member at a time. A permutation comes from both experts' weights the first time
 a tensor asks for it, and kept: two bytes a neuron.
 """
 

@@ -6,14 +6,13 @@ that `verify`, `apply` and `recover` know a packed folder as they know the dense
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from coterie.codecs import bits as fmt
-from coterie.codecs.packed import DenseView, Entry, dense_view, is_sparse
+from coterie.codecs.open import check_coded, codec_of, inexact, opened
 from coterie.edits.coding import Coding, candidates, counted, fill, sizes
 from coterie.edits.execution import Writing, finish_record, finished, left_behind, write
 from coterie.edits.plan import Plan
@@ -21,6 +20,8 @@ from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.own import is_own
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.folders import check_out, partial_of
+from coterie.storage.planned import Planned
 from coterie.storage.record import (
     Progress,
     Report,
@@ -30,7 +31,8 @@ from coterie.storage.record import (
     record_of,
     versions,
 )
-from coterie.storage.writer import Hole, Made, Output, Writer, check_out, partial_of, whole
+from coterie.storage.shards import Output, whole
+from coterie.storage.writer import Writer
 
 VALUES = ("as stored", "int8")
 OURS = ("pack", "unpack")  # commands that decide nothing about a model
@@ -63,7 +65,7 @@ def pack(
         "after": size | {"bytes": packed["after"]},
         "packed": packed,
     }
-    config = checkpoint.config | {"quantization_config": fmt.settings()}
+    config = checkpoint.config | {"quantization_config": fmt.SETTINGS}
     job = _Job("pack", checkpoint, str(dense), outputs, config, numbers, {"values": values})
     return _execute(job, out, clock, writing, on_progress, lambda writer: fill(coding, chosen, writer, on_progress))
 
@@ -74,25 +76,22 @@ def unpack(packed: str | Path, dense: Path, *, writing: Writing, on_progress: Pr
     Raises: CoterieError for a checkpoint that is not packed, or whose parts are damaged; nothing is written then.
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(packed)
-    if not is_sparse(checkpoint):
+    if codec_of(checkpoint) is not fmt.CODEC:
         raise CoterieError(f"{packed}: nothing in it is packed (no quantization_config of ours in config.json)")
-    view = dense_view(checkpoint)
-    assert isinstance(view, DenseView)
-    if view.rounded:
+    view = opened(checkpoint)
+    assert isinstance(view, Planned)
+    if rounded := inexact(view):
         raise CoterieError(
-            f"{packed}: {min(view.rounded)!r} was packed as int8, which rounds: there is no dense original to restore"
+            f"{packed}: {min(rounded)!r} was packed as int8, which rounds: there is no dense original to restore"
         )
     check_out(dense, checkpoint.path, resume=writing.resume, overwrite=writing.overwrite)
-    view.check(on_progress)  # here, so that damage is found before anything is written
-    outputs: dict[str, list[Output]] = {shard: [] for shard in view.shards}
-    for tensor in view.tensors.values():
-        entry = view.packed.get(tensor.name)
-        outputs[tensor.file].append(_restored(entry) if entry else whole(tensor))
+    check_coded(view, on_progress)  # here, so that damage is found before anything is written
+    outputs = view.by_shard
     size = {"parameters": view.num_parameters, "experts": ""}
     numbers = {
         "before": size | {"bytes": checkpoint.num_bytes},
         "after": size | {"bytes": view.num_bytes},
-        "unpacked": {"before": checkpoint.num_bytes, "after": view.num_bytes, "tensors": len(view.packed)},
+        "unpacked": {"before": checkpoint.num_bytes, "after": view.num_bytes, "tensors": len(view.coded)},
     }
     job = _Job("unpack", checkpoint, str(packed), outputs, view.config, numbers)
     return _execute(job, dense, clock, writing, on_progress)
@@ -134,7 +133,7 @@ def _execute(
         write(writer, source, job.outputs, job.config, on_progress)
         finish(writer)
         report.report.update(clock.read() if not made else {})
-        finish_record(writer, report, _card(job, report), job.outputs, source)
+        finish_record(writer, report, _card(job, report))
     return report
 
 
@@ -214,7 +213,7 @@ def _card(job: _Job, report: Report) -> str:
 
 
 def _check_dense(checkpoint: Checkpoint) -> None:
-    if is_sparse(checkpoint):
+    if codec_of(checkpoint) is fmt.CODEC:
         raise CoterieError(f"{checkpoint.path}: is packed already")
     if checkpoint.config.get("quantization_config"):
         raise CoterieError(f"{checkpoint.path}: is quantised; expected plain floats: dequantise it first")
@@ -254,18 +253,7 @@ def _packed_outputs(coding: Coding, shard: str, chosen: dict[str, list[int]]) ->
     for tensor in coding.checkpoint.tensors.values():
         if tensor.file != shard:
             continue
-        if tensor.name not in chosen:
+        if tensor.name in chosen:
+            yield from coding.parts(tensor, sum(chosen[tensor.name]))
+        else:
             yield whole(tensor)
-            continue
-        for part in coding.parts(tensor, sum(chosen[tensor.name])):
-            yield Output(part.name, part.dtype, part.shape, (Hole(part.num_bytes),))
-
-
-def _restored(entry: Entry) -> Output:
-    """The dense tensor, decoded one matrix at a time as it is written."""
-    size = math.prod(entry.shape[-2:]) * fmt.CODES[entry.dtype].itemsize
-
-    def made(e: int) -> Made:
-        return Made(size, lambda: fmt.decode(entry.matrix(e)))
-
-    return Output(entry.name, entry.dtype, entry.shape, tuple(made(e) for e in range(entry.num_matrices)))

@@ -4,7 +4,8 @@
 
 `routes` gives, for every row, the stored expert (its new index), or -1 for none: then the token gets nothing of it, or
 weight times a constant, a row of the layer's tensor `constants`. `alias` leads several rows to one stored expert. Used
-by `apply`, which writes this, and `verify`; `model/routed.py` computes it. Axes: E expert, D hidden, R experts that are gone.
+by `apply`, which writes this, and `verify`; `model/routed.py` computes it. Axes: E expert, D hidden, R experts that are
+removed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ from coterie.model.family import lookup
 from coterie.model.layer import CONSTANTS, Model, MoE, expert_names
 from coterie.model.own import own_section
 from coterie.model.stats import Stats, mean
-from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.writer import Made, Output
+from coterie.storage.checkpoint import BITS, FLOATS, Checkpoint
+from coterie.storage.shards import Made, Output
 
 if TYPE_CHECKING:
     import numpy as np
-
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what constants are stored as: bytes each
 
 
 def is_routed(choice: Choice | None, block: MoE) -> bool:
@@ -105,7 +104,7 @@ def constants_output(checkpoint: Checkpoint, block: MoE, choice: Choice, plan: P
     """The tensor (R, D) of constants, computed from the statistics when its turn comes."""
     dtype, shape = _dtype(checkpoint, block), (len(gone(choice, block.num_experts)), _width(checkpoint, block))
     make = partial(constants, checkpoint, block, choice, plan)
-    return Output(constants_name(block), dtype, shape, (Made(shape[0] * shape[1] * FLOATS[dtype], make),))
+    return Output(constants_name(block), dtype, shape, (Made(shape[0] * shape[1] * BITS[dtype] // 8, make),))
 
 
 def constants(checkpoint: Checkpoint, block: MoE, choice: Choice, plan: Plan) -> bytes:
@@ -173,7 +172,4 @@ def _dtype(checkpoint: Checkpoint, block: MoE) -> str:
 
 def _width(checkpoint: Checkpoint, block: MoE) -> int:
     """D of an expert's output."""
-    packed = f"{block.prefix}{block.layout.fused[-1]}_blocks" if block.layout.fused else ""
-    if packed in checkpoint.tensors:  # MXFP4: (E, D, groups, 16)
-        return checkpoint.tensors[packed].shape[1]
     return expert_shapes(checkpoint, block)["down"][0]

@@ -19,9 +19,8 @@ from coterie.edits.pack import pack
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.folders import Folders, check_out, is_first, partial_of
 from coterie.storage.record import Progress, Report
-from coterie.storage.steps import Folders, is_first
-from coterie.storage.writer import check_out, partial_of
 
 SAVES = ("dense", "sparse")
 IN_PLACE = "packing needs the dense checkpoint beside it; leave --in-place out"

@@ -1,6 +1,6 @@
 """transformers' own model without its weights, filled and emptied in parts by the library's own conversion.
 
-What the streaming forward (`calibrate.py`) moves through memory. Parameters stand on the meta device until they are
+What the streaming forward (`stream.py`) moves through memory. Parameters stand on the meta device until they are
 filled; buffers are real from the beginning, because some (rotary frequencies) are computed and never stored.
 """
 
@@ -17,10 +17,9 @@ from coterie.errors import CoterieError
 from coterie.model import moe
 from coterie.model.loading import NO_DATA, empty_stock, guarded, quiet_transformers
 from coterie.model.opened import open_experts
-from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.tensors import Maps, read, trim
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 MAPPED = 2**26  # bytes: a table of embeddings larger than this is mapped, since few of its rows are touched
 
 

@@ -9,20 +9,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from coterie.codecs.packed import DenseView
+from coterie.codecs.open import inexact
 from coterie.edits.checks import check_plan
 from coterie.edits.convert import converted
 from coterie.edits.lineage import plan_of
 from coterie.edits.outputs import patched_config, plan_outputs
 from coterie.edits.routes import compared_constants, constants_name, routed_blocks
 from coterie.edits.zeros import zero_faults
-from coterie.errors import CoterieError
+from coterie.errors import reading
 from coterie.judge.files import Answer, first
 from coterie.methods.sparsify import corrects
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.planned import Planned
 from coterie.storage.record import Progress, no_progress, object_at, record_of
-from coterie.storage.writer import Hole, Made, Output, Run, whole
+from coterie.storage.shards import Hole, Made, Output, Run, whole
 
 CHUNK = 4 << 20  # bytes compared at a time
 
@@ -36,7 +37,7 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
         return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
     source = converted(source, plan.converted)
     check_plan(source, plan)
-    rounded = _rounded(out)
+    rounded = inexact(out)
     outputs = [o for shard in plan_outputs(source, plan).values() for o in shard if o.name not in rounded]
     faults = _header_faults(out, outputs)
     config = patched_config(source, plan)
@@ -59,11 +60,6 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
     return not faults, "; ".join(faults) or _tally(source.checkpoint, outputs) + zeroed, None
 
 
-def _rounded(out: Checkpoint) -> set[str]:
-    """Tensors whose dense bytes are lost."""
-    return out.rounded if isinstance(out, DenseView) else set()
-
-
 def _said_of(rounded: set[str]) -> str:
     return f"; not compared: {len(rounded):,} that packing rounded to int8" if rounded else ""
 
@@ -75,13 +71,20 @@ def _was_packed_from(record: dict[str, Any] | None, source: Checkpoint) -> bool:
 
 def _check_same(out: Checkpoint, source: Checkpoint, on_progress: Progress) -> Answer:
     """OUT stands for the very bytes of the dense checkpoint that it was packed from."""
-    rounded = _rounded(out)
-    outputs = [whole(tensor) for tensor in source.tensors.values() if tensor.name not in rounded]
+    rounded = inexact(out)
+    outputs = [output for output in _whole(source) if output.name not in rounded]
     faults = _header_faults(out, outputs) + ([] if out.config == source.config else ["config.json is another"])
     if not faults:
         differing = list(_differing(out, source, outputs, on_progress))
         faults += [f"other bytes in {first(differing)}"] if differing else []
     return not faults, "; ".join(faults) or f"{len(outputs):,} kept as is" + _said_of(rounded), None
+
+
+def _whole(source: Checkpoint) -> list[Output]:
+    """Every tensor as it is."""
+    if isinstance(source, Planned):
+        return list(source.outputs.values())
+    return [whole(tensor) for tensor in source.tensors.values()]
 
 
 def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = no_progress) -> Answer:
@@ -99,8 +102,8 @@ def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = n
             "coterie.json does not say which of the model's tensors were trained (report.trained.tensors)",
             None,
         )
-    rounded = _rounded(out)
-    outputs = [whole(tensor) for tensor in source.tensors.values() if tensor.name not in rounded]
+    rounded = inexact(out)
+    outputs = [output for output in _whole(source) if output.name not in rounded]
     faults = _header_faults(out, outputs) + ([] if out.config == source.config else ["config.json is another"])
     if not faults:
         differing = set(_differing(out, source, outputs, on_progress))
@@ -122,7 +125,7 @@ def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:
     found = {t.name: (t.dtype, t.shape) for t in out.tensors.values()}
     faults = {
         "missing": meant.keys() - found.keys(),
-        "not meant to be there": found.keys() - meant.keys() - _rounded(out),
+        "not meant to be there": found.keys() - meant.keys() - inexact(out),
         "of another shape or dtype": {n for n in meant.keys() & found.keys() if meant[n] != found[n]},
     }
     return [f"{fault}: {first(names)}" for fault, names in faults.items() if names]
@@ -149,7 +152,7 @@ Bytes = Callable[[int, int], bytes]  # of a tensor: (first, how many)
 def _stored(out: Checkpoint, name: str, read: _Reader) -> Bytes:
     """A tensor's bytes in OUT, decoded where it is packed."""
     tensor = out.tensors[name]
-    if isinstance(out, DenseView) and name in out.packed:
+    if isinstance(out, Planned):
         return lambda first, length: out.raw(name, first, length)
     return lambda first, length: read(out.path / tensor.file, tensor.start + first, length)
 
@@ -174,30 +177,28 @@ class _Reader(contextlib.ExitStack):
         self._opened: dict[Path, int] = {}
 
     def __call__(self, path: Path, start: int, length: int) -> bytes:
-        try:
+        with reading(path):
             if path not in self._opened:
                 self._opened[path] = os.open(path, os.O_RDONLY)
                 self.callback(os.close, self._opened[path])
             return os.pread(self._opened[path], length, start)
-        except OSError as error:
-            raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _tally(source: Checkpoint, outputs: list[Output]) -> str:
     """How many tensors had which fate."""
-    fates = Counter(_fate(source, output) for output in outputs)
+    originals = {output.name: output for output in _whole(source)}
+    fates = Counter(_fate(originals, output) for output in outputs)
     fates["dropped"] = max(0, len(source.tensors) - len(outputs))
     always = dict.fromkeys(("kept as is", "renamed", "row-sliced", "computed", "dropped"), 0)
     return ", ".join(f"{count:,} {fate}" for fate, count in (always | fates).items())
 
 
-def _fate(source: Checkpoint, output: Output) -> str:
+def _fate(originals: dict[str, Output], output: Output) -> str:
     """What became of one source tensor on its way to an output."""
+    original = originals.get(output.name)
+    if original and output.parts == original.parts:
+        return "kept as is"
     if any(isinstance(part, Made) for part in output.parts):
         return "computed"
-    original = source.tensors.get(output.name)
-    runs = [(part.file, part.start, part.end) for part in output.parts if isinstance(part, Run)]
-    if original and runs == [(original.file, original.start, original.end)]:
-        return "kept as is"
     same_shape = original is None or original.shape == output.shape
-    return "renamed" if same_shape and len(runs) == 1 else "row-sliced"
+    return "renamed" if same_shape and len(output.parts) == 1 else "row-sliced"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coterie.codecs.packed import DenseView, dense_view, is_sparse
+from coterie.codecs.open import check_coded, codec_of, coded, inexact, opened
 from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError
 from coterie.model.family import detect
 from coterie.model.layer import LAYER, Model, MoE
 from coterie.storage.checkpoint import INDEX, Checkpoint, load_json
+from coterie.storage.planned import root
 from coterie.storage.record import Progress, no_progress, record_of
 
 Answer = tuple[bool, str, Any]  # ok, detail, what later checks need
@@ -19,26 +20,25 @@ Answer = tuple[bool, str, Any]  # ok, detail, what later checks need
 def is_packed(folder: Path) -> bool:
     """Whether config.json says so; what cannot be read is a fault of the files."""
     try:
-        return is_sparse(Checkpoint.open(folder))
+        return codec_of(Checkpoint.open(folder)) is not None
     except CoterieError:
         return False
 
 
-def check_packed(folder: Path, on_progress: Progress = no_progress) -> tuple[bool, str, DenseView]:
+def check_packed(folder: Path, on_progress: Progress = no_progress) -> tuple[bool, str, Checkpoint]:
     """The version is ours; of each packed matrix mask, counts, values and checksum agree."""
-    view = dense_view(Checkpoint.open(folder))
-    assert isinstance(view, DenseView)
-    view.check(on_progress)
-    matrices = sum(entry.num_matrices for entry in view.packed.values())
-    rounded = f", {len(view.rounded):,} rounded to int8" if view.rounded else ""
-    return True, f"{matrices:,} matrices of {len(view.packed):,} tensors agree with their checksums{rounded}", view
+    view = opened(Checkpoint.open(folder))
+    check_coded(view, on_progress)
+    matrices = sum(found.num_matrices for found in coded(view).values())
+    rounded = f", {len(inexact(view)):,} rounded to int8" if inexact(view) else ""
+    return True, f"{matrices:,} matrices of {len(coded(view)):,} tensors agree with their checksums{rounded}", view
 
 
 def check_files(out: Checkpoint) -> tuple[bool, str, Checkpoint | None]:
     """Headers, index, tensor names and expert counts agree with each other, with config.json and with the plan."""
     try:
         if out.indexed:
-            _check_index(out.source if isinstance(out, DenseView) else out)
+            _check_index(root(out))
         record = record_of(out.path)
         plan = Plan({}) if record is None else read_plan(record)
         blocks = () if _all_condensed(out, plan) else Model.of(out).moe

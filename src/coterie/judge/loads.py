@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from coterie.codecs.packed import CLOSED, DenseView
+from coterie.codecs.bits import CLOSED
+from coterie.codecs.open import coded
 from coterie.errors import CoterieError
 from coterie.judge.files import Answer, first
 from coterie.model.family import detect
@@ -34,12 +35,12 @@ def check_loads(out: Checkpoint) -> Answer:
             f"not loaded: transformers has no class for {family.name}; names, shapes and bytes were "
             "checked, but not that the model computes"
         ), None  # fmt: skip
-    if isinstance(out, DenseView) and short:
+    if coded(out) and short:
         return True, f"not loaded: {short}", None
     try:
         model, faults = load_float32(out, device="meta" if short else "cpu")
     except CoterieError as error:
-        if isinstance(out, DenseView) and CLOSED in str(error):  # what is in the files is fine
+        if coded(out) and CLOSED in str(error):  # what is in the files is fine
             return True, f"not loaded: {error}", None
         raise
     if faults:

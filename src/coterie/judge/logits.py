@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coterie.codecs.packed import DenseView
+from coterie.codecs.open import inexact
 from coterie.edits.convert import converted
 from coterie.edits.lineage import plan_of
 from coterie.edits.plan import Plan
@@ -82,7 +82,7 @@ def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], log
     plan = plan_of(out)
     if logits is None:
         return True, "not compared: OUT gave no logits", None
-    if isinstance(out, DenseView) and out.rounded:
+    if inexact(out):
         return True, "not compared: packing rounded weights to int8", None
     if plan.sparsity:
         return True, "not compared: weights were zeroed; every byte that stayed was", None

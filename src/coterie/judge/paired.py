@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from coterie.codecs.packed import dense_view
 from coterie.edits.lineage import Fate, fate, plans_between
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, encode
@@ -258,11 +257,5 @@ def experts_fate(path: str | Path, against: str | Path) -> Fate | None:
     plans = plans_between(path, checkpoint.hash)
     if plans is None:
         return None
-    source = _opened(checkpoint)
+    source = Model.of(checkpoint)
     return fate(plans, {block.key: block.num_experts for block in source.main})
-
-
-def _opened(checkpoint: Checkpoint) -> Model:
-    from coterie.model.layer import Model
-
-    return Model.of(dense_view(checkpoint))

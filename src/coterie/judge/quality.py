@@ -27,6 +27,7 @@ from coterie.judge.paired import Kept, bootstrap_mean
 from coterie.model import causal, loading
 from coterie.model.family import lookup
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.record import Progress
 
 logger = logging.getLogger("coterie")
 
@@ -40,7 +41,6 @@ NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 Load = Callable[[str | Path], Any]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from coterie.errors import CoterieError
 from coterie.model.experts import expert_shapes, expert_weights
 from coterie.model.layer import Model
 from coterie.model.moe import experts_modules
+from coterie.storage.checkpoint import FLOATS
 
 BITS, GROUP, SCALE_BYTES = 4, 64, 2
 MOST = 2 ** (BITS - 1) - 1  # 7: codes go from -8 to 7
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-STORED = ("F32", "BF16", "F16")
 DESCRIPTION = f"plain rounding of the experts to {BITS} bits, symmetric, one scale per group of {GROUP}, simulated"
 
 
@@ -61,7 +61,7 @@ def rounded_bytes(source: Model) -> int:
     total = source.checkpoint.num_bytes
     for block in source.main:
         stored = [source.checkpoint.tensors[name] for name in expert_weights(source.checkpoint, block)]
-        if any(t.dtype not in STORED for t in stored):
+        if any(t.dtype not in FLOATS[1:] for t in stored):
             raise CoterieError(f"{block.name}: its experts are stored as {stored[0].dtype}, expected plain floats")
         shapes = expert_shapes(source.checkpoint, block).values()
         expert_bytes = sum(rows * _row_bytes(columns) for rows, columns in shapes)

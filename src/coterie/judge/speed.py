@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coterie.codecs import bits as fmt
-from coterie.codecs.packed import DenseView
+from coterie.codecs.open import coded, num_bytes
 from coterie.errors import CoterieError
 from coterie.model import causal
 from coterie.model.experts import expert_weights
@@ -79,8 +79,7 @@ def _entry(
         notes.append(f"{path}: bytes read per token are unknown, and so is the share of bandwidth: {error}")
     single = speeds["decode"].get("1")
     share = read * single["50"] / bandwidth if read and single and bandwidth else None
-    stored = (view.source if isinstance(view, DenseView) else view).num_bytes
-    return {"path": path, "bytes": stored, "bytes_per_token": read, **speeds, "bandwidth_share": share}
+    return {"path": path, "bytes": num_bytes(view), "bytes_per_token": read, **speeds, "bandwidth_share": share}
 
 
 # --- whole models ----------------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
 
     Raises: CoterieError where there are experts, but of no family that we know.
     """
-    packed = checkpoint.packed if isinstance(checkpoint, DenseView) else {}
+    packed = coded(checkpoint)
     sizes = {n: packed[n].num_bytes if n in packed else t.num_bytes for n, t in checkpoint.tensors.items()}
     model = _understood(checkpoint)
     skipped = set(mtp_names(model)) if model else set()
@@ -227,7 +226,7 @@ def subject(view: Checkpoint) -> Subject | None:
         return None
     block = model.main[len(model.main) // 2]
     names = [n for n in expert_weights(view, block) if len(view.tensors[n].shape) in (2, 3)]
-    held = view.packed if isinstance(view, DenseView) else {}
+    held = {name: found for name, found in coded(view).items() if isinstance(found, fmt.PackedTensor)}
     names = [n for n in names if n in held] or [n for n in names if view.tensors[n].dtype in ("BF16", "F16", "F32")]
     if not names:
         return None
@@ -242,9 +241,7 @@ def subject(view: Checkpoint) -> Subject | None:
     if packed.scales is None:
         bits = np.frombuffer(fmt.decode(packed), fmt.CODES[packed.dtype]).reshape(shape)
         return Subject(name, packed, packed.dtype, bits)
-    codes: np.ndarray = np.frombuffer(fmt.decode(packed), np.int8).reshape(shape)
-    values = np.multiply(codes, np.repeat(packed.scales, fmt.GROUP, 1)[:, : shape[1]], dtype=np.float32)
-    bits = np.frombuffer(encode(values, "BF16", name), fmt.CODES["BF16"]).reshape(shape)
+    bits = np.frombuffer(encode(fmt.products(packed), "BF16", name), fmt.CODES["BF16"]).reshape(shape)
     return Subject(name, packed, "BF16", bits)
 
 

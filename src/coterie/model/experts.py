@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from coterie.codecs import Place
+from coterie.codecs.open import matrices_at
 from coterie.errors import CoterieError
+from coterie.model.family import lookup
 from coterie.model.layer import MoE
-from coterie.model.scales import stored_weight
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.numerics import encode, mxfp4
+from coterie.storage.numerics import encode
+from coterie.storage.planned import Coded
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,9 @@ def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndar
     """(gate, up, down) of expert e as float32 (out, in) matrices, whatever the layout on disk."""
     layout = block.layout
     if block.experts:
-        up, down = (_matrix(checkpoint, block, e, part) for part in (layout.up, layout.down))
-        return (_matrix(checkpoint, block, e, layout.gate) if layout.gate else None), up, down
-    first, *rest = (_fused_slice(checkpoint, block, name, e) for name in _fused_weights(checkpoint, block))
+        up, down, *gate = (matrix.rows(0) for matrix in expert_storage(checkpoint, block, e))
+        return (gate[0] if gate else None), up, down
+    first, *rest = (matrix.rows(e) for matrix in expert_storage(checkpoint, block, e))
     if len(rest) == 2:  # dbrx: gate (F, D), up (F, D), down stored (F, D)
         return first, rest[0], rest[1].T
     down = rest[0]
@@ -92,22 +95,20 @@ def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndar
         raise CoterieError(f"{block.name}: {len(first)} fused rows per expert; expected gate and up, an even number")
     if layout.interleaved:
         return first[0::2], first[1::2], down
-    gate, up = np.split(first, 2)
-    return gate, up, down
+    gate_rows, up = np.split(first, 2)
+    return gate_rows, up, down
 
 
 def expert_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, int]]:
     """(out, in) of an expert's matrices by part ("gate", "up", "down"), from the headers."""
-    layout, tensors = block.layout, checkpoint.tensors
+    layout = block.layout
     if block.experts:
-        found = {}
-        for part, stored in (("gate", layout.gate), ("up", layout.up), ("down", layout.down)):
-            name = next((block.experts[0][k] for k in (f"{stored}.weight", stored) if k in block.experts[0]), None)
-            if name is not None:
-                found[part] = tensors[name].shape
-        return {part: (shape[0], shape[1]) for part, shape in found.items()}
-    shapes = [tensors[name].shape for name in _fused_weights(checkpoint, block)]
-    first, *rest = ((shape[-2] // (1 if len(shape) == 3 else block.num_experts), shape[-1]) for shape in shapes)
+        parts = {"gate": layout.gate, "up": layout.up, "down": layout.down}
+        held = _held(checkpoint, block, 0)
+        shapes = {part: matrix.shape for part, name in parts.items() if name and (matrix := held[name])}
+        return {part: (shape[0], shape[1]) for part, shape in shapes.items()}
+    fused = [matrix.shape for matrix in expert_storage(checkpoint, block, 0)]
+    first, *rest = ((shape[-2] // (1 if len(shape) == 3 else block.num_experts), shape[-1]) for shape in fused)
     if len(rest) == 2:  # dbrx stores all three (F, D)
         return {"gate": first, "up": rest[0], "down": rest[1][::-1]}
     (rows, columns), down = (s[::-1] if layout.transposed else s for s in (first, rest[0]))
@@ -121,50 +122,57 @@ def expert_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
     if block.experts:
         parts = [part for part in (block.layout.gate, block.layout.up, block.layout.down) if part]
         return [n for e in block.experts for k, n in e.items() if k in parts or k.removesuffix(".weight") in parts]
-    return _fused_weights(checkpoint, block)
+    return [matrix.name for matrix in expert_storage(checkpoint, block, 0)]
 
 
-def _matrix(checkpoint: Checkpoint, block: MoE, e: int, part: str) -> np.ndarray:
-    """A matrix stored under a number: `part.weight` or `part`."""
-    names = block.experts[e]
-    key = next((k for k in (f"{part}.weight", part) if k in names), None)
-    if key is None:
-        known = ", ".join(sorted(names))
-        raise CoterieError(f"expert tensors {known}: no plain {part!r} weight to read; dequantise the checkpoint first")
-    return stored_weight(checkpoint, block, e, key)
-
-
-def _fused_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
-    """The weight tensors among the fused ones, in the layout's order."""
-    found = []
-    for name in block.layout.fused:
-        full = block.prefix + name
-        if full in checkpoint.tensors or f"{full}_blocks" in checkpoint.tensors:
-            found.append(full)
-    if len(found) != len(block.layout.fused):
+def expert_storage(checkpoint: Checkpoint, block: MoE, e: int) -> list[Coded]:
+    """How the matrices of expert e are stored: up, down and, where there is one, gate; or the fused tensors, in the
+    layout's order, in which matrix e is its own. Raises: CoterieError where one is stored in no way that we know."""
+    found = _held(checkpoint, block, e)
+    stored = [matrix for matrix in found.values() if matrix]
+    if len(stored) == len(found):
+        return stored
+    if block.fused:
         raise CoterieError(f"{block.name}: expected fused weights {', '.join(block.layout.fused)}; dequantise first")
+    part = next(part for part, matrix in found.items() if not matrix)
+    known = ", ".join(sorted(block.experts[e]))
+    raise CoterieError(f"expert tensors {known}: no plain {part!r} weight to read; dequantise the checkpoint first")
+
+
+def _held(checkpoint: Checkpoint, block: MoE, e: int) -> dict[str, Coded | None]:
+    """Expert e's matrices by the layout's name: stored as `name.weight` or as `name`, fused ones as `name`."""
+    layout = block.layout
+    if block.fused:
+        return {name: matrices_at(checkpoint, _place(checkpoint, block, e, name)) for name in layout.fused}
+    found: dict[str, Coded | None] = {}
+    for part in (layout.up, layout.down, layout.gate):
+        if part:
+            places = (_place(checkpoint, block, e, key) for key in (f"{part}.weight", part))
+            found[part] = next((matrix for place in places if (matrix := matrices_at(checkpoint, place))), None)
     return found
 
 
-def _fused_slice(checkpoint: Checkpoint, block: MoE, name: str, e: int) -> np.ndarray:
-    """Expert e's rows of a fused tensor, as float32."""
-    if f"{name}_blocks" in checkpoint.tensors:
-        _check_mxfp4(checkpoint, block, name)
-        blocks = checkpoint.read_rows(f"{name}_blocks", e, e + 1)[0]
-        scales = checkpoint.read_rows(f"{name}_scales", e, e + 1)[0]
-        return mxfp4(blocks, scales).T  # stored (out, in); the layout says transposed
-    return stored_weight(checkpoint, block, e, name.removeprefix(block.prefix))
-
-
-def _check_mxfp4(checkpoint, block, name: str) -> None:
-    found = [checkpoint.tensors.get(f"{name}_{part}") for part in ("blocks", "scales")]
-    kinds = [(t.dtype, t.shape) if t else None for t in found]
-    rows: tuple[int, ...] = found[1].shape if found[1] else ()
-    if len(rows) != 3 or rows[0] != block.num_experts or kinds != [("U8", (*rows, 16)), ("U8", rows)]:
-        raise CoterieError(
-            f"tensor {name + '_blocks'!r}: found blocks and scales {kinds}; "
-            "expected U8 (expert, out, group, 16) and U8 (expert, out, group)"
-        )
+def _place(checkpoint: Checkpoint, block: MoE, e: int, key: str) -> Place:
+    """What a codec has to know of a tensor: `key` is its name below the expert's, or below the layer's."""
+    layout = block.layout
+    said = (value for _, _, value in lookup(checkpoint.config, ("quantization_config",)) if value is not None)
+    settings: object = next(said, {})
+    if block.experts:
+        name, parts = f"{block.prefix}{layout.experts}{e}.{key}", (layout.gate, layout.up, layout.down)
+        return Place(name, key, 0, block.experts[e], tuple(part for part in parts if part), settings=settings)
+    beside = {name.removeprefix(block.prefix): name for name in block.fused}
+    weights = tuple(name.removesuffix(".weight") for name in layout.fused)
+    two = layout.gate and not layout.transposed and not layout.interleaved and len(layout.fused) == 2
+    return Place(
+        block.prefix + key,
+        key,
+        block.num_experts,
+        beside,
+        weights,
+        transposed=layout.transposed,
+        gate_above_up=bool(two and key == layout.fused[0]),
+        settings=settings,
+    )
 
 
 def expert_biases(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndarray | None, np.ndarray | None]:

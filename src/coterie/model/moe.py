@@ -11,23 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from coterie.errors import CoterieError
 from coterie.kernels.products import padded
-from coterie.model.experts import expert_biases, expert_matrices
+from coterie.model.experts import expert_biases, expert_matrices, expert_storage
 from coterie.model.layer import MoE
-from coterie.model.scales import weight_scale
+from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.tensors import read, read_into, stored_dtype
 
-if TYPE_CHECKING:
-    from coterie.storage.checkpoint import Checkpoint
-
 IMPLEMENTATION = "coterie"  # our name in the registry
-PLAIN = ("F32", "BF16", "F16")  # stored so, weights need no arithmetic but a cast
+PLAIN = FLOATS[1:]  # stored so, weights need no arithmetic but a cast
 MOST_TOKENS = 1024  # of one expert at a time: what lies between its matrices stays small, and near the processor
 
 
@@ -82,27 +79,14 @@ def _stored(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[torch.Tensor, t
 
     None where there is arithmetic to do (scales, 4-bit blocks) or the layout is unusual: `_decoded` knows them all.
     """
-    names = _numbered(block, e) if block.experts else [block.prefix + name for name in block.layout.fused]
-    found = [checkpoint.tensors.get(name) for name in names]
-    dtypes = {None if t is None else t.dtype for t in found}
-    if len(dtypes) != 1 or not dtypes <= set(PLAIN):
+    found = expert_storage(checkpoint, block, e)
+    if len({matrix.dtype for matrix in found}) != 1 or not all(m.verbatim and m.dtype in PLAIN for m in found):
         return None
-    if not block.experts and any(weight_scale(block, e, key) for key in block.layout.fused):
-        return None
-    return _read_numbered(checkpoint, names) if block.experts else _read_fused(checkpoint, block, e, names)
-
-
-def _numbered(block: MoE, e: int) -> list[str]:
-    """The tensors of expert e's gate (where there is one), up and down; none if one of them has a scale."""
-    stored, layout = block.experts[e], block.layout
-    found = []
-    for part in (layout.gate, layout.up, layout.down):
-        if part:
-            key = f"{part}.weight" if f"{part}.weight" in stored else part
-            if weight_scale(block, e, key):
-                return []
-            found.append(stored.get(key, ""))
-    return found
+    names = [matrix.name for matrix in found]
+    if block.fused:
+        return _read_fused(checkpoint, block, e, names)
+    up, down, *gate = names
+    return _read_numbered(checkpoint, [*gate, up, down])
 
 
 def _read_numbered(checkpoint: Checkpoint, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -23,8 +23,19 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from coterie.codecs.bits import FORMAT, GROUP, METHOD, PARTS, Packed, check_settings, checksum, encode, parts, shrinks
-from coterie.codecs.packed import CLOSED, Entry, dense_view, entries
+from coterie.codecs.bits import (
+    CLOSED,
+    FORMAT,
+    METHOD,
+    PARTS,
+    Packed,
+    PackedTensor,
+    check_settings,
+    encode,
+    joined,
+    shrinks,
+)
+from coterie.codecs.open import coded, opened
 from coterie.errors import CoterieError
 from coterie.kernels import experts as sparse_experts
 from coterie.kernels.experts import IMPLEMENTATION, SparseExperts, SparseLinear
@@ -68,14 +79,15 @@ class CoterieQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise CoterieError("a dense checkpoint cannot be packed while it is loaded: use `coterie pack DENSE OUT`")
         self.placed: list[Placed] = []
-        self.packed: dict[str, Entry] = {}
+        self.packed: dict[str, PackedTensor] = {}
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         """Takes the weights that are packed out of the model, so that the library neither loads nor invents them."""
         if not checkpoint_files:
             raise CoterieError("a packed checkpoint is loaded from its folder; no files were given")
         self.checkpoint = Checkpoint.open(Path(checkpoint_files[0]).parent)
-        self.packed = entries(self.checkpoint)
+        self.view = opened(self.checkpoint)
+        self.packed = {n: found for n, found in coded(self.view).items() if isinstance(found, PackedTensor)}
         names = self._place_experts(model)
         self._place_linears(model, [name for name in self.packed if name not in names])
         sparse_experts.register()
@@ -86,7 +98,7 @@ class CoterieQuantizer(HfQuantizer):
 
     def _place_experts(self, model: Any) -> set[str]:
         """Finds the experts modules of blocks with packed weights; returns the names of all their weights."""
-        found = Model.of(dense_view(self.checkpoint))
+        found = Model.of(self.view)
         layers = decoder_layers(model.get_decoder(), str(self.checkpoint.path))
         paths = {id(m): n for n, m in model.named_modules()}
         claimed = {name for block in found.moe for name in _tensors(block)}
@@ -149,8 +161,8 @@ class CoterieQuantizer(HfQuantizer):
 
         def one(name: str) -> Any:
             if name in self.packed:
-                entry = self.packed[name]
-                return (entry.matrix(e) for e in range(entry.num_matrices))
+                found = self.packed[name]
+                return (found.matrix(e) for e in range(found.num_matrices))
             tensor = self.checkpoint.tensors[name]
             rows, columns = tensor.shape[-2:]
             size, count = tensor.num_bytes // math.prod(tensor.shape[:-2]), math.prod(tensor.shape[:-2])
@@ -161,15 +173,14 @@ class CoterieQuantizer(HfQuantizer):
 
     def _canonical(self, block: MoE, arena: Arena) -> list[Stack]:
         """gate, up and down of layouts that hold them transposed or interleaved, packed anew."""
-        view, names = dense_view(self.checkpoint), _tensors(block)
-        dtype = view.tensors[next(name for name in names if name in self.packed)].dtype
+        dtype = next(self.packed[name].dtype for name in _tensors(block) if name in self.packed)
 
         def one(m: np.ndarray) -> Packed:
             return encode(encode_values(m, dtype, block.name), dtype, (m.shape[0], m.shape[1]))
 
         rows: list[list[Packed]] = []
         for e in range(block.num_experts):
-            rows.append([one(m) for m in expert_matrices(view, block, e) if m is not None])
+            rows.append([one(m) for m in expert_matrices(self.view, block, e) if m is not None])
         return [load(column, arena) for column in zip(*rows, strict=True)]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -233,21 +244,10 @@ def stored(name: str, matrices: list[Matrix], num_axes: int) -> dict[str, torch.
     """The tensors of `format` for one name, or the dense tensor where packing would not shrink it."""
     packed = [m.packed() for m in matrices]
     shape = (*((len(packed),) if num_axes == 3 else ()), *packed[0].shape)
-    dtype, count = packed[0].dtype, sum(len(p.values) for p in packed)
-    scales = packed[0].scales
-    if scales is None and not shrinks(dtype, shape, count):
+    dtype = packed[0].dtype
+    if packed[0].scales is None and not shrinks(dtype, shape, sum(len(p.values) for p in packed)):
         return {name: torch.stack([m.rows(0, m.shape[0], TORCH[dtype]) for m in matrices]).view(shape)}
-    wanted = {p.name: p for p in parts(name, dtype, shape, count, 0 if scales is None else scales.shape[1])}
-    found = dict.fromkeys(wanted, np.empty(0))
-    group = 0 if scales is None else GROUP
-    found[f"{name}.layout"] = np.array([shape[-1], group, *map(checksum, packed)], np.int64)
-    for part in ("mask", "scales", "rows", "values"):
-        if f"{name}.{part}" in wanted:
-            joined = np.concatenate([getattr(p, part).reshape(-1) for p in packed])
-            target = np.zeros(math.prod(wanted[f"{name}.{part}"].shape), joined.dtype)
-            target[: len(joined)] = joined
-            found[f"{name}.{part}"] = target.reshape(wanted[f"{name}.{part}"].shape)
-    tensors = {n: torch.from_numpy(a) for n, a in found.items()}
+    tensors = {name + part: torch.from_numpy(array) for part, array in joined(packed, num_axes).items()}
     tensors[f"{name}.values"] = tensors[f"{name}.values"].view(TORCH[dtype])
     return tensors
 

@@ -29,6 +29,7 @@ BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights that are not quantised are stored as
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_JSON = 200_000_000  # bytes; the index of a 2 TB checkpoint is about 20 MB
 MAX_VALUES = 2**22  # in one JSON file: that of half a million tensors; 3 bytes of JSON can take 64 of memory

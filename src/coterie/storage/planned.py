@@ -5,28 +5,67 @@ Lets one step plan on the result of the step before, and calibration read it, wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from coterie.storage.checkpoint import Checkpoint, Tensor, read_bytes
-from coterie.storage.writer import Hole, Made, Output, Run
+from coterie.storage.shards import Hole, Made, Output, Run
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Shards = dict[str, list[Output]]
 
 
+class Coded(Protocol):
+    """A tensor of matrices that may be stored in parts under other names (see `codecs/`).
+
+    dtype, shape: of the tensor once decoded. stored: the dtype of the values in the file. num_bytes: of all parts,
+    named `parts`. exact: whether decoding gives back the bytes that were encoded.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def stored(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_matrices(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def verbatim(self) -> bool: ...
+    def rows(self, e: int) -> np.ndarray: ...
+    def raw(self, e: int) -> bytes: ...
+    def check(self, e: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class Planned(Checkpoint):
-    """A checkpoint that is not on the disk yet, and reads as if it were."""
+    """A checkpoint that is not on the disk, and reads as if it were: yet to be written, or stored in another way."""
 
     source: Checkpoint = field(kw_only=True)
     outputs: dict[str, Output] = field(kw_only=True, repr=False)
+    coded: Mapping[str, Coded] = field(kw_only=True, repr=False, default_factory=dict)  # stored in parts in the source
     shared_scale: float = field(default=1.0, kw_only=True)  # times the shared experts stored here: those of the source
 
     @property
     def hash(self) -> str:  # type: ignore[override]
         """That of the checkpoint on the disk: the rest follows from it."""
         return self.source.hash
+
+    @property
+    def by_shard(self) -> Shards:
+        """What every shard is made of, tensor by tensor."""
+        return {s: [self.outputs[t.name] for t in self.tensors.values() if t.file == s] for s in self.shards}
 
     def raw(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         length = self.tensors[name].num_bytes - start if length is None else length
@@ -48,8 +87,14 @@ class Planned(Checkpoint):
         return read_bytes(self.source.path / part.file, part.start, part.num_bytes, name)
 
 
-def view(checkpoint: Checkpoint, outputs: Shards, config: dict[str, Any], shared_scale: float = 1.0) -> Planned:
-    """The checkpoint that `outputs` (byte runs of files that exist) and `config` will make of another one."""
+def view(
+    checkpoint: Checkpoint,
+    outputs: Shards,
+    config: dict[str, Any],
+    shared_scale: float = 1.0,
+    coded: Mapping[str, Coded] | None = None,
+) -> Planned:
+    """The checkpoint that `outputs` (byte runs of files that exist) and `config` make of another one."""
     tensors = {}
     for shard, group in outputs.items():
         position = 0
@@ -60,7 +105,7 @@ def view(checkpoint: Checkpoint, outputs: Shards, config: dict[str, Any], shared
     metadata = {shard: checkpoint.metadata[shard] for shard in outputs}
     return Planned(
         checkpoint.path, config, tuple(outputs), tensors, metadata, checkpoint.indexed, source=root(checkpoint),
-        outputs=by_name, shared_scale=shared_scale * scale_of(checkpoint),
+        outputs=by_name, shared_scale=shared_scale * scale_of(checkpoint), coded=coded or {},
     )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from coterie.codecs.open import codec_of
 from coterie.decide.condensing import parse_ids
-from coterie.edits.folding import FOLDABLE, shared_names
+from coterie.edits.folding import shared_names
 from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import DATA, Calibration
@@ -27,9 +28,9 @@ from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.model.layer import LAYER, Model, MoE, find_blocks
 from coterie.options import Help, as_text
-from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.record import record_of
-from coterie.storage.writer import Output, whole
+from coterie.storage.shards import Output, whole
 
 STAGES = {"all": ("local", "distill"), "local": ("local",), "lm": ("lm",), "distill": ("distill",)}
 SIZES = {"vocabulary": ("vocab_size",), "hidden size": ("hidden_size", "d_model"), "number of layers": NUM_LAYERS}
@@ -100,13 +101,15 @@ def make_job(checkpoint: Checkpoint, options: Training) -> Job:
     job = Job(model, plan, record, options, teacher, mlps, blocks, tuple(notes))
     for name in job.tensors:
         dtype = checkpoint.tensors[name].dtype
-        if dtype not in FOLDABLE:
+        if dtype not in FLOATS:
             raise CoterieError(f"tensor {name!r}: {dtype} weights cannot be trained; dequantise the checkpoint first")
     return job
 
 
 def open_model(checkpoint: Checkpoint) -> Model:
     """The checkpoint understood, also where every layer is condensed, so that no router is left."""
+    if codec_of(checkpoint):
+        raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
     family = detect(checkpoint.config)
     rest = {match["rest"] for name in checkpoint.tensors if (match := LAYER.fullmatch(name))}
     if rest.isdisjoint({layout.router for layout in family.layouts}):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.codecs.packed import dense_view
+from coterie.codecs.open import opened
 from coterie.forward.samples import Dtype
 from coterie.judge.speed import (
     Runner,
@@ -55,7 +55,7 @@ def bench(
     sizes = _batches(batch)
     _check_threads(threads)
     paths = [model] if against is None else [model, against]
-    views = [dense_view(Checkpoint.open(path)) for path in paths]
+    views = [opened(Checkpoint.open(path)) for path in paths]
     from coterie.model.loading import load
 
     with _threads(threads) as number:

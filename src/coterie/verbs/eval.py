@@ -39,9 +39,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures each model on each data set: exact match on files of problems, perplexity on all others.
 
-    `data`: files by name, or `NAME=FILE` strings (`coterie.forward.data` has the formats). `against`: the original, with which
-    every other model is compared on the same tokens. `window`, `stride`: in tokens, as in
-    `perplexity`; the window is clamped to the model's positions and the stride is half of it unless given.
+    `data`: files by name, or `NAME=FILE` strings (`coterie.forward.data` has the formats). `against`: the original,
+    with which every other model is compared on the same tokens. `window`, `stride`: in tokens, as in `perplexity`;
+    the window is clamped to the model's positions and the stride is half of it unless given.
     `tasks`: names for lm-evaluation-harness, searched in the folder `task_path` as well. `load(path)` returns the
     model; by default `coterie.load`. `on_progress(what, done, total)` is called as work advances.
 

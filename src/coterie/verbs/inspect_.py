@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from coterie.codecs.packed import DenseView, dense_view
+from coterie.codecs.open import coded
 from coterie.edits.convert import conversion
 from coterie.edits.folding import check_foldable
 from coterie.errors import CoterieError
 from coterie.model.layer import ROLES, Model
 from coterie.options import ModelPath, public
 from coterie.pages.terminal import Asked, table
-from coterie.storage.checkpoint import Checkpoint
 
 
 @public
@@ -25,18 +24,20 @@ def inspect(model: ModelPath) -> dict[str, Any]:
     are those on the disk; `packed` counts the tensors that are packed, and their bytes.
     Raises: CoterieError for a dense, unknown or damaged checkpoint.
     """
-    checkpoint = dense_view(Checkpoint.open(model))
-    source = Model.of(checkpoint)
-    family, packed = source.family, checkpoint.packed if isinstance(checkpoint, DenseView) else {}
+    source = Model.open(model)
+    checkpoint, family, packed = source.checkpoint, source.family, coded(source.checkpoint)
     groups = family.groups(checkpoint.config)
     roles = {role: {"tensors": 0, "parameters": 0, "bytes": 0} for role in ROLES}
     dtypes: dict[str, int] = {}
     for name, tensor in checkpoint.tensors.items():
-        found, stored = roles[source.roles[name]], packed[name].num_bytes if name in packed else tensor.num_bytes
+        stored, dtype = tensor.num_bytes, tensor.dtype
+        if name in packed:
+            stored, dtype = packed[name].num_bytes, packed[name].stored
+        found = roles[source.roles[name]]
         found["tensors"] += 1
         found["parameters"] += tensor.num_parameters
         found["bytes"] += stored
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + stored
+        dtypes[dtype] = dtypes.get(dtype, 0) + stored
     main = source.main
     num_experts = sum(b.num_experts for b in source.moe)
     return {
@@ -55,7 +56,7 @@ def inspect(model: ModelPath) -> dict[str, Any]:
         "roles": {role: found for role, found in roles.items() if found["tensors"]},
         "dtypes": dtypes,
         "shards": len(checkpoint.shards),
-        "packed": {"tensors": len(packed), "bytes": sum(entry.num_bytes for entry in packed.values())},
+        "packed": {"tensors": len(packed), "bytes": sum(found.num_bytes for found in packed.values())},
         "can": _abilities(source, packed=bool(packed)),
     }
 

@@ -16,8 +16,8 @@ from coterie.model.loading import DTYPES
 from coterie.options import Help, flat, public
 from coterie.pages.terminal import show_report as show
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.folders import left_over
 from coterie.storage.record import Progress, Report, no_progress, to_json, versions
-from coterie.storage.steps import left_over
 from coterie.storage.writer import Writer
 from coterie.train.trainee import STAGES, Job, Training, make_job, memory_bytes, num_trained
 
@@ -83,7 +83,7 @@ def recover(
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", card(checkpoint, report))
         (writer.partial / STATE).unlink(missing_ok=True)
-        writer.finish({s: {o.name: o for o in os} for s, os in job.outputs.items()}, checkpoint.indexed)
+        writer.finish()
     return report
 
 

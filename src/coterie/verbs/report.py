@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.codecs.packed import dense_view
+from coterie.codecs.open import opened
 from coterie.edits.kurtosis import of_experts
 from coterie.errors import CoterieError
 from coterie.forward.data import MAX_DATA, Document, read_documents
@@ -227,7 +227,7 @@ def _facts(path: str | Path) -> dict[str, Any]:
     """Sizes, fingerprint, and what the model's coterie.json recorded; a record's numbers are checked, not trusted."""
     folder = resolve(path)
     checkpoint = Checkpoint.open(folder)
-    view = dense_view(checkpoint)
+    view = opened(checkpoint)
     record = record_of(folder) or {}
     made, options = object_at(record, "report"), object_at(record, "options")
     sparsity = _number(object_at(made, "sparsity").get("experts"))

@@ -1,0 +1,56 @@
+"""MXFP4: 4-bit floats in blocks of 32 that share an exponent, two to a byte.
+
+NAME_blocks  U8 (E, out, in / 32, 16)   E2M1 values, the low half of a byte first
+NAME_scales  U8 (E, out, in / 32)       exponents: times 2^(scale - 127)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coterie.codecs import Codec, Matrices, Place
+from coterie.errors import CoterieError
+from coterie.storage.checkpoint import Checkpoint, Tensor
+
+PARTS = ("_blocks", "_scales")
+POSITIVE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+VALUES = np.concatenate([POSITIVE, -POSITIVE])  # of E2M1's 16 codes
+
+
+def read(checkpoint: Checkpoint, place: Place) -> Matrices | None:
+    """A fused tensor (E, in, out): the layouts that have such experts call them transposed, the blocks are not."""
+    blocks, scales = (checkpoint.tensors.get(place.name + part) for part in PARTS)
+    if blocks is None:
+        return None
+
+    def rows(e: int) -> np.ndarray:
+        _check(place, blocks, scales)
+        found = (checkpoint.read_rows(place.name + part, e, e + 1)[0] for part in PARTS)
+        return mxfp4(*found).T
+
+    num_experts, out, groups = blocks.shape[:3] if len(blocks.shape) == 4 else (place.num_matrices, 0, 0)
+    size = blocks.num_bytes + (scales.num_bytes if scales else 0)
+    names = tuple(place.name + part for part in PARTS)
+    return Matrices(place.name, "F32", (num_experts, 32 * groups, out), size, names, rows)
+
+
+def _check(place: Place, *found: Tensor | None) -> None:
+    kinds = [(t.dtype, t.shape) if t else None for t in found]
+    rows: tuple[int, ...] = found[1].shape if found[1] else ()
+    if len(rows) != 3 or rows[0] != place.num_matrices or kinds != [("U8", (*rows, 16)), ("U8", rows)]:
+        raise CoterieError(
+            f"tensor {place.name + '_blocks'!r}: found blocks and scales {kinds}; "
+            "expected U8 (expert, out, group, 16) and U8 (expert, out, group)"
+        )
+
+
+def mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """(O, G, 16) bytes of two 4-bit floats (low nibble first) and (O, G) exponents, as float32 (O, 32 G).
+
+    E2M1 values 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, times 2^(scale - 127).
+    """
+    values = np.stack([VALUES[blocks & 15], VALUES[blocks >> 4]], -1).reshape(*scales.shape, 32)
+    return (values * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(scales.shape[0], -1)
+
+
+CODEC = Codec(parts=PARTS, read=read)

@@ -1,0 +1,83 @@
+"""Opens what is stored in matrices: picks the codec, once for a checkpoint that names one, else tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+
+from coterie.codecs import Codec, Place, codecs
+from coterie.storage.checkpoint import BITS, Checkpoint
+from coterie.storage.planned import Coded, Planned, Shards, view
+from coterie.storage.shards import Made, Output, whole
+
+
+def matrices_at(checkpoint: Checkpoint, place: Place) -> Coded | None:
+    """The matrices of a tensor, by the codec that they are stored in; None where no tensor is like that."""
+    return next((found for codec in codecs() if (found := codec.read(checkpoint, place))), None)
+
+
+def codec_of(checkpoint: Checkpoint) -> Codec | None:
+    """The codec that config.json names, under which tensors stand for others; None where they stand for themselves."""
+    settings = checkpoint.config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return next((codec for codec in codecs() if codec.method and codec.method == method), None)
+
+
+def opened(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself, or, where its config names a codec, the dense one that it stands for.
+
+    Tensors stand in its order, each decoded one where its first part does; matrices are decoded when they are read,
+    and the last one is kept, because readers come piece by piece.
+    Raises: CoterieError for parts that are missing, or do not fit each other.
+    """
+    codec = codec_of(checkpoint)
+    if codec is None:
+        return checkpoint
+    codec.check(checkpoint)
+    first, coded = codec.parts[0], dict[str, Coded]()
+    for name in (n.removesuffix(first) for n in checkpoint.tensors if n.endswith(first)):
+        if found := codec.read(checkpoint, Place(name)):
+            coded[name] = found
+    latest = lru_cache(maxsize=1)(lambda name, e: coded[name].raw(e))
+    parts = {part: name for name, found in coded.items() for part in found.parts}
+    outputs: Shards = {shard: [] for shard in checkpoint.shards}
+    for tensor in checkpoint.tensors.values():
+        if tensor.name not in parts:
+            outputs[tensor.file].append(whole(tensor))
+        elif tensor.name == parts[tensor.name] + first:
+            outputs[tensor.file].append(_decoded(coded[parts[tensor.name]], latest))
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    return view(checkpoint, outputs, config, coded=coded)
+
+
+def _decoded(found: Coded, raw: Callable[[str, int], bytes]) -> Output:
+    """The dense tensor, made one matrix at a time."""
+    size = math.prod(found.shape[-2:]) * BITS[found.dtype] // 8
+    made = (Made(size, partial(raw, found.name, e)) for e in range(found.num_matrices))
+    return Output(found.name, found.dtype, found.shape, tuple(made))
+
+
+def coded(checkpoint: Checkpoint) -> Mapping[str, Coded]:
+    """Of a checkpoint that was opened: the tensors that are stored in parts, by name."""
+    return checkpoint.coded if isinstance(checkpoint, Planned) else {}
+
+
+def inexact(checkpoint: Checkpoint) -> set[str]:
+    """Of a checkpoint that was opened: the tensors that were rounded when they were stored, with no original left."""
+    return {name for name, found in coded(checkpoint).items() if not found.exact}
+
+
+def num_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of tensor data as stored: of a checkpoint that was opened, those of its source."""
+    return (
+        checkpoint.source.num_bytes if coded(checkpoint) and isinstance(checkpoint, Planned) else checkpoint.num_bytes
+    )
+
+
+def check_coded(checkpoint: Checkpoint, on_progress: Callable[[str, int, int], None]) -> None:
+    """Reads every matrix that is stored in parts once. Raises: CoterieError for one whose parts do not agree."""
+    for done, found in enumerate(coded(checkpoint).values()):
+        for e in range(found.num_matrices):
+            found.check(e)
+        on_progress("checking packed tensors", done + 1, len(coded(checkpoint)))

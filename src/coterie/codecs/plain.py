@@ -1,0 +1,44 @@
+"""Matrices as they are: floats in a tensor of their own, or one after the other in a fused one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coterie.codecs import Codec, Matrices, Place
+from coterie.errors import CoterieError
+from coterie.storage.checkpoint import Checkpoint
+
+
+def read(checkpoint: Checkpoint, place: Place) -> Matrices | None:
+    """A tensor of any dtype that has numbers in it."""
+    tensor = checkpoint.tensors.get(place.name)
+    if tensor is None:
+        return None
+
+    def rows(e: int) -> np.ndarray:
+        check_shape(place, tensor.shape)
+        return share(checkpoint, place, place.name, e, len(tensor.shape) == 3).astype(np.float32, copy=False)
+
+    return Matrices(tensor.name, tensor.dtype, tensor.shape, tensor.num_bytes, (tensor.name,), rows, verbatim=True)
+
+
+def check_shape(place: Place, shape: tuple[int, ...]) -> None:
+    """Raises: CoterieError for a fused tensor that is neither (E, rows, columns) nor (E * rows, columns)."""
+    if place.num_matrices and len(shape) != 2 and not (len(shape) == 3 and shape[0] == place.num_matrices):
+        raise CoterieError(f"tensor {place.name!r}: shape {list(shape)}; expected one matrix per expert")
+
+
+def share(checkpoint: Checkpoint, place: Place, name: str, e: int, stacked: bool) -> np.ndarray:
+    """What matrix e has of a tensor, decoded: all of one of its own; of a fused one its rows, or its entry where the
+    weights are stacked (E, rows, columns)."""
+    if not place.num_matrices:
+        return checkpoint.read(name)
+    shape = checkpoint.tensors[name].shape
+    rows = shape[0] // place.num_matrices
+    if stacked and rows != 1:
+        raise CoterieError(f"tensor {name!r}: shape {list(shape)}; expected one entry for each expert")
+    values = checkpoint.read_rows(name, e * rows, (e + 1) * rows)
+    return values[0] if stacked else values
+
+
+CODEC = Codec(parts=("",), read=read, encode=lambda raw, dtype, shape: {"": raw})
