@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from coterie.codecs.bits import encode
 from coterie.kernels import run as kernels
 from coterie.kernels.cases import Case, dense_cases, interleaved, levels, processor, sparse_case, table
-from coterie.kernels.experts import SparseExperts, forward
 from coterie.kernels.memory import Arena, load
+from coterie.model.moe import ask
+from coterie.model.sparse import SparseExperts
 from coterie.verbs.bench import bench
 from coterie.verbs.pack import pack
 from coterie.verbs.sparsify import sparsify
@@ -149,7 +150,7 @@ def layer_table(rounds: int) -> str:
         sparse = Layer()
         sparse.coterie = packed_experts(gate_up, down, sparsity, rng, arena)  # type: ignore[assignment]
         share = sparse.coterie.num_bytes // e * Layer.top_k
-        call = lambda i, sparse=sparse: forward(sparse, x, choices[i], weights)  # noqa: E731
+        call = lambda i, sparse=sparse: ask(sparse, x, choices[i], weights)  # noqa: E731
         cases[f"sparse {sparsity:.0%}"] = (call, 64, share)
     seconds = interleaved(cases, 2 * rounds)
     rivals = list(cases)[:3]

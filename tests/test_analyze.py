@@ -18,7 +18,7 @@ from coterie.cli import main
 from coterie.errors import CoterieError
 from coterie.forward.activations import plain_walk
 from coterie.forward.stream import Stream
-from coterie.judge import alignment, bits, locality
+from coterie.judge import alignment, locality, rounding
 from coterie.judge.advice import redundancy
 from coterie.judge.locality import Tokens
 from coterie.judge.numbers import correlation, cosine, pairs
@@ -325,16 +325,16 @@ def test_only_so_many_experts_are_aligned():
 def test_rounding_by_hand():
     """2 bits have four levels from the lowest to the highest of a group, which stay as they are."""
     weights = torch.tensor([[0.0, 0.4, 1.6, 3.0], [5.0, 5.0, 5.0, 5.0]])
-    assert bits.rounded(weights, 2).tolist() == [[0, 0, 2, 3], [5, 5, 5, 5]]
-    halves = bits.rounded(torch.tensor([[0.0, 0.4, 1.6, 3.0, 7.0]]), 2, group=2)
+    assert rounding.even(weights, 2).tolist() == [[0, 0, 2, 3], [5, 5, 5, 5]]
+    halves = rounding.even(torch.tensor([[0.0, 0.4, 1.6, 3.0, 7.0]]), 2, group=2)
     assert torch.allclose(halves, torch.tensor([[0.0, 0.4, 1.6, 3.0, 7.0]]))
 
 
-@given(st.integers(1, 150), st.sampled_from(bits.BITS), st.integers(0, 99))
+@given(st.integers(1, 150), st.sampled_from(rounding.BITS), st.integers(0, 99))
 def test_rounding_errs_by_half_a_step_at_most(columns, num_bits, seed):
     """Of each group of 64 inputs, a shorter last one included."""
     weights = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
-    gap = (bits.rounded(weights, num_bits) - weights).abs()
+    gap = (rounding.even(weights, num_bits) - weights).abs()
     for part, error in zip(weights.split(64, dim=1), gap.split(64, dim=1), strict=True):
         step = (part.amax(1) - part.amin(1)) / (2**num_bits - 1)
         assert (error.amax(1) <= step / 2 + 1e-5).all()
@@ -433,7 +433,7 @@ def test_the_page(tiny_checkpoint, data, tmp_path):
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
     carried = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
     assert carried["numbers"]["layers"] == result["layers"]
-    assert f"Rounded to {bits.LEVELS}, which makes 4 bits 4.5; those of coterie report are symmetric" in text
+    assert f"Rounded to {rounding.LEVELS}, which makes 4 bits 4.5; those of coterie report are symmetric" in text
     kinds = [plot["kind"] for plot in carried["plots"]]
     assert kinds.count("heatmap") == 5 and {"scatter", "bars"} < set(kinds)
     assert len(carried["plots"][0]["views"]) == len(result["layers"])

@@ -8,11 +8,11 @@ import torch
 
 import coterie
 import tiny
-from coterie import bench as bench_verb
 from coterie.cli import main
 from coterie.codecs.bits import decode, encode
 from coterie.codecs.open import opened
 from coterie.errors import CoterieError
+from coterie.judge import speed
 from coterie.judge.speed import bytes_per_token, kernel_rows, quantiles, read_bandwidth, subject
 from coterie.kernels import cases
 from coterie.kernels import run as kernels
@@ -23,9 +23,8 @@ from coterie.storage.checkpoint import Checkpoint
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Little memory and few rounds: these tests are not about speed."""
-    module = __import__("sys").modules[bench_verb.__module__]
     for name, value in {"PROMPT": 8, "STEPS": 2, "ROUNDS": 2, "KERNEL_ROUNDS": 2, "BIG": 1 << 16}.items():
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(speed, name, value)
     monkeypatch.setattr(cases, "RING", 1 << 17)
 
 

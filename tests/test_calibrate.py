@@ -18,12 +18,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import tiny
 from coterie.errors import CoterieError
 from coterie.forward import activations, skeleton
-from coterie.forward import stream as calibrate
 from coterie.forward.stream import Stream, plain_walk, restore, save
 from coterie.model import moe, opened
 from coterie.model.family import registry
 from coterie.model.layer import Model
-from coterie.model.loading import load_stock
+from coterie.model.loading import decoder_layers, load_stock
 from coterie.storage import tensors
 from coterie.storage.checkpoint import Checkpoint
 
@@ -101,10 +100,10 @@ def test_a_filled_layer_is_stocks(tiny_checkpoint, model_type):
     folder = tiny_checkpoint(model_type)
     stream = open_stream(folder, torch.bfloat16)
     whole, _ = load_stock(folder, "bfloat16")
-    stream._load_outside(head=True)
+    stream._skeleton.load_outside(head=True)
     for index, layer in enumerate(stream.layers):
-        stream._load(index)
-        expected = calibrate.decoder_layers(whole.get_decoder(), "")[index]
+        stream._skeleton.load(index)
+        expected = decoder_layers(whole.get_decoder(), "")[index]
         wanted = {**dict(expected.named_parameters()), **dict(expected.named_buffers())}
         found = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
         others = {n for n in wanted.keys() - found.keys() if model_type in OPENED}  # the experts, replaced
@@ -417,7 +416,7 @@ def test_stored_names_are_of_equal_values(tiny_checkpoint, model_type):
     """Every parameter outside the experts has its tensor, except what transformers makes out of several."""
     stream, missing = open_stream(tiny_checkpoint(model_type)), set()
     for index, layer in enumerate(stream.layers):
-        stream._load(index)
+        stream._skeleton.load(index)
         closed = {id(p) for m in moe.experts_modules(layer) for p in m.parameters()}
         parameters = {name: p for name, p in layer.named_parameters() if id(p) not in closed}
         found = stream.stored(index)
@@ -626,19 +625,48 @@ def test_errors_after_the_walk_come_out_too(tiny_checkpoint):
 
 
 def test_the_implementation_runs_nowhere_else(tiny_checkpoint):
-    """A model that is told to use it outside a stream is refused, within another program's greenlet as well."""
-    from greenlet import greenlet
-
-    open_stream(tiny_checkpoint("qwen2_moe"))
+    """A model that is told to use it outside a stream is refused, while a stream is inside a layer as well."""
+    stream = open_stream(tiny_checkpoint("qwen2_moe"))
     model, _ = load_stock(tiny_checkpoint("qwen2_moe"), "float32", experts_implementation=moe.IMPLEMENTATION)
     assert moe.IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS
 
-    def call():
-        model(input_ids=torch.tensor([[5, 6]]))
-
-    for run in (call, greenlet(call).switch):
+    def call(routed=None):
         with pytest.raises(CoterieError, match="only inside a streaming forward"):
-            run()
+            model(input_ids=torch.tensor([[5, 6]]))
+        return routed.zeros() if routed else None
+
+    call()
+    assert next(stream.run(stream.embed(samples()), call)) == 0
+
+
+def test_streams_do_not_know_of_each_other(tiny_checkpoint):
+    """Of different models, advanced in turns, and one inside the other's walk: each as alone."""
+    streams = [open_stream(tiny_checkpoint(model_type)) for model_type in ("qwen2_moe", "gpt_oss")]
+    plain = [plain_walk(stream.checkpoint, stream.dtype) for stream in streams]
+    alone = [streamed(stream, samples(), walk) for stream, walk in zip(streams, plain, strict=True)]
+    batches = [stream.embed(samples(), 48) for stream in streams]
+    inner = streams[1].run(batches[1], plain[1])
+
+    def walk(routed):
+        next(inner, None)
+        return plain[0](routed)
+
+    for _ in streams[0].run(batches[0], walk):
+        next(inner, None)
+    assert next(inner, None) is None
+    for stream, given, expected in zip(streams, batches, alone, strict=True):
+        found = {i: row for batch in given for i, row in zip(batch.samples, stream.logits(batch), strict=True)}
+        assert all(torch.equal(found[i], e) for i, e in enumerate(expected))
+
+
+def test_an_output_changed_in_place_is_computed_again(tiny_checkpoint):
+    """By the layer, between one of its parts and its experts: the second run does not start from what it became."""
+    stream, found = open_stream(tiny_checkpoint("qwen2_moe")), []
+    layer = stream.layers[0]
+    for double in (torch.Tensor.mul, torch.Tensor.mul_):
+        layer.forward = lambda x, *_, double=double, **__: x + layer.mlp(double(layer.input_layernorm(x), 2))
+        found.append(streamed(stream, samples()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_gradients_are_off(tiny_checkpoint):

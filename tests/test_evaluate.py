@@ -151,7 +151,7 @@ def test_batch_size_and_logits_budget_do_not_matter(folder, tmp_path, monkeypatc
     (tmp_path / "a.txt").write_text(text_of(200))
     values = []
     for batch_size, budget in [(1, 2**28), (7, 2**28), (7, 1)]:
-        monkeypatch.setattr("coterie.verbs.eval.MAX_LOGITS", budget)
+        monkeypatch.setattr("coterie.judge.quality.MAX_LOGITS", budget)
         result = evaluate(folder, data=[f"a={tmp_path / 'a.txt'}"], window=16, batch_size=batch_size)
         values.append(result["models"][0]["perplexity"]["a"]["value"])
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)

@@ -14,7 +14,7 @@ import coterie
 import slow_merge
 import tiny
 from coterie.decide import merging
-from coterie.edits.members import Members
+from coterie.edits.kinds.merge import Members
 from coterie.edits.plan import Choice, read_plan
 from coterie.errors import CoterieError
 from coterie.forward.measure import measure

@@ -17,7 +17,7 @@ from coterie.train.loop import Learner, batches, learning_rate, taken
 from coterie.train.objectives import distillation, language_modelling, pair
 from coterie.train.refit import Sums, refit
 from coterie.train.trainable import Part, mlp, routed
-from coterie.train.trainee import Training, make_job, mlp_names, peak_rate
+from coterie.train.trainee import Training, mlp_names, peak_rate, trainee_of
 from coterie.verbs.apply import apply
 from coterie.verbs.verify import verify
 
@@ -188,7 +188,7 @@ def test_dense_layers_can_be_named_too(tiny_checkpoint, tmp_path, data):
 def test_experts_come_back_as_they_were_stored(tiny_checkpoint, model_type, fused):
     """Transposed, interleaved, numbered or fused: untrained masters are the stored bytes."""
     folder = tiny_checkpoint(model_type, fused)
-    job = make_job(Checkpoint.open(folder), Training(stage="lm", layer_ids=[1]))
+    job = trainee_of(Checkpoint.open(folder), Training(stage="lm", layer_ids=[1]))
     (block,) = job.blocks.values()
     part = routed(load(folder), job.model.checkpoint, block)
     seen = set()
@@ -360,7 +360,7 @@ def test_the_learning_rate_rises_and_falls_linearly():
 def test_wide_models_learn_slowly_unless_told(student, tmp_path, hidden, given, rate):
     """0.25 over the hidden size, 1e-3 at most."""
     folder = with_config(student(), tmp_path / "small", hidden_size=hidden)
-    assert peak_rate(make_job(Checkpoint.open(folder), Training(stage="lm", lr=given))) == pytest.approx(rate)
+    assert peak_rate(trainee_of(Checkpoint.open(folder), Training(stage="lm", lr=given))) == pytest.approx(rate)
 
 
 def test_all_samples_are_taken_before_any_is_taken_again():
@@ -600,7 +600,7 @@ def test_a_model_that_is_not_loaded_as_stored_is_refused(student, tmp_path, data
     """Masters begin as what the model computes with, or not at all."""
     checkpoint = Checkpoint.open(student())
     model = load(student())
-    job = make_job(checkpoint, Training(stage="lm"))
+    job = trainee_of(checkpoint, Training(stage="lm"))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(CoterieError, match="not loaded as it is stored"):

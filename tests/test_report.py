@@ -4,7 +4,6 @@ import html
 import json
 import os
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -15,12 +14,13 @@ from hypothesis import strategies as st
 import coterie
 from coterie.cli import main
 from coterie.errors import CoterieError
-from coterie.judge.rounding import round_experts, rounded, rounded_bytes
+from coterie.judge import speed
+from coterie.judge.facts import Facts, digest_of, overlaps
+from coterie.judge.rounding import round_experts, rounded_bytes, symmetric
 from coterie.model import family
 from coterie.model.layer import Model
 from coterie.model.loading import load
 from coterie.storage.checkpoint import Checkpoint
-from coterie.verbs import report as summary
 from coterie.verbs.report import report
 from test_evaluate import PROBLEM, make_model, make_tokenizer, text_of, write
 from test_page import browser, opened  # noqa: F401 - fixtures
@@ -111,9 +111,8 @@ def test_speed_is_measured_in_tokens_per_second(made):
 
 def test_speed_is_what_bench_measures(folders, tmp_path, monkeypatch):
     """Calls of 7, 8 and 14 seconds for 56 tokens: 8, 7 and 4 a second; steps of half the seconds are twice as fast."""
-    module = sys.modules[coterie.bench.__module__]
     times = [([14.0, 8.0, 7.0], [1.0, 2.0, 4.0]), ([7.0], [1.0])]
-    monkeypatch.setattr(module, "_times", lambda runners, size, length: times)
+    monkeypatch.setattr(speed, "_times", lambda runners, size, length: times)
     paths = [folders / "model", folders / EVIL]
     found = report(paths, tmp_path / "r.html", data={"a": folders / "a.txt"}, window=32)["models"]
     assert found[0]["speed"]["prefill"] == {"value": 7, "low": pytest.approx(4.6), "high": pytest.approx(7.8)}
@@ -164,7 +163,7 @@ def slow_rounded(row):
 @given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=150))
 def test_rounding_is_that_of_each_group(row):
     """Against a slow loop; the last group may be short."""
-    found = rounded(torch.tensor([row], dtype=torch.float32))[0].tolist()
+    found = symmetric(torch.tensor([row], dtype=torch.float32))[0].tolist()
     assert found == pytest.approx(slow_rounded([float(v) for v in row]), abs=1e-6)
 
 
@@ -172,7 +171,7 @@ def test_rounding_by_hand():
     """max 7: the scale is 1, and 2.4 becomes 2; what is in another group has another scale."""
     row = torch.zeros(128)
     row[0], row[1], row[2], row[64], row[65] = 7.0, 2.4, -6.6, 0.7, 0.24
-    found = rounded(row)
+    found = symmetric(row)
     assert found[:4].tolist() == [7, 2, -7, 0]
     assert found[64:66].tolist() == pytest.approx([0.7, 0.2], rel=1e-3)
 
@@ -268,10 +267,10 @@ def test_files_that_a_record_names_are_read_only_where_they_may_be_the_judged_on
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(2**42)
     os.mkfifo(tmp_path / "pipe")
-    digests = {"a": summary._digest(tmp_path / "judged"), "b": summary._digest(tmp_path / "huge")}
+    digests = {"a": digest_of(tmp_path / "judged"), "b": digest_of(tmp_path / "huge")}
     named = [*(str(tmp_path / name) for name in ("huge", "pipe", "other", "none")), "/proc/kcore", "/dev/zero", "\0", 3]
-    assert summary._overlaps("m", dict(enumerate(named)), digests) == []
-    (note,) = summary._overlaps("m", dict(enumerate([*named, str(tmp_path / "same")])), digests)
+    assert overlaps("m", dict(enumerate(named)), digests) == []
+    (note,) = overlaps("m", dict(enumerate([*named, str(tmp_path / "same")])), digests)
     assert "same, which it is judged on as 'a'" in note and digests["b"] is None
 
 
@@ -284,7 +283,7 @@ def test_a_family_that_is_not_known_has_an_unknown_number_of_experts(folders, tm
         "model: how many experts its layers have is unknown: config.json: 'qwen2_moe'" in n for n in found["notes"]
     )
     make_model("llama").save_pretrained(tmp_path / "dense")
-    assert summary._facts(tmp_path / "dense")["experts"] == {}
+    assert Facts.of(tmp_path / "dense").experts == {}
 
 
 def test_our_own_layout_is_read(folders, tmp_path):
@@ -352,5 +351,5 @@ def test_the_public_name_is_the_function():
     """`coterie.report` stays the function although a module is called so."""
     import importlib
 
-    importlib.import_module("coterie.report")
+    importlib.import_module("coterie.verbs.report")
     assert coterie.report is report

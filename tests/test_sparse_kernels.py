@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from coterie.codecs.bits import GROUP, encode
 from coterie.errors import CoterieError
 from coterie.kernels import run as kernels
-from coterie.kernels.experts import Groups, SparseLinear, multiply
+from coterie.kernels.jobs import Pairs
 from coterie.kernels.memory import TORCH, Stack, load
+from coterie.kernels.multiply import multiply
+from coterie.model.sparse import SparseLinear
 
 LEVELS = kernels.available()
 DTYPES = ("BF16", "F16", "F32", "I8")
@@ -61,7 +63,7 @@ def level(request, monkeypatch):
 
 
 def one_matrix(x):
-    return Groups.of(np.zeros(len(x), np.int64))
+    return Pairs.of(np.zeros(len(x), np.int64))
 
 
 @pytest.mark.parametrize("batch", range(1, kernels.MAX_BATCH + 1))
@@ -124,13 +126,13 @@ def test_expanded_rows_are_the_stored_ones_exactly(level, dtype, sparsity):
 
 
 def pairs(rng, counts):
-    """Groups with so many rows of each expert, and their inputs."""
+    """Pairs with so many rows of each expert, and their inputs."""
     experts = np.repeat(np.arange(len(counts)), counts)
-    return Groups.of(experts), experts, torch.from_numpy(rng.standard_normal((len(experts), 96)).astype(np.float32))
+    return Pairs.of(experts), experts, torch.from_numpy(rng.standard_normal((len(experts), 96)).astype(np.float32))
 
 
 def test_experts_with_few_and_with_many_tokens_in_one_call(level):
-    """Groups of 0, 1, 8, 9 and 40 rows meet their own expert's matrices, one stack beside the other."""
+    """Pairs of 0, 1, 8, 9 and 40 rows meet their own expert's matrices, one stack beside the other."""
     rng = np.random.default_rng(3)
     stored = [weights(rng, "F32", (5, rows, 96), 0.6)[0] for rows in (40, 24)]
     groups, experts, x = pairs(rng, [1, 8, 9, 40, 0])
@@ -159,7 +161,7 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
     rng = np.random.default_rng(5)
     stack = stack_of(weights(rng, "BF16", (6, 200, 160), 0.5)[0], "BF16")
     x = torch.from_numpy(rng.standard_normal((12, 160)).astype(np.float32))
-    groups, before, results = Groups.of(np.repeat(np.arange(6), 2)), torch.get_num_threads(), []
+    groups, before, results = Pairs.of(np.repeat(np.arange(6), 2)), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
@@ -174,7 +176,7 @@ def test_one_token_for_several_experts_is_read_once():
     rng = np.random.default_rng(6)
     stored = weights(rng, "F32", (4, 20, 64), 0.5)[0]
     x = torch.from_numpy(rng.standard_normal((1, 64)).astype(np.float32))
-    found = multiply([stack_of(stored, "F32")], Groups.of(np.array([0, 2, 3])), x)
+    found = multiply([stack_of(stored, "F32")], Pairs.of(np.array([0, 2, 3])), x)
     for row, e in zip(found, (0, 2, 3), strict=True):
         assert_close(row[None], x, dense64(stored[e]))
 
@@ -198,10 +200,10 @@ def test_stacks_survive_copies_and_pickles():
     stored = weights(rng, "BF16", (2, 20, 64), 0.5)[0]
     stack = stack_of(stored, "BF16")
     x = torch.from_numpy(rng.standard_normal((2, 64)).astype(np.float32))
-    wanted = multiply([stack], Groups.of(np.array([0, 1])), x)
+    wanted = multiply([stack], Pairs.of(np.array([0, 1])), x)
     assert copy.deepcopy(stack) is stack
     other = pickle.loads(pickle.dumps(stack))
-    assert isinstance(other, Stack) and torch.equal(multiply([other], Groups.of(np.array([0, 1])), x), wanted)
+    assert isinstance(other, Stack) and torch.equal(multiply([other], Pairs.of(np.array([0, 1])), x), wanted)
 
 
 def test_an_unknown_level_is_refused_and_names_those_there_are(monkeypatch):

@@ -14,8 +14,9 @@ from coterie.codecs.bits import GROUP, quantise
 from coterie.codecs.open import coded, opened
 from coterie.errors import CoterieError
 from coterie.kernels import run as kernels
-from coterie.kernels.experts import IMPLEMENTATION, SparseExperts
 from coterie.model.hook import install
+from coterie.model.moe import IMPLEMENTATION
+from coterie.model.sparse import SparseExperts
 from coterie.storage.checkpoint import Checkpoint, read_header
 from coterie.verbs.pack import pack
 from coterie.verbs.sparsify import sparsify

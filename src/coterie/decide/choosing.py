@@ -249,7 +249,7 @@ def surroundings(blocks: Blocks, go: Any, index: int, batches: list[Batch], keep
 def _inputs_of_norms(layer: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
     """Where an output of one of the layer's parts lies -> the input that it was made of, in the batch that runs.
 
-    Hooks of the parts themselves would not do: a layer that runs twice (`forward/replay.py`) calls them in the first
+    Hooks of the parts themselves would not do: a layer that runs twice (`forward/suspended.py`) calls them in the first
     run, and its block's in the second, in which norms give out copies of what they computed.
     """
     found: dict[int, torch.Tensor] = {}

@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from coterie.edits.convert import CONVERSIONS, conversion
-from coterie.edits.dense import check_writable, is_stock, num_layers
+from coterie.codecs.open import coded
 from coterie.edits.folding import check_foldable, shared_names
+from coterie.edits.kinds.condense import check_writable, is_stock, num_layers
+from coterie.edits.kinds.convert import CONVERSIONS, conversion
 from coterie.edits.plan import Condensed, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype
@@ -117,7 +118,7 @@ def check_model(model: Model, options: Condensing) -> tuple[int, list[str]]:
     count = len(wanted) if options.layers is None else options.layers
     if count > len(indices):
         raise CoterieError(f"--layers {count}: {path} has {len(indices)} layers with experts; expected at most those")
-    if count == 0 and not isinstance(model.checkpoint, Planned):
+    if count == 0 and (coded(model.checkpoint) or not isinstance(model.checkpoint, Planned)):
         raise CoterieError("--layers 0: there is nothing to do; it only serves types that need repackaging (deepseek)")
     keep = _kept(model, options)
     check_writable(model, plan_of(wanted or indices[:count]))

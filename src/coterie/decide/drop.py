@@ -10,10 +10,10 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
-from coterie.edits.dense import check_writable, num_layers
-from coterie.edits.drop import check_dropped
 from coterie.edits.execution import Request
 from coterie.edits.folding import check_foldable
+from coterie.edits.kinds.condense import check_writable, num_layers
+from coterie.edits.kinds.drop import check as check_dropped
 from coterie.edits.outputs import patched_config
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError

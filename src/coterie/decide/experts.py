@@ -11,7 +11,7 @@ from coterie.decide import criteria
 from coterie.decide.clusters import Clusterer
 from coterie.decide.criteria import Guarded, Selected, Task
 from coterie.decide.pruning import OURS, READ_BY, Pruning, Remaining
-from coterie.edits.checks import check_count, fits_groups
+from coterie.edits.kinds.keep import check_count, fits_groups
 from coterie.edits.plan import Choice, Decision, Plan
 from coterie.errors import CoterieError
 from coterie.methods import prune as methods

@@ -12,9 +12,9 @@ token; sets then cost a routing each. Importing this module imports torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,7 @@ from coterie.errors import CoterieError
 from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk
 from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.forward.stream import Stream, advance
+from coterie.forward.suspended import ExpertsCall, asked_by
 from coterie.model import moe
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
@@ -157,10 +158,6 @@ class TokenWeights:
         return cls(torch.tensor([half[i] for i in order]), torch.tensor([weight[i] for i in order]).double())
 
 
-class _Asked(Exception):
-    """A block has said which experts it wants."""
-
-
 class Sets:
     """Errors of sets of experts in one loaded layer, from one run of it with `seen` entered and `walk` for experts."""
 
@@ -245,34 +242,16 @@ class Sets:
         """
         routing, dropped = MaskedRouting(), sorted(set(range(self._block.num_experts)) - set(kept))
         routing.hide(self._block.name, self._router, kept)
-        with self._asked() as asked, _lowered(self._biases, dropped), routing:
-            for args, kwargs in self._calls:
-                with suppress(_Asked):
-                    self._module(*args, **kwargs)
+        with _lowered(self._biases, dropped), routing:
+            calls = [partial(self._module, *args, **kwargs) for args, kwargs in self._calls]
+            asked = [found for call in calls if isinstance(found := asked_by(call, [self._experts]), ExpertsCall)]
         if not all(routing.hits.values()):
             raise CoterieError(
                 f"{self._block.name}: its router computes in another dtype than {self._router.dtype}, so no set can be "
                 "tried; give --dtype float32"
             )
-        chosen, weights = (torch.cat([t.reshape(-1, t.shape[-1]) for t in ts]) for ts in zip(*asked, strict=True))
-        return dense_weights(chosen, weights, self._block.num_experts)
-
-    @contextmanager
-    def _asked(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """While entered, a block ends where it calls its experts: what it chose, with which weights, is taken down."""
-        asked: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def forward(
-            hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-        ) -> torch.Tensor:
-            asked.append((top_k_index, top_k_weights))
-            raise _Asked
-
-        self._experts.forward = forward
-        try:
-            yield asked
-        finally:
-            del self._experts.forward
+        _, _, chosen, weights = zip(*asked, strict=True)
+        return dense_weights(torch.cat(chosen), torch.cat(weights), self._block.num_experts)
 
     def check(self) -> None:
         """Raises: CoterieError where the block, run again with all experts, does not route as it did."""

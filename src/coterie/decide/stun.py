@@ -20,9 +20,9 @@ from coterie.decide.zeros import Calibrated, Scoring, Workers, Zeroing, idle
 from coterie.decide.zeros import check_options as check_zeroing
 from coterie.edits import beside
 from coterie.edits.budget import num_weights
-from coterie.edits.checks import fits_groups
 from coterie.edits.counts import count
 from coterie.edits.execution import Request
+from coterie.edits.kinds.keep import fits_groups
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import Decision
 from coterie.errors import CoterieError

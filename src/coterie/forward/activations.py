@@ -25,7 +25,7 @@ from coterie.storage.tensors import Maps
 if TYPE_CHECKING:
     from coterie.storage.checkpoint import Checkpoint
 
-Arguments = list[tuple[tuple, dict[str, Any]]]  # per layer: what it is given beside the hidden states
+Arguments = list[tuple[tuple, dict[str, object]]]  # per layer: what it is given beside the hidden states
 ROWS = 256  # that sums in float32 see at a time: they stay in the processor's caches
 MOST_ROWS = 1024  # of a map between two releases: the kernel makes the pages around each row resident as well
 
@@ -52,11 +52,12 @@ class Batch:
         if (values.shape, values.dtype) != (self._hidden.shape, self._hidden.dtype):
             self._hidden = self.maps.zeros(values.shape, values.dtype)
         self.maps.put(self._hidden, values)
-        self.maps.passed(self.num_bytes)
+        self.passed()
 
-    @property
-    def num_bytes(self) -> int:
-        return self._hidden.nbytes
+    def passed(self) -> None:
+        """Notes in its maps, if it has any, that the batch is through a layer."""
+        if self.maps:
+            self.maps.passed(self._hidden.nbytes)
 
     @property
     def num_tokens(self) -> int:

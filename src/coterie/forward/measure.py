@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
 
 from coterie.errors import CoterieError
+from coterie.forward.activations import ROWS, Batch, Piece, Routed, Walk, weighted_sums
+from coterie.forward.stream import Stream
+from coterie.model import moe
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
 from coterie.model.stats import HALVES, Stats, joined
 from coterie.storage.record import Progress, no_progress
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from coterie.forward.activations import Batch, Piece, Routed, Walk
-    from coterie.forward.stream import Stream
-
-Sums = dict[str, "np.ndarray"]  # of one layer by name, each (G, ...)
+Sums = dict[str, np.ndarray]  # of one layer by name, each (G, ...)
 SCALARS = ("tokens", "gates", "output_norms", "gated_output_norms", "output_norms_squared")
 
 
@@ -42,8 +41,6 @@ def measure(
     activations: where they go when they are large, as `Stream.embed` has it (spill, budget).
     Raises: CoterieError for a model that cannot be streamed, and for activations that are NaN or infinite.
     """
-    from coterie.forward.stream import Stream
-
     stream = Stream(model, dtype)
     batches = stream.embed([sample for given in by_domain.values() for sample in given], **activations)
     group_of = [HALVES * d + i % HALVES for d, given in enumerate(by_domain.values()) for i in range(len(given))]
@@ -71,8 +68,6 @@ def measure(
 
 def _group_of_tokens(batches: list[Batch], group_of: list[int]) -> torch.Tensor:
     """The group (G) of every row that a layer routes, in the order of `Routed.x`, from the group of every sample."""
-    import torch
-
     rows = [torch.tensor([group_of[i] for i in b.samples]).repeat_interleave(b.hidden.shape[1]) for b in batches]
     return torch.cat(rows)
 
@@ -98,8 +93,6 @@ class Routers:
                 router.register_forward_hook(self._hook(block))
 
     def _hook(self, block: MoE) -> Callable[..., None]:
-        import torch
-
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
             if not isinstance(first, torch.Tensor) or first.shape[-1:] != (block.num_experts,):
@@ -144,8 +137,6 @@ def measuring_walk(
 
     everywhere: also on the tokens that did not choose them ("all_outputs").
     """
-    import numpy as np
-    import torch
 
     def walk(routed: Routed) -> torch.Tensor:
         assert len(routed.x) == len(groups)
@@ -173,12 +164,6 @@ def _all_outputs(routed: Routed, model: Model, dtype: torch.dtype, groups: torch
     The last map is linear, so that it sees sums alone, which saves a third of the products; an expert with a norm
     behind it runs whole. Each is read once more: beside its work on all tokens that is little.
     """
-    import numpy as np
-    import torch
-
-    from coterie.forward.activations import weighted_sums
-    from coterie.model import moe
-
     block, whole, found = routed.block, bool(routed.module.has_post_expert_norm), []
     rows, counts = torch.arange(len(groups)), torch.bincount(groups, minlength=num_groups).double()
     for expert in moe.read_experts(model.checkpoint, block, range(block.num_experts), dtype):
@@ -199,10 +184,6 @@ def _sums(piece: Piece, groups: torch.Tensor, num_groups: int) -> dict[str, torc
 
     One product of ones and squared gates (2G, T) with squares (T, C) sums every group, as it is and gated.
     """
-    import torch
-
-    from coterie.forward.activations import ROWS, weighted_sums
-
     norms = torch.cat([y.float().norm(dim=1) for y in piece.y.split(ROWS)]).double()
     weights, num_tokens = piece.weights.double(), len(groups)
     scalars = torch.stack([torch.ones_like(norms), piece.gates.double(), norms, weights * norms, norms.square()])
@@ -223,8 +204,6 @@ def _sums(piece: Piece, groups: torch.Tensor, num_groups: int) -> dict[str, torc
 
 def _coactivation(routed: Routed, groups: torch.Tensor, num_groups: int) -> np.ndarray:
     """How many tokens of each group chose both experts of a pair, (G, E, E); the diagonal is 0."""
-    import torch
-
     num_experts = routed.block.num_experts
     counts = torch.zeros(num_groups * num_experts**2, dtype=torch.long)
     for i, j in combinations(routed.chosen.T, 2):
@@ -234,8 +213,6 @@ def _coactivation(routed: Routed, groups: torch.Tensor, num_groups: int) -> np.n
 
 
 def _check_finite(sums: Sums, where: str) -> None:
-    import numpy as np
-
     bad = next((name for name, value in sums.items() if not np.isfinite(value).all()), None)
     if bad:
         raise CoterieError(

@@ -7,6 +7,7 @@ filled; buffers are real from the beginning, because some (rotary frequencies) a
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,12 +16,110 @@ import torch
 
 from coterie.errors import CoterieError
 from coterie.model import moe
-from coterie.model.loading import NO_DATA, empty_stock, guarded, quiet_transformers
+from coterie.model.layer import Model, MoE, expert_names
+from coterie.model.loading import NO_DATA, convert, decoder_layers, empty_stock, guarded, quiet_transformers
 from coterie.model.opened import open_experts
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.tensors import Maps, read, trim
 
 MAPPED = 2**26  # bytes: a table of embeddings larger than this is mapped, since few of its rows are touched
+
+
+class Skeleton:
+    """A model whose decoder layers, without their experts, and what stands around them are filled and emptied."""
+
+    def __init__(self, source: Model, dtype: torch.dtype) -> None:
+        """Builds the model without its weights.
+
+        Raises: CoterieError for a model that transformers does not know, or whose experts are closed to us.
+        """
+        self.checkpoint, self.dtype = source.checkpoint, dtype
+        self.model = empty_model(source.checkpoint, dtype)
+        self.decoder = self.model.get_decoder()
+        self.layers = decoder_layers(self.decoder, str(source.checkpoint.path))
+        self.blocks = self._check_layers(source)  # layer index -> its MoE block
+        walked = {name for block in source.moe if not block.attention for name in expert_names(block)}
+        self._targets = targets(self.model, [name for name in self.checkpoint.tensors if name not in walked])
+        self._root = next(name for name, module in self.model.named_modules() if module is self.layers)
+        self._names = self._group_names()
+
+    def _check_layers(self, source: Model) -> dict[int, MoE]:
+        """Layer index -> its MoE block. Raises: CoterieError unless exactly the MoE layers have experts, once."""
+        blocks = {int(b.key): b for b in source.moe if not b.mtp and not b.attention}
+        for block in source.moe:
+            if not block.mtp and int(block.key) < len(self.layers):
+                moe.refuse_undecorated(self.layers[int(block.key)], block.name)
+        for index, layer in enumerate(self.layers):
+            found = len(moe.experts_modules(layer))
+            if found != (index in blocks):
+                raise CoterieError(
+                    f"{self.checkpoint.path}: layer {index} has {found} experts modules in transformers, but "
+                    f"{int(index in blocks)} in the checkpoint; expected the same, one at most: {NO_DATA}"
+                )
+        return blocks
+
+    def _group_names(self) -> dict[int | None, list[str]]:
+        """Layer index (None: outside the layers) -> names of the tensors to load there; experts are left out.
+
+        What the model has no place for outside its layers stays unread: multi-token prediction, vision towers of
+        models that are built as text models. That nothing is missing is checked after loading.
+        """
+        outside = own_tensors(self.outside(head=True))
+        groups: dict[int | None, list[str]] = {}
+        for name, (target, _) in self._targets.items():
+            if target.startswith(self._root + "."):
+                index = int(target[len(self._root) + 1 :].partition(".")[0])
+                if index < len(self.layers):
+                    groups.setdefault(index, []).append(name)
+            elif target in outside:
+                groups.setdefault(None, []).append(name)
+        return groups
+
+    def outside(self, *, head: bool) -> dict[str, torch.nn.Module]:
+        """The modules around the layers by name, with or without the head."""
+        parts = [self.decoder, *([self.model.get_output_embeddings()] if head else [])]
+        inside = {id(m) for m in self.layers.modules()}
+        needed = {id(m) for part in parts if part is not None for m in part.modules()} - inside
+        return {name: module for name, module in self.model.named_modules() if id(module) in needed}
+
+    def stored(self, index: int) -> dict[str, str]:
+        """Parameter of a layer, as its `named_parameters` has it -> the checkpoint's tensor it equals.
+
+        Left out: experts, and what transformers computes from stored tensors (fused, split or transposed ones).
+        """
+        prefix, names = f"{self._root}.{index}.", self._names.get(index, [])
+        sources = Counter(self._targets[name].name for name in names)
+        parameters = dict(self.layers[index].named_parameters())
+        found = {}
+        for name in names:
+            target, converted = self._targets[name]
+            parameter = parameters.get(target.removeprefix(prefix))
+            alone = sources[target] == 1 and not converted
+            if alone and parameter is not None and self.checkpoint.tensors[name].shape == tuple(parameter.shape):
+                found[target.removeprefix(prefix)] = name
+        return found
+
+    def load(self, index: int) -> None:
+        """Fills one layer. Raises: CoterieError when something stays empty."""
+        fill(self.model, self.checkpoint, self._names.get(index, []), self.dtype)
+        closed = {id(p) for m in moe.experts_modules(self.layers[index]) for p in m.parameters()}
+        parameters = self.layers[index].named_parameters()
+        self._check_filled([f"layer {index}: {n}" for n, p in parameters if p.is_meta and id(p) not in closed])
+
+    def load_outside(self, maps: Maps | None = None, *, head: bool) -> None:
+        """Fills what stands around the layers, with or without the head; given maps, large tables are mapped.
+
+        Raises: CoterieError when something stays empty.
+        """
+        wanted = own_tensors(self.outside(head=head))
+        names = [name for name in self._names.get(None, []) if self._targets[name].name in wanted]
+        fill(self.model, self.checkpoint, names, self.dtype, maps)
+        self.model.tie_weights()
+        self._check_filled([n for n, p in own_tensors(self.outside(head=head)).items() if p.is_meta])
+
+    def _check_filled(self, empty: list[str]) -> None:
+        if empty:
+            raise CoterieError(f"{self.checkpoint.path}: no tensor fills {empty[0]!r}; expected every parameter stored")
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -32,7 +131,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     model = empty_stock(checkpoint, dtype, advice=advice)
     open_experts(model)
     with guarded(checkpoint.path, "does not take our experts", advice):
-        model.set_experts_implementation(moe.IMPLEMENTATION)
+        moe.enter(model)
     return model.eval()
 
 
@@ -61,13 +160,6 @@ def targets(model: Any, names: list[str]) -> dict[str, Target]:
     return found
 
 
-def modules_outside(model: Any, layers: torch.nn.ModuleList, parts: list[Any]) -> dict[str, torch.nn.Module]:
-    """What the given parts of the model (the decoder, the head) hold beside the layers, by name."""
-    inside = {id(m) for m in layers.modules()}
-    needed = {id(m) for part in parts if part is not None for m in part.modules()}
-    return {name: module for name, module in model.named_modules() if id(module) in needed - inside}
-
-
 def own_tensors(modules: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
     """The modules' own parameters and stored buffers, by name."""
     found = {}
@@ -84,20 +176,11 @@ def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtyp
     Raises: CoterieError for a tensor that does not fit, or is quantised.
     """
     with _young():
-        _convert(model, checkpoint, names, dtype, maps)
-
-
-def _convert(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype, maps: Maps | None) -> None:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    mapping: Any = get_model_conversion_mapping(model)  # conversions keep state: a fresh one each time
-    plan = model._get_dtype_plan(dtype)  # what the library keeps in float32 whatever is asked
-    how = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype, dtype_plan=plan, device_map={"": "cpu"})
-    tensors = {name: _tensor(checkpoint, name, maps) for name in names}
-    with quiet_transformers():
-        info, _ = convert_and_load_state_dict_in_model(model, tensors, how, None)
+        plan = model._get_dtype_plan(dtype)  # what the library keeps in float32 whatever is asked
+        tensors = {name: _tensor(checkpoint, name, maps) for name in names}
+        with quiet_transformers():
+            info = convert(model, tensors, dtype, plan)
+        del tensors
     faults = {*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors}
     if faults:
         raise CoterieError(f"{checkpoint.path}: transformers does not take {sorted(map(str, faults))[0]!r}")

@@ -9,7 +9,6 @@ Source: ResMoE, arXiv 2503.06881; A Closer Look into Mixture-of-Experts, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -48,7 +47,7 @@ def how_many(num_experts: int, shape: tuple[int, int]) -> int:
     return min(found, fits)
 
 
-def look(experts: Experts, shape: tuple[int, int], seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def look(experts: Experts, shape: tuple[int, int], seed: int = 0) -> tuple[dict[str, object], dict[str, object]] | None:
     """(`alignment`, `energy`) of a layer, as `analyze` describes them; None where experts are too large to align."""
     count = how_many(len(experts), shape)
     if count < 2:
@@ -66,7 +65,7 @@ def unit_scale(held: list[Points]) -> list[Points]:
     return [p / np.float32(largest) for p in held]
 
 
-def _alignment(ids: Sequence[int], held: list[Points], random: list[Points]) -> dict[str, Any]:
+def _alignment(ids: Sequence[int], held: list[Points], random: list[Points]) -> dict[str, object]:
     cosines, taus, orders = align_all(held)
     alike = [(i, j) for i, j in orders if cosines[i, j] >= ALIKE]
     alike = sorted(alike, key=lambda pair: -cosines[pair])[: len(ids)]
@@ -132,7 +131,7 @@ def barycentre(held: list[Points]) -> tuple[Points, list[np.ndarray], list[float
     return centre, orders, energies
 
 
-def _energy(ids: Sequence[int], held: list[Points], random: list[Points]) -> dict[str, Any]:
+def _energy(ids: Sequence[int], held: list[Points], random: list[Points]) -> dict[str, object]:
     energy = sum(float(np.square(p, dtype=np.float64).sum()) for p in held)
     raw = captured(sum(p.astype(np.float64) for p in held) / len(held), energy, len(held))  # type: ignore[arg-type]
     centre, orders, energies = barycentre(held)
@@ -149,7 +148,7 @@ def _energy(ids: Sequence[int], held: list[Points], random: list[Points]) -> dic
     }
 
 
-def _of_rank(centre: Points, some: list[Points], share: float) -> dict[str, Any]:
+def _of_rank(centre: Points, some: list[Points], share: float) -> dict[str, object]:
     """What the barycentre and factors of rank r capture of some experts, and what such factors capture alone.
 
     r is the rank at which factors (F, r) and (r, C) hold `share` of an expert's F C numbers; the barycentre

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ class Tokens:
     names: tuple[str, ...]
 
 
-def look(chosen: np.ndarray, num_experts: int, tokens: Tokens) -> dict[str, Any]:
+def look(chosen: np.ndarray, num_experts: int, tokens: Tokens) -> dict[str, object]:
     """`load`, `locality`, `coactivation` and `coactive` of a layer, as `analyze` describes them.
 
     chosen (T, K): ids; those beyond the experts stand for none.
@@ -50,7 +49,7 @@ def _counts(chosen: np.ndarray, num_experts: int, tokens: Tokens) -> np.ndarray:
     return np.bincount(places, minlength=len(tokens.names) * num_experts).reshape(-1, num_experts)
 
 
-def _load(counts: np.ndarray, tokens: Tokens) -> dict[str, Any]:
+def _load(counts: np.ndarray, tokens: Tokens) -> dict[str, object]:
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     gaps = [0.5 * np.abs(a - b).sum() for a, b in combinations(shares, 2)]
     total = counts.sum(axis=0) / max(counts.sum(), 1)
@@ -77,7 +76,7 @@ def entropy(shares: np.ndarray) -> float:
     return float(-(some * np.log(some)).sum() / np.log(len(shares))) if len(shares) > 1 else 1.0
 
 
-def repeats(chosen: np.ndarray, num_experts: int, counts: np.ndarray, tokens: Tokens) -> dict[str, Any]:
+def repeats(chosen: np.ndarray, num_experts: int, counts: np.ndarray, tokens: Tokens) -> dict[str, object]:
     """Of the experts of token t, the share that token t + 1 of the same sample chose again, and what chance gives.
 
     chance: for tokens drawn independently from the same domain, sum_e p_e^2 / sum_e p_e, p_e being the share of the
@@ -100,7 +99,7 @@ def repeats(chosen: np.ndarray, num_experts: int, counts: np.ndarray, tokens: To
     }
 
 
-def cache(chosen: np.ndarray, num_experts: int) -> dict[str, Any]:
+def cache(chosen: np.ndarray, num_experts: int) -> dict[str, object]:
     """Share of asked experts that a cache of a quarter of them (K at least) held: the most recent, or the hottest.
 
     lru drops the least recently used; hot holds the most used of these very tokens, and never changes: the best that
@@ -139,7 +138,7 @@ def coactivation(chosen: np.ndarray, num_experts: int) -> np.ndarray:
     return square + square.T
 
 
-def _coactive(together: np.ndarray, counts: np.ndarray, num_tokens: int) -> list[dict[str, Any]]:
+def _coactive(together: np.ndarray, counts: np.ndarray, num_tokens: int) -> list[dict[str, object]]:
     """The pairs chosen together most, with lift: how many times as often as if choices were independent."""
     ids = [(i, j) for i, j in zip(*np.nonzero(np.triu(together, 1)), strict=True)]
     ids = sorted(ids, key=lambda pair: (-together[pair], pair))[:COACTIVE]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 DIGITS = 4  # of matrices: an E x E matrix is most of what is written
+
+Found = Mapping[str, object]  # what was measured of a layer, as it becomes JSON: read with `at`
 
 
 def listed(values: Any, digits: int = DIGITS) -> list[Any]:
@@ -21,6 +24,20 @@ def number(value: Any, digits: int = 6) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(f"{float(value):.{digits}g}")
+
+
+def at(found: Found, path: str) -> Any:
+    """The value under names separated by spaces, one inside the other; None where there is none on the way."""
+    value: Any = found
+    for name in path.split():
+        value = None if value is None else value.get(name)
+    return value
+
+
+def mean_at(layers: Sequence[Found], path: str) -> float | None:
+    """The mean over layers of a number; those that lack it are left out."""
+    known = [value for layer in layers if (value := at(layer, path)) is not None]
+    return number(sum(known) / len(known)) if known else None
 
 
 def ratio(part: float, whole: float) -> float:

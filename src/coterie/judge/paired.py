@@ -1,7 +1,7 @@
 """Two models on the same tokens: what `coterie eval --against` adds, and what `coterie report` shows.
 
 A difference between two models is known far better than either's own value, since texts that are hard for one are hard
-for the other. `verbs/eval.py` fills a `Kept` per model while it measures; `compare` sets two of them side by side.
+for the other. `judge/quality.py` fills a `Kept` per model while it measures; `compare` sets two of them side by side.
 Axes: T token, K top-k.
 """
 
@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -35,6 +35,25 @@ MOST_ROUTED = 16384  # tokens of each data set whose experts are compared: their
 INTERVAL = "95 %, bootstrap over windows"
 
 Choices = dict[str, np.ndarray]  # layer -> chosen ids (T, K)
+Interval = dict[str, float]  # "value", "low", "high", and of how many "tokens" or problems ("count")
+
+
+class Paired(TypedDict):
+    """One model against another on the same data; by data set, unless another key is named.
+
+    difference: of log-likelihood per token, nats, this model's minus the original's: negative is worse. flipped: the
+    share of problems that one of the two solves and the other does not. repetition: of "model" and "against".
+    router_overlap: by original layer; layers that are no longer routed, or whose experts no record leads back to the
+    original's, have none. mean: difference over data sets, which `report` adds.
+    """
+
+    against: str
+    interval: str
+    difference: dict[str, Interval]
+    flipped: dict[str, float]
+    repetition: dict[str, dict[str, float | None]]
+    router_overlap: dict[str, float]
+    mean: NotRequired[Interval | None]
 
 
 @dataclass
@@ -83,7 +102,7 @@ def routing_modules(model: Any) -> dict[str, tuple[torch.nn.Module, int]]:
     return routers
 
 
-def _note(parts: list[np.ndarray], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _note(parts: list[np.ndarray], module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Keeps the chosen ids, the second argument of every experts module, until there are enough."""
     room = MOST_ROUTED - sum(map(len, parts))
     if room > 0:
@@ -123,13 +142,8 @@ def same_model(one: str | Path, other: str | Path) -> bool:
 # Comparing
 
 
-def compare(path: str | Path, kept: Kept, against: str | Path, original: Kept, *, seed: int) -> dict[str, Any]:
+def compare(path: str | Path, kept: Kept, against: str | Path, original: Kept, *, seed: int) -> Paired:
     """`kept` of the model at `path` against `original`, measured on the same data with the same options.
-
-    Returns `{"against", "interval", "difference": {NAME: {"value", "low", "high", "tokens"}}, "flipped": {NAME: share},
-    "repetition": {NAME: {"model": share, "against": share}}, "router_overlap": {original layer: mean}}`.
-    A difference is log-likelihood per token, nats, this model's minus the original's: negative is worse. Layers that
-    are no longer routed, or whose experts no record leads back to the original's, have no overlap.
 
     Raises: CoterieError where windows differ, as they do when a model has fewer positions.
     """
@@ -152,7 +166,7 @@ def compare(path: str | Path, kept: Kept, against: str | Path, original: Kept, *
     }
 
 
-def _difference(name: str, kept: Kept, original: Kept, seed: int) -> dict[str, float | int]:
+def _difference(name: str, kept: Kept, original: Kept, seed: int) -> Interval:
     counts = original.counts[name]
     value, low, high = bootstrap_mean(original.losses[name] - kept.losses[name], counts, seed)
     return {"value": value, "low": low, "high": high, "tokens": int(counts.sum())}
@@ -180,7 +194,7 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarr
     return means
 
 
-def mean_of_sets(sets: Mapping[str, tuple[np.ndarray, np.ndarray]], seed: int) -> dict[str, float] | None:
+def mean_of_sets(sets: Mapping[str, tuple[np.ndarray, np.ndarray]], seed: int) -> Interval | None:
     """The mean over data sets, each counting once, of their means per token, with its 95 % interval; None without any.
 
     `sets`: sums and counts by block, as for `bootstrap_mean`; each data set is resampled on its own.

@@ -22,9 +22,9 @@ from coterie.forward.activations import Batch, Routed, dense_weights
 from coterie.forward.measure import Routers
 from coterie.forward.stream import Stream
 from coterie.judge import locality
-from coterie.judge.bits import BITS, GROUP, rounded_expert
 from coterie.judge.locality import Tokens
 from coterie.judge.numbers import correlation, listed, number, pairs, ratio
+from coterie.judge.rounding import BITS, GROUP, rounded_expert
 from coterie.methods.condense import least_squares
 from coterie.model import moe
 from coterie.model.layer import Model, MoE
@@ -60,7 +60,7 @@ def probe(
     seed: int = 0,
     on_progress: Progress = no_progress,
     **activations: Any,
-) -> Iterator[tuple[MoE, dict[str, Any]]]:
+) -> Iterator[tuple[MoE, dict[str, object]]]:
     """(block, what its experts do) of every MoE layer in order, as `analyze` describes it.
 
     Raises: CoterieError for a model that cannot be streamed, and for outputs that are NaN or infinite.
@@ -163,7 +163,7 @@ def _round(seen: Seen, routed: Routed, rows: torch.Tensor, e: int, expert: moe.E
 # --- once it is through -------------------------------------------------------------------------------------------
 
 
-def findings(seen: Seen, tokens: Tokens, scores: torch.Tensor | None, hidden: float, seed: int) -> dict[str, Any]:
+def findings(seen: Seen, tokens: Tokens, scores: torch.Tensor | None, hidden: float, seed: int) -> dict[str, object]:
     """A layer's entries: `cosine` of outputs, `probe`, `norms`, `bits`, `condense` and what `locality` finds."""
     outputs, angular = similarities(seen.outputs)
     target = (seen.weights[:, None] @ seen.outputs)[:, 0]
@@ -200,7 +200,7 @@ def similarities(outputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return (cosines / num_tokens).numpy(), (angles / num_tokens).numpy()
 
 
-def counterfactual(seen: Seen, target: torch.Tensor, scores: torch.Tensor | None, seed: int) -> dict[str, Any]:
+def counterfactual(seen: Seen, target: torch.Tensor, scores: torch.Tensor | None, seed: int) -> dict[str, object]:
     """What the experts' sum would have been with others: {"error", "cosine"} by choice; None where there is none.
 
     error: sum |z' - z|^2 / sum |z|^2 over the probed tokens, z being the true sum; cosine: its mean over tokens.
@@ -230,14 +230,14 @@ def _instead(order: torch.Tensor, taken: torch.Tensor, ranked: torch.Tensor) -> 
     return torch.zeros_like(order).scatter_(1, others, ranked)
 
 
-def _against(seen: Seen, target: torch.Tensor, weights: torch.Tensor) -> dict[str, Any]:
+def _against(seen: Seen, target: torch.Tensor, weights: torch.Tensor) -> dict[str, object]:
     other = (weights[:, None] @ seen.outputs)[:, 0]
     error = ratio(float((other - target).double().square().sum()), float(target.double().square().sum()))
     alike = torch.nn.functional.cosine_similarity(other.double(), target.double(), dim=1)
     return {"error": number(error), "cosine": number(float(alike.mean()))}
 
 
-def norms_and_gates(seen: Seen, scores: torch.Tensor | None) -> dict[str, Any]:
+def norms_and_gates(seen: Seen, scores: torch.Tensor | None) -> dict[str, object]:
     """Norms |f_e(x)| of outputs against what the router says of the expert."""
     norms = seen.outputs.norm(dim=2)
     num_tokens, num_experts = norms.shape
@@ -259,7 +259,7 @@ def norms_and_gates(seen: Seen, scores: torch.Tensor | None) -> dict[str, Any]:
     }
 
 
-def _bits(seen: Seen, target: torch.Tensor) -> dict[str, Any]:
+def _bits(seen: Seen, target: torch.Tensor) -> dict[str, object]:
     """Relative errors, norm over norm, of experts rounded to so many bits."""
     size = float(target.double().norm())
     return {
@@ -273,7 +273,7 @@ def _bits(seen: Seen, target: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def condense(seen: Seen, target: torch.Tensor, hidden: float) -> dict[str, Any]:
+def condense(seen: Seen, target: torch.Tensor, hidden: float) -> dict[str, object]:
     """How well the best K experts, always on with constant gates, stand for the routed sum z of the probed tokens.
 
     captured: 1 - |z - z'|^2 / |z|^2; routed: |z|^2 over the squared hidden states that leave the layer;

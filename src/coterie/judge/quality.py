@@ -1,8 +1,7 @@
-"""`coterie eval`: perplexity, exact match and lm-evaluation-harness tasks of finished checkpoints.
+"""How good one model is: perplexity of texts, and exact match of answers. `coterie eval` and `report` judge with it.
 
-Last step of the flow: it knows nothing of plans or methods and judges a compressed model as it would any other.
-Every number comes with a 95 % interval. Models are loaded one after the other, by stock transformers, and a
-checkpoint that does not fill its model exactly is refused: `from_pretrained` succeeding proves nothing.
+It knows nothing of plans or methods, and judges a compressed model as it would any other. Every number comes with a
+95 % interval. Importing this module imports torch.
 """
 
 import logging
@@ -10,10 +9,10 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, encode
-from coterie.judge import harness
+from coterie.judge import harness, paired
 from coterie.judge.judging import Judging, check_stride
-from coterie.judge.paired import Kept, bootstrap_mean
+from coterie.judge.paired import Interval, Kept, Paired, bootstrap_mean
 from coterie.model import causal, loading
 from coterie.model.family import lookup
 from coterie.storage.checkpoint import Checkpoint
@@ -43,8 +42,18 @@ THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 Load = Callable[[str | Path], Any]
 
 
+class Judged(TypedDict):
+    """One model's entry in the result of `eval`; by data set, or task and metric."""
+
+    path: str
+    perplexity: dict[str, Interval]
+    exact_match: dict[str, Interval]
+    tasks: NotRequired[dict[str, dict[str, float]]]
+    paired: NotRequired[Paired]
+
+
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """One model on one data set: how to measure, whom to tell, and where to leave what a comparison needs."""
 
     name: str  # of the data set
@@ -54,7 +63,7 @@ class Job:
     kept: Kept
 
 
-def _check_readable(path: str | Path, documents: dict[str, list[Document]]) -> None:
+def check_readable(path: str | Path, documents: dict[str, list[Document]]) -> None:
     """Raises: CoterieError for no checkpoint, or token ids that its config does not know."""
     config = Checkpoint.open(path).config
     size = max((v for _, _, v in lookup(config, ("vocab_size",)) if type(v) is int), default=math.inf)
@@ -72,22 +81,61 @@ def judge(
     manager: Any = None,
     *,
     routers: bool = True,
-) -> tuple[dict[str, Any], Kept]:
+) -> tuple[Judged, Kept]:
     """One model's entry in the result of `evaluate`, and what a comparison needs, with `routers` of those too."""
     model = causal.without_router_loss(load(path).eval())
     needed = options.tasks or any(d.input_ids is None for entries in documents.values() for d in entries)
     tokenizer = loading.load_tokenizer(path) if needed else None
-    result: dict[str, Any] = {"path": str(path), "perplexity": {}, "exact_match": {}}
+    result: Judged = {"path": str(path), "perplexity": {}, "exact_match": {}}
     kept = Kept(routers=routers)
     for name, entries in documents.items():
-        kind, measure = ("exact_match", exact_match) if entries[0].is_problem else ("perplexity", perplexity)
-        what = f"{path}: {name}"
-        result[kind][name] = measure(model, tokenizer, entries, Job(name, what, options, report, kept))
+        one = Measurement(name, f"{path}: {name}", options, report, kept)
+        if entries[0].is_problem:
+            result["exact_match"][name] = exact_match(model, tokenizer, entries, one)
+        else:
+            result["perplexity"][name] = perplexity(model, tokenizer, entries, one)
     if options.tasks:
         result["tasks"] = harness.run_tasks(
             model, tokenizer, options.tasks, manager, batch_size=options.batch_size, seed=options.seed, what=str(path)
         )
     return result, kept
+
+
+def judge_all(
+    paths: Sequence[str | Path],
+    documents: dict[str, list[Document]],
+    notes: list[str],
+    against: str | Path | None,
+    options: Judging,
+    load: Load | None,
+    report: Progress,
+) -> list[Judged]:
+    """An entry per model; beside the original, if one is given, what a comparison with it gives.
+
+    Whatever can be refused without loading a model is refused first; then notes are logged.
+    """
+    if against is not None:
+        paired.check_tokens(against, paths, documents)
+    manager = harness.task_manager(options.tasks, options.task_path) if options.tasks else None
+    for path in paths if load is None else ():
+        check_readable(path, documents)
+    for note in notes:
+        logger.warning("%s", note)
+    load = load or (lambda path: loading.load(path, dtype=options.dtype))
+    if against is None:
+        return [judge(path, documents, options, load, report, manager, routers=False)[0] for path in paths]
+    listed = any(paired.same_model(path, against) for path in paths)
+    alone = options if listed else replace(options, tasks=(), task_path=None)  # tasks of a model nobody listed
+    first, original = judge(against, documents, alone, load, report, manager)
+    entries = list[Judged]()
+    for path in paths:
+        if paired.same_model(path, against):
+            entries.append({**first, "path": str(path)})
+        else:
+            entry, kept = judge(path, documents, options, load, report, manager)
+            pair = paired.compare(path, kept, against, original, seed=options.seed)
+            entries.append({**entry, "paired": pair})
+    return entries
 
 
 # Perplexity
@@ -116,22 +164,22 @@ def windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], job: Job) -> dict[str, float | int]:
+def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], one: Measurement) -> Interval:
     """Perplexity over all documents, each a sequence of its own, with its interval and the number of scored tokens.
 
         exp(-1/N sum_t log p(x_t | the tokens before t in its window))        N: all tokens but each document's first
 
-    Raises: CoterieError naming the job if a document has fewer than two tokens or a token is unknown to the model,
-    or if the result is not finite.
+    Raises: CoterieError naming model and data set if a document has fewer than two tokens or a token is unknown to the
+    model, or if the result is not finite.
     """
-    what, options = job.what, job.options
+    what, options = one.what, one.options
     sequences = [_tokens(model, tokenizer, document, least=2) for document in documents]
     window = _clamped_window(model, options.window, what)
     stride = options.stride or max(1, window // 2)
     check_stride(window, stride)
-    with job.kept.watch(job.name, model):
-        sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: job.report(what, *a))
-    job.kept.losses[job.name], job.kept.counts[job.name] = sums, counts
+    with one.kept.watch(one.name, model):
+        sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: one.report(what, *a))
+    one.kept.losses[one.name], one.kept.counts[one.name] = sums, counts
     if not np.isfinite(sums).all():
         raise CoterieError(f"{what}: the model's logits hold NaN or infinity; the weights are damaged, or need float32")
     if len(sums) < FEW_BLOCKS:
@@ -244,15 +292,16 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], job: Job) -> dict[str, float | int]:
+def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], one: Measurement) -> Interval:
     """Share of problems whose answer, greedily generated, equals the expected one as a string (both normalised).
 
     Prompts of equal length in tokens are generated together, so that nothing is padded; a row ends with the
     end-of-text token, a complete `Answer:` line, or after `max_new_tokens` (fewer where the model's positions end).
 
-    Raises: CoterieError naming the job if logits are NaN, or the problem if its prompt fills the model's positions.
+    Raises: CoterieError naming model and data set if logits are NaN, or the problem if its prompt fills the model's
+    positions.
     """
-    what, options = job.what, job.options
+    what, options = one.what, one.options
     prompts = [_tokens(model, tokenizer, problem, least=1) for problem in problems]
     room = _room(model, problems, prompts, options.max_new_tokens, what)
     alike, done = defaultdict(list), 0
@@ -267,7 +316,7 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], job: J
             for i, row in zip(batch, _generate(model, tokenizer, ids, most, what), strict=True):
                 generated[i], full[i] = row, len(row) >= most
             done += len(batch)
-            job.report(what, done, len(problems))
+            one.report(what, done, len(problems))
     texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
     answers = [normalise_answer(str(problem.answer)) for problem in problems]
     right = np.array([extract_answer(text) == answer for text, answer in zip(texts, answers, strict=True)])
@@ -277,7 +326,7 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], job: J
             "%s: %d of %d answers were cut off at %d new tokens, unfinished; give --max-new-tokens more",
             what, cut.sum(), len(problems), options.max_new_tokens,
         )  # fmt: skip
-    job.kept.right[job.name], job.kept.generated[job.name], job.kept.cut[job.name] = right, generated, cut
+    one.kept.right[one.name], one.kept.generated[one.name], one.kept.cut[one.name] = right, generated, cut
     correct = int(right.sum())
     low, high = wilson_interval(correct, len(problems))
     return {"value": correct / len(problems), "low": low, "high": high, "count": len(problems)}

@@ -1,6 +1,6 @@
-"""`coterie bench`: how fast a checkpoint runs on this machine, beside another one and what the machine can read.
+"""What `coterie bench` measures, and `coterie report` of whole models: tokens per second, bytes read, single kernels.
 
-Last step of the flow. Everything that is compared runs interleaved in one process, and single calls are timed: another
+Everything that is compared runs interleaved in one process, and single calls are timed: another
 process disturbs both sides alike. Whole models first, prefill and decode; then the kernels on one expert matrix.
 """
 
@@ -35,9 +35,10 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "em
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 BIG = 64 << 20  # bytes of a copy that only bandwidth is measured on
 SMALL = 1 << 20  # bytes of a matrix below which the call itself is what is timed
+Speeds = dict[str, dict[str, dict[str, float]]]  # "prefill" or "decode" -> batch -> percentile -> tokens per second
 
 
-def _batches(given: str | list[int]) -> list[int]:
+def batch_sizes(given: str | list[int]) -> list[int]:
     parts = given.split(",") if isinstance(given, str) else list(given)
     numbers = [int(str(part)) if str(part).strip().isdecimal() else 0 for part in parts]
     if not numbers or not all(1 <= n <= 1024 for n in numbers) or len(set(numbers)) < len(numbers):
@@ -45,15 +46,15 @@ def _batches(given: str | list[int]) -> list[int]:
     return numbers
 
 
-def _check_threads(threads: int | None) -> None:
+def check_threads(threads: int | None) -> None:
     cores = os.cpu_count() or 1
     if threads is not None and (type(threads) is not int or not 1 <= threads <= cores):
         raise CoterieError(f"--threads {threads!r}: this machine has {cores} cores; expected 1 to {cores}")
 
 
 @contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[int]:
-    """torch's number of threads, changed for a while."""
+def limited_to(threads: int | None) -> Iterator[int]:
+    """While entered, the number of threads that torch uses: its own, or another."""
     import torch
 
     before = torch.get_num_threads()
@@ -64,13 +65,13 @@ def _threads(threads: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _clock_name(threads: int) -> str:
+def clock_name(threads: int) -> str:
     return "processor time of the one thread" if threads == 1 else "wall time"
 
 
-def _entry(
-    path: str, view: Checkpoint, speeds: dict[str, Any], bandwidth: float | None, notes: list[str]
-) -> dict[str, Any]:
+def described(
+    path: str, view: Checkpoint, speeds: Speeds, bandwidth: float | None, notes: list[str]
+) -> dict[str, object]:
     """What is said of one model."""
     try:
         read: int | None = bytes_per_token(view)
@@ -119,9 +120,9 @@ class Runner:
         return found
 
 
-def measure(runners: list[Runner], sizes: list[int], on_progress: Progress) -> list[dict[str, Any]]:
+def measure(runners: list[Runner], sizes: list[int], on_progress: Progress) -> list[Speeds]:
     """Per runner: tokens per second by batch, of prefill and of decode."""
-    speeds: list[dict[str, Any]] = [{"prefill": {}, "decode": {}} for _ in runners]
+    speeds: list[Speeds] = [{"prefill": {}, "decode": {}} for _ in runners]
     length = prompt_length(runners)
     if length < PROMPT:
         runners[0].notes.append(f"prompts have {length} tokens instead of {PROMPT}: the models' positions end there")
@@ -226,7 +227,7 @@ def subject(view: Checkpoint) -> Subject | None:
         return None
     block = model.main[len(model.main) // 2]
     names = [n for n in expert_weights(view, block) if len(view.tensors[n].shape) in (2, 3)]
-    held = {name: found for name, found in coded(view).items() if isinstance(found, fmt.PackedTensor)}
+    held = {name: found.packed for name, found in coded(view).items() if found.packed}
     names = [n for n in names if n in held] or [n for n in names if view.tensors[n].dtype in ("BF16", "F16", "F32")]
     if not names:
         return None
@@ -234,7 +235,7 @@ def subject(view: Checkpoint) -> Subject | None:
     tensor = view.tensors[name]
     shape = (tensor.shape[-2], tensor.shape[-1])
     if name in held:
-        packed = held[name].matrix(0)
+        packed = held[name](0)
     else:
         size = tensor.num_bytes // (tensor.shape[0] if len(tensor.shape) == 3 else 1)
         packed = fmt.encode(view.raw(name, 0, size), tensor.dtype, shape)
@@ -245,7 +246,7 @@ def subject(view: Checkpoint) -> Subject | None:
     return Subject(name, packed, "BF16", bits)
 
 
-def kernel_rows(view: Checkpoint, threads: int, notes: list[str]) -> dict[str, Any] | None:
+def kernel_rows(view: Checkpoint, threads: int, notes: list[str]) -> dict[str, object] | None:
     """One expert matrix by every kernel."""
     import torch
 

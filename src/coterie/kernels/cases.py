@@ -13,7 +13,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int) -> dict[str, object]:
     """What numbers are of: processor, its kernels, cores, threads, load, and torch."""
     return {
         "processor": processor(),
@@ -145,7 +144,7 @@ def inputs(which: str, dtype: str, x: torch.Tensor) -> tuple[str, np.ndarray]:
 
 
 def split(job: list[int], y: np.ndarray, columns: int, threads: int) -> np.ndarray:
-    """The job over all rows, in as many blocks as `coterie.kernels.experts` would make."""
+    """The job over all rows, in as many blocks as `coterie.kernels.multiply` would make."""
     edges = np.linspace(0, len(y), 1 + (1 if threads == 1 else 8 * threads)).astype(np.int64)
     tail = [words(columns), len(y)]
     return np.array([[*job, y.ctypes.data, a, b, *tail] for a, b in pairwise(edges)], np.int64)
@@ -196,7 +195,7 @@ def own_int4(weights: torch.Tensor, x: torch.Tensor, arena: Arena, threads: int)
     return {"own dense int4": runner("avx512", jobs, size, threads, (ring, q, factors, start, y))}
 
 
-def table(cases: dict[str, Case], seconds: dict[str, float], against: Iterable[str]) -> list[dict[str, Any]]:
+def table(cases: dict[str, Case], seconds: dict[str, float], against: Iterable[str]) -> list[dict[str, object]]:
     """Per case: bytes, seconds, share of the bandwidth that reading alone has, and how often faster than each rival."""
     bandwidth = cases["read"][2] / seconds["read"] if "read" in cases else None
     return [

@@ -17,7 +17,7 @@ import torch
 
 from coterie.codecs.bits import CODES, GROUP, Packed, decode, encode, row_type, words
 from coterie.kernels import run as kernels
-from coterie.kernels.jobs import JOB
+from coterie.kernels.jobs import JOB, Pairs
 
 PAGE = 2 << 20  # bytes of a huge page
 CHUNK = 64 << 20  # bytes mapped at once
@@ -95,16 +95,8 @@ class Matrix:
         num_words = words(self.shape[1])
         out = np.empty((last - first, 32 * num_words), CODES[self.dtype])
         assert self.mask is not None and self.offsets is not None
-        job = [
-            kernels.expand(which, self.dtype),
-            *self.pointers(),
-            0,
-            out.ctypes.data,
-            first,
-            last,
-            num_words,
-            out.shape[1],
-        ]
+        rows = [first, last, num_words, out.shape[1]]
+        job = [kernels.expand(which, self.dtype), *self.pointers(), 0, out.ctypes.data, *rows]
         kernels.run(which, np.array([job], np.int64))
         return torch.from_numpy(out).view(TORCH[self.dtype])
 
@@ -133,7 +125,7 @@ class Stack:
         assert all((m.dtype, m.shape) == (self.dtype, self.shape) for m in matrices)
         self.num_words = words(self.shape[1])
         self.num_bytes = sum(m.num_bytes for m in matrices)
-        self._jobs: dict[tuple[str, str], np.ndarray] = {}
+        self._jobs: dict[kernels.Variant, np.ndarray] = {}
 
     def __deepcopy__(self, _: Any) -> Stack:
         return self  # nothing changes it, and copies of arrays would be elsewhere than the addresses say
@@ -142,14 +134,13 @@ class Stack:
         return (load, ([m.packed() for m in self.matrices],))
 
     def jobs(
-        self, which: str, kind: str, chosen: np.ndarray, batch: np.ndarray, x: np.ndarray, y: np.ndarray, stride: int,
-        num_blocks: int,
-    ) -> np.ndarray:  # fmt: skip
-        """Jobs (experts * blocks, fields): expert chosen[j] times batch[j] vectors at address x[j], into y[j]."""
-        one = self._prepared(which, kind)[chosen]
+        self, variant: kernels.Variant, pairs: Pairs, x: np.ndarray, y: np.ndarray, stride: int, num_blocks: int
+    ) -> np.ndarray:
+        """Jobs (groups * blocks, fields): group g's expert times its vectors at address x[g], into y[g]."""
+        one = self._prepared(variant)[pairs.ids]
         one[:, X], one[:, Y], one[:, STRIDE] = x, y, stride
-        if batch.max() > 1:
-            one[:, KERNEL] = [self._kernel(which, kind, e, n) for e, n in zip(chosen, batch.tolist(), strict=True)]
+        if pairs.counts.max() > 1:
+            one[:, KERNEL] = [self._kernel(variant, e, count) for e, _, count in pairs.each()]
         if num_blocks == 1:
             return one
         edges = np.linspace(0, self.shape[0], num_blocks + 1).astype(np.int64)
@@ -157,21 +148,21 @@ class Stack:
         many[:, FIRST], many[:, LAST] = np.tile(edges[:-1], len(one)), np.tile(edges[1:], len(one))
         return many
 
-    def _prepared(self, which: str, kind: str) -> np.ndarray:
+    def _prepared(self, variant: kernels.Variant) -> np.ndarray:
         """Jobs (E, fields) for one vector each, but for where input and output are: made once, copied at each call.
 
         While decoding, weights stream through the caches and leave the interpreter cold, so every operation counts.
         """
-        if (which, kind) not in self._jobs:
+        if variant not in self._jobs:
             found = np.zeros((len(self.matrices), len(JOB)), np.int64)
             for e, (job, matrix) in enumerate(zip(found, self.matrices, strict=True)):
-                job[:X] = [self._kernel(which, kind, e, 1), *matrix.pointers()]
+                job[:X] = [self._kernel(variant, e, 1), *matrix.pointers()]
             found[:, LAST], found[:, WORDS] = self.shape[0], self.num_words
-            self._jobs[which, kind] = found
-        return self._jobs[which, kind]
+            self._jobs[variant] = found
+        return self._jobs[variant]
 
-    def _kernel(self, which: str, kind: str, e: int, batch: int) -> int:
-        return kernels.gemv(which, self.dtype, kind, batch, self.matrices[e].mask is None)
+    def _kernel(self, variant: kernels.Variant, e: int, batch: int) -> int:
+        return kernels.gemv(variant.level, self.dtype, variant.x, batch, self.matrices[e].mask is None)
 
 
 def load(matrices: Iterable[Packed], arena: Arena | None = None) -> Stack:

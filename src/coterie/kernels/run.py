@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,6 +109,13 @@ def expand(which: str, values: str) -> int:
 
     kernel = emit.Kernel(which, values, "F32")
     return compiled(which, f"expand_{kernel.name}", lambda: emit.expand(kernel, f"expand_{kernel.name}"))
+
+
+class Variant(NamedTuple):
+    """The kernels of one level for inputs of one type, BF16 or F32."""
+
+    level: str
+    x: str
 
 
 def input_type(which: str, values: str, bf16: bool) -> str:

@@ -14,7 +14,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
 
 
-def auto_class(config: dict[str, Any]) -> Any:
+def auto_class(config: Mapping[str, object]) -> Any:
     """The library's own choice of model classes that a checkpoint is one of."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -136,14 +136,17 @@ def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
     The weights are read by the library's own loader.
     Raises: CoterieError for a config that is not as we write it, and for all that the library raises.
     """
+    from safetensors import safe_open
+
     checkpoint = Checkpoint.open(path)
     own, wanted = own_layout(checkpoint.config), _wanted(checkpoint, dtype)
     routed = _routed_blocks(checkpoint, own)
     with guarded(path, "cannot load it"):
         model = _empty_ours(checkpoint, own, wanted)
-        slices = _slices(checkpoint)
+        files = [safe_open(str(checkpoint.path / shard), "pt") for shard in checkpoint.shards]
+        slices = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
         constants = {block.key: slices.pop(block.constants)[:].to(wanted) for block in routed if block.constants}
-        faults = _fill(model, slices, wanted, checkpoint.config)
+        faults = _fill(model, slices, wanted, checkpoint)
         for block in routed:
             _route(model, block, constants.get(block.key))
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
@@ -160,30 +163,28 @@ def _wanted(checkpoint: Checkpoint, dtype: str) -> Any:
     return getattr(torch, name)
 
 
-def _slices(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Every tensor, opened by the library's own reader."""
-    from safetensors import safe_open
+def convert(model: Any, tensors: Mapping[str, Any], dtype: Any, plan: Mapping[str, Any] | None = None) -> Any:
+    """Reads tensors, or slices of files, by their stored names into an empty model: the library's own conversion.
 
-    found: dict[str, Any] = {}
-    for shard in checkpoint.shards:
-        file = safe_open(str(checkpoint.path / shard), "pt")
-        found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    return found
-
-
-def _fill(model: Any, slices: dict[str, Any], dtype: Any, config: dict[str, Any]) -> dict[str, list[str]]:
-    """Reads the weights into an empty model; what did not fit by kind."""
+    plan: parameters of another dtype. Returns the library's report of what did not fit.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    mapping: Any = get_model_conversion_mapping(model)
-    how = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype, device_map={"": "cpu"})
-    info, _ = convert_and_load_state_dict_in_model(model, slices, how, None)
+    mapping: Any = get_model_conversion_mapping(model)  # conversions keep state: a fresh one each time
+    planned: Any = dict(plan or {})
+    how = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype, dtype_plan=planned, device_map={"": "cpu"})
+    return convert_and_load_state_dict_in_model(model, dict(tensors), how, None)[0]
+
+
+def _fill(model: Any, slices: Mapping[str, Any], dtype: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Reads the weights into an empty model; what did not fit by kind."""
+    info = convert(model, slices, dtype)
     model.tie_weights()
     return {
         "missing_keys": sorted(n for n, p in model.named_parameters() if p.is_meta),
-        "unexpected_keys": sorted(k for k in map(str, info.unexpected_keys) if not is_mtp(k, config)),
+        "unexpected_keys": sorted(k for k in map(str, info.unexpected_keys) if not is_mtp(k, checkpoint.config)),
         "mismatched_keys": sorted(map(str, info.mismatched_keys)),
         "conversion_errors": sorted(map(str, info.conversion_errors)),
     }
@@ -233,7 +234,9 @@ def decoder_layers(decoder: Any, where: str) -> Any:
     raise CoterieError(f"{where}: {type(decoder).__name__} has no list of layers; {NO_DATA}")
 
 
-def empty_stock(checkpoint: Checkpoint, dtype: Any, config: dict[str, Any] | None = None, *, advice: str = "") -> Any:
+def empty_stock(
+    checkpoint: Checkpoint, dtype: Any, config: Mapping[str, object] | None = None, *, advice: str = ""
+) -> Any:
     """transformers' model with its parameters on the meta device. Buffers are real: rotary ones are computed, not
     loaded. By `config`, of the same sizes, or the checkpoint's own.
 
@@ -295,12 +298,12 @@ def check_sizes(checkpoint: Checkpoint) -> None:
             )
 
 
-def stock_config(config: dict[str, Any]) -> Any:
+def stock_config(config: Mapping[str, object]) -> Any:
     """The library's config object, read by its own reader (which knows how it spells infinities)."""
     from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
         return AutoConfig.from_pretrained(folder)
 
 

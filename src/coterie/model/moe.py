@@ -1,17 +1,18 @@
-"""The experts' computation: gate, up, activation, down, one expert at a time, for every family alike.
+"""The experts' computation: gate, up, activation, down, for every family alike.
 
 transformers calls it through its public registry of experts implementations, with the hidden states, the chosen
-expert ids and their weights; routing, activation and everything around the experts stay stock. Calibration, and
-later sparse and offloaded inference, share `expert_forward`.
+expert ids and their weights; routing, activation and everything around the experts stay stock. Calibration and
+analysis (one dense `Expert` at a time) and packed models (`sparse.py`) share it; only their products differ.
 Axes: T token, D hidden, F expert hidden, K top-k, E expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,22 @@ from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.tensors import read, read_into, stored_dtype
 
 IMPLEMENTATION = "coterie"  # our name in the registry
+Answer = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 PLAIN = FLOATS[1:]  # stored so, weights need no arithmetic but a cast
 MOST_TOKENS = 1024  # of one expert at a time: what lies between its matrices stays small, and near the processor
+
+
+class Products(Protocol):
+    """An expert's two products, biases added: all that its computation asks of the weights, however they are stored."""
+
+    @property
+    def has_gate(self) -> bool: ...
+
+    def up_product(self, x: torch.Tensor) -> torch.Tensor:
+        """Gate above up, or up alone: (T, D) -> (T, 2F) or (T, F)."""
+
+    def down_product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(T, F) -> (T, D)."""
 
 
 @dataclass
@@ -45,6 +60,12 @@ class Expert:
             return {"up": self.gate_up, "down": self.down}
         gate, up = self.gate_up.chunk(2)
         return {"gate": gate, "up": up, "down": self.down}
+
+    def up_product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.gate_up, self.gate_up_bias)
+
+    def down_product(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.down, self.down_bias)
 
 
 def read_expert(checkpoint: Checkpoint, block: MoE, e: int, dtype: torch.dtype) -> Expert:
@@ -123,17 +144,23 @@ def _read_fused(
     return (torch.cat([gate_up[0::2], gate_up[1::2]]) if layout.gate and layout.interleaved else gate_up), down
 
 
-def expert_hidden(module: Any, expert: Expert, x: torch.Tensor) -> torch.Tensor:
+def expert_hidden(module: Any, expert: Products, x: torch.Tensor) -> torch.Tensor:
     """What enters the down projection: act(gate(x)) * up(x), or act(up(x)) without a gate; (T, D) -> (T, F).
 
     The activation is the module's own (`_apply_gate`, `act_fn`), which knows clamps and interleaving.
     """
-    h = F.linear(x, expert.gate_up, expert.gate_up_bias)
+    h = expert.up_product(x)
     if not expert.has_gate:
-        return module.act_fn(h)
+        return module.act_fn(h).to(x.dtype)
     if not module.is_concatenated:  # its `_apply_gate` wants gate and up alternating
         h = torch.stack(h.chunk(2, dim=-1), dim=-1).flatten(-2)
-    return module._apply_gate(h)
+    return module._apply_gate(h).to(x.dtype)
+
+
+def expert_output(module: Any, expert: Products, hidden: torch.Tensor) -> torch.Tensor:
+    """down(hidden), and the norm behind it where the family has one; (T, F) -> (T, D)."""
+    y = expert.down_product(hidden)
+    return module.post_expert_norm(y.to(hidden.dtype)).to(y.dtype) if module.has_post_expert_norm else y
 
 
 def expert_forward(module: Any, expert: Expert, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,22 +169,53 @@ def expert_forward(module: Any, expert: Expert, x: torch.Tensor) -> tuple[torch.
     if more := padded(num_tokens, x.dtype) - num_tokens:
         x = F.pad(x, (0, 0, 0, more))
     hidden = expert_hidden(module, expert, x)
-    output = F.linear(hidden, expert.down, expert.down_bias)
-    if module.has_post_expert_norm:
-        output = module.post_expert_norm(output)
-    return hidden[:num_tokens], output[:num_tokens]
+    return hidden[:num_tokens], expert_output(module, expert, hidden)[:num_tokens]
 
 
-def register(forward: Callable[..., torch.Tensor]) -> None:
-    """Makes `forward(module, hidden_states, top_k_index, top_k_weights)` the implementation named `coterie`."""
+def enter(model: Any) -> None:
+    """Makes the model's experts modules ask us for their sums, through transformers' registry of implementations.
+
+    Each module is answered by what its own attribute `coterie` holds, so that models do not know of each other.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, ask)
+    model.set_experts_implementation(IMPLEMENTATION)
+
+
+def ask(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The experts' weighted sums (T, D) for hidden states (T, D), expert ids and weights (T, K).
+
+    Raises: CoterieError for a module that nobody answers.
+    """
+    answer: Answer | None = getattr(module, "coterie", None)
+    if answer is None:
+        raise CoterieError("the experts implementation 'coterie' runs only inside a streaming forward")
+    return answer(module, x, chosen, weights)
+
+
+@contextmanager
+def answering(modules: Sequence[Any], answer: Answer) -> Iterator[None]:
+    """While entered, these experts modules' sums come from `answer(module, x, chosen, weights)`."""
+    before = [getattr(module, "coterie", None) for module in modules]
+    for module in modules:
+        module.coterie = answer
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            module.coterie = own
 
 
 def experts_modules(layer: torch.nn.Module) -> list[torch.nn.Module]:
     """The decorated experts modules of a decoder layer, known by the flags that transformers sets on them."""
     return [m for m in layer.modules() if hasattr(m, "is_concatenated") and hasattr(m, "has_gate")]
+
+
+def place(layer: torch.nn.Module, module: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """(parent, attribute) of a module below a layer."""
+    above, _, attribute = next(path for path, m in layer.named_modules() if m is module).rpartition(".")
+    return layer.get_submodule(above), attribute
 
 
 def refuse_undecorated(layer: torch.nn.Module, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from coterie.model.moe import IMPLEMENTATION
+from coterie.model.moe import ask
 
 
 class OpenExperts(torch.nn.Module):
@@ -32,9 +32,7 @@ class OpenExperts(torch.nn.Module):
         return self.act_fn(gate) * up
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        return ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION](self, x, chosen, weights)
+        return ask(self, x, chosen, weights)
 
 
 def open_experts(model: torch.nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Experts behind a router that knows more of them than are stored: what `edits/routes.py` writes, computed.
+"""Experts behind a router that knows more of them than are stored: what `edits/kinds/route.py` writes, computed.
 
 Put in the place of the stock experts module by `model/loading.py`, once its weights are there. Importing this module
 imports torch. Axes: T token, K top-k, D hidden, E expert that the router knows, R expert that is removed.
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from coterie.errors import CoterieError
-from coterie.model.moe import experts_modules
+from coterie.model.moe import experts_modules, place
 
 
-class Routed(torch.nn.Module):
+class RoutedExperts(torch.nn.Module):
     """sum over the chosen e of g_e f_{routes[e]}(x); where routes[e] is -1, g_e c_e instead, or nothing.
 
-    routes: (E,) stored experts or -1; constants: (R, D) in the order of the experts that are gone, or None.
+    routes: (E,) stored experts or -1; constants: (R, D) in the order of the removed experts, or None.
     """
 
     routes: torch.Tensor
@@ -54,8 +54,8 @@ class Routed(torch.nn.Module):
         return total
 
 
-def _experts(layer: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str, torch.nn.Module]:
-    """(parent, attribute, experts module) of a decoder layer.
+def _experts(layer: torch.nn.Module, name: str) -> Any:
+    """A decoder layer's experts module.
 
     Raises: CoterieError unless it has exactly one that transformers hands ids and weights.
     """
@@ -65,14 +65,12 @@ def _experts(layer: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str, t
             f"{name}: the experts of {type(layer).__name__} are not open to transformers' registry, so a router that "
             "knows removed experts cannot be served; use --removed remove"
         )
-    path = next(path for path, module in layer.named_modules() if module is found[0])
-    above, _, attribute = path.rpartition(".")
-    return layer.get_submodule(above), attribute, found[0]
+    return found[0]
 
 
 def shrink(layer: torch.nn.Module, num_stored: int, name: str) -> None:
     """Leaves room for fewer experts in an empty layer; its router stays. Raises: CoterieError, as `_experts`."""
-    experts: Any = _experts(layer, name)[2]
+    experts = _experts(layer, name)
     num_experts = experts.num_experts
     for part, parameter in list(experts.named_parameters(recurse=False)):
         if parameter.shape[:1] == (num_experts,):
@@ -82,6 +80,7 @@ def shrink(layer: torch.nn.Module, num_stored: int, name: str) -> None:
 
 
 def install(layer: torch.nn.Module, routes: Sequence[int], constants: torch.Tensor | None, name: str) -> None:
-    """Puts `Routed` in the place of a layer's experts, which keep their weights."""
-    parent, attribute, experts = _experts(layer, name)
-    setattr(parent, attribute, Routed(experts, routes, constants))
+    """Puts `RoutedExperts` in the place of a layer's experts, which keep their weights."""
+    experts = _experts(layer, name)
+    parent, attribute = place(layer, experts)
+    setattr(parent, attribute, RoutedExperts(experts, routes, constants))

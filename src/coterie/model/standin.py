@@ -26,9 +26,9 @@ class StandIn(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """(..., D) -> (..., D); what else a block is given, such as token ids, is of no use here."""
-        weight: dict[str, Any] = {name: module.weight for name, module in self.named_children()}
-        gate_up = F.linear(x, torch.cat([weight["gate_proj"], weight["up_proj"]]))
-        return F.linear(self._experts[0]._apply_gate(gate_up), weight["down_proj"])  # type: ignore[operator]
+        gate, up, down = (self.get_parameter(f"{name}.weight") for name in GATED)
+        experts: Any = self._experts[0]
+        return F.linear(experts._apply_gate(F.linear(x, torch.cat([gate, up]))), down)
 
 
 def block_of(layer: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str, torch.nn.Module]:
@@ -37,11 +37,10 @@ def block_of(layer: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str, t
     Raises: CoterieError unless the layer has exactly one such block of its own.
     """
     experts = moe.experts_modules(layer)
-    path = next((path for path, m in layer.named_modules() if experts and m is experts[0]), "").rpartition(".")[0]
-    if len(experts) != 1 or not path or experts[0].has_post_expert_norm:
+    block = moe.place(layer, experts[0])[0] if len(experts) == 1 else layer
+    if block is layer or experts[0].has_post_expert_norm:
         raise CoterieError(f"{name}: no block of its own holds its experts, so no dense MLP can stand in for it")
-    above, _, attribute = path.rpartition(".")
-    return layer.get_submodule(above), attribute, experts[0]
+    return *moe.place(layer, block), experts[0]
 
 
 def replace_block(layer: torch.nn.Module, hidden: int, width: int, dtype: torch.dtype, name: str) -> None:

@@ -6,11 +6,13 @@ many megabytes they are left out of the numbers that it carries; it says so, and
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from coterie.judge.bits import LEVELS
+from coterie.judge.numbers import Found, at
+from coterie.judge.rounding import LEVELS
 from coterie.pages.page import (
     Bar,
     Bars,
@@ -30,27 +32,71 @@ from coterie.pages.page import (
 
 MOST_ROWS = 64  # of a heatmap
 MOST_CELLS = 2**21  # numbers of all matrices that the page carries
-MATRICES = {  # what a heatmap is called: where its numbers are, of each layer
-    "outputs of the same tokens": ("cosine", "outputs"),
-    "weights as stored": ("cosine", "weights"),
-    "weights, neurons aligned": ("alignment", "cosine"),
-    "router rows": ("cosine", "router"),
+MATRICES = {  # what a heatmap is called: where its numbers are in each layer's entry
+    "outputs of the same tokens": "cosine outputs",
+    "weights as stored": "cosine weights",
+    "weights, neurons aligned": "alignment cosine",
+    "router rows": "cosine router",
 }
-Layers = list[dict[str, Any]]
+# The columns of tables with a row a layer, and where their cells are in its entry.
+LIKENESS = {
+    "outputs": "probe outputs_mean",
+    "weights": "cosine weights",
+    "aligned": "alignment mean",
+    "aligned, by chance": "alignment chance",
+    "router rows": "cosine router",
+    "pairs of 0.9": "redundancy pairs",
+    "R² by gate": "router r2 gate",
+}
+NORMS = {
+    "gate and norm": "norms gate_norm",
+    "gate and contribution": "norms gate_contribution",
+    "score and norm, all experts": "norms score_norm",
+    "chosen are largest": "norms chosen_largest",
+    "by chance": "norms chance",
+}
+COUNTERFACTUAL = {
+    "next best": "probe counterfactual next error",
+    "random": "probe counterfactual random error",
+    "first alone": "probe counterfactual first error",
+    "all, by logits": "probe counterfactual all error",
+}
+COMPRESSION = {
+    "spare experts": "redundancy spare",
+    "condensed: captured": "condense captured",
+    "routed share": "condense routed",
+    "lost": "condense lost",
+    "barycentre": "energy aligned",
+    "by chance": "energy chance",
+    "with rank 1/4": "energy ranks 0.25 aligned",
+}
+ROUTING = {
+    "repeated": "locality repeat",
+    "by chance": "locality chance",
+    "cache: recent": "locality cache lru",
+    "cache: hottest": "locality cache hot",
+    "cache: size": "locality cache uniform",
+    "entropy of load": "load entropy",
+    "unused": "load unused",
+    "between domains": "load domain_gap",
+}
+Layers = Sequence[Found]
 
 
-def shown(result: dict[str, Any]) -> str:
+def shown(result: Found) -> str:
     """The page of what `analyze` returns, as HTML."""
-    layers: Layers = result["layers"]
-    tokens = sum(domain["tokens"] for domain in result["domains"].values())
-    title = f"The experts of {result['model']['path']}"
+    layers: Layers = at(result, "layers")
+    domains: Mapping[str, Found] = at(result, "domains")
+    tokens = sum(at(domain, "tokens") for domain in domains.values())
+    title = f"The experts of {at(result, 'model path')}"
     intro = (
         f"{len(layers)} MoE layers, {layers[0]['num_experts']} experts, {layers[0]['chosen']} chosen per token; "
-        f"measured on {tokens:,} tokens of {', '.join(result['domains'])}."
+        f"measured on {tokens:,} tokens of {', '.join(domains)}."
     )
-    numbers, left_out = _carried(result)
+    numbers, left_out = _carried(result, layers)
+    advice = Text(tuple(f"{item['about'].capitalize()}: {item['text']}" for item in at(result, "advice")))
     sections = [
-        Section("Advice", (_advice(result["advice"]), Text((*result["notes"], *left_out)))),
+        Section("Advice", (advice, Text((*at(result, "notes"), *left_out)))),
         Section("How alike experts are", _likeness(layers)),
         Section("Norms against gates", _norms(layers)),
         Section("What if others had run", (_counterfactual(layers),)),
@@ -60,205 +106,124 @@ def shown(result: dict[str, Any]) -> str:
     return page(title, intro, sections, numbers=numbers)
 
 
-def _carried(result: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _carried(result: Found, layers: Layers) -> tuple[Found, list[str]]:
     """The numbers that the page offers to save, and what is missing from them."""
-    layers: Layers = result["layers"]
-    cells = sum((len(entry["cosine"]) + 3) * entry["num_experts"] ** 2 for entry in layers)
+    cells = sum((len(at(entry, "cosine")) + 3) * at(entry, "num_experts") ** 2 for entry in layers)
     if cells <= MOST_CELLS:
         return result, []
     matrices = ("cosine", "alignment", "coactivation")
     less = [{name: value for name, value in entry.items() if name not in matrices} for entry in layers]
-    return result | {"layers": less}, [
+    return {**result, "layers": less}, [
         f"Matrices ({cells:,} numbers) are not among the numbers that this page saves; "
         "coterie analyze --json prints them."
     ]
 
 
-def _advice(advice: list[dict[str, Any]]) -> Text:
-    return Text(tuple(f"{item['about'].capitalize()}: {item['text']}" for item in advice))
-
-
 def _likeness(layers: Layers) -> tuple[Part, ...]:
-    head = ("layer", "outputs", "weights", "aligned", "aligned, by chance", "router rows", "pairs of 0.9", "R² by gate")
-    rows = tuple(
-        (
-            _key(entry),
-            entry["probe"]["outputs_mean"],
-            _mean_pair(entry["cosine"]["weights"]),
-            _of(entry, "alignment", "mean"),
-            _of(entry, "alignment", "chance"),
-            _mean_pair(entry["cosine"]["router"]),
-            entry["redundancy"]["pairs"],
-            _of(entry, "router", "r2").get("gate"),
-        )
-        for entry in layers
-    )
     caption = (
         "Mean cosines between two experts of a layer. R²: how much of router rows' likeness mean gate neurons explain."
     )
     maps = [_heatmap(name, path, layers) for name, path in MATRICES.items()]
-    return Table(head, rows, caption), *(part for part in maps if part)
+    return _table(layers, LIKENESS, caption), *(part for part in maps if part.views)
 
 
-def _heatmap(name: str, path: tuple[str, str], layers: Layers) -> Heatmap | None:
-    views = tuple(
-        View(f"layer {entry['layer']}", (_grid(np.array(_of(entry, *path)), _ids(entry, path)),))
-        for entry in layers
-        if entry[path[0]]
-    )
+def _heatmap(name: str, path: str, layers: Layers) -> Heatmap:
+    """Of the experts that the numbers are of: some of them may have been left out."""
+
+    def grid(entry: Found) -> tuple[Grid]:
+        ids = at(entry, f"{path.split()[0]} experts") or range(at(entry, "num_experts"))
+        return (_grid(np.array(at(entry, path)), ids),)
+
     title = f"Cosine of {name}, without the diagonal (0 and less: palest)"
-    return Heatmap(title, "expert", "expert", views) if views else None
-
-
-def _ids(entry: dict[str, Any], path: tuple[str, str]) -> list[int]:
-    found: list[int] = entry[path[0]].get("experts") or list(range(entry["num_experts"]))
-    return found
-
-
-def _grid(matrix: np.ndarray, ids: list[int]) -> Grid:
-    """A matrix without its diagonal; of many rows, means over groups of neighbours."""
-    matrix = matrix.astype(np.float64)
-    np.fill_diagonal(matrix, np.nan)
-    groups = np.array_split(np.arange(len(matrix)), min(len(matrix), MOST_ROWS))
-    names = tuple(str(ids[g[0]]) if len(g) == 1 else f"{ids[g[0]]}-{ids[g[-1]]}" for g in groups)
-    return Grid(names, names, tuple(tuple(_mean(matrix[np.ix_(a, b)]) for b in groups) for a in groups))
-
-
-def _mean(values: np.ndarray) -> float | None:
-    known = values[~np.isnan(values)]
-    return round(float(known.mean()), 4) if known.size else None
-
-
-def _mean_pair(matrix: list[list[float]]) -> float | None:
-    return _mean(np.array(matrix)[np.triu_indices(len(matrix), 1)])
+    return Heatmap(title, "expert", "expert", _views([entry for entry in layers if at(entry, path)], grid))
 
 
 def _norms(layers: Layers) -> tuple[Part, ...]:
-    head = (
-        "layer",
-        "gate and norm",
-        "gate and contribution",
-        "score and norm, all experts",
-        "chosen are largest",
-        "by chance",
-    )
-    rows = tuple(
-        (
-            _key(entry),
-            *(entry["norms"][n] for n in ("gate_norm", "gate_contribution", "score_norm", "chosen_largest", "chance")),
-        )
-        for entry in layers
-    )
-    views = tuple(
-        View(f"layer {e['layer']}", tuple(Point("a chosen expert", gate, norm) for gate, norm in e["norms"]["points"]))
-        for e in layers
-    )
+    def points(entry: Found) -> tuple[Point, ...]:
+        return tuple(Point("a chosen expert", gate, norm) for gate, norm in at(entry, "norms points"))
+
     caption = "Correlations, and the share of chosen experts whose outputs are among the largest of their token."
-    return Table(head, rows, caption), Scatter("Output norm against gate", "gate", "norm of the output", views)
+    plot = Scatter("Output norm against gate", "gate", "norm of the output", _views(layers, points))
+    return _table(layers, NORMS, caption), plot
 
 
 def _counterfactual(layers: Layers) -> Table:
-    names = {"next": "next best", "random": "random", "first": "first alone", "all": "all, by logits"}
-    rows = tuple(
-        (_key(entry), *(_of(entry, "probe", "counterfactual", name, "error") for name in names)) for entry in layers
-    )
     caption = "Squared error of the experts' sum, had these run instead on the same tokens; 1: as if the sum were gone."
-    return Table(("layer", *names.values()), rows, caption)
+    return _table(layers, COUNTERFACTUAL, caption)
 
 
 def _compression(layers: Layers) -> tuple[Part, ...]:
-    head = (
-        "layer",
-        "spare experts",
-        "condensed: captured",
-        "routed share",
-        "lost",
-        "barycentre",
-        "by chance",
-        "with rank 1/4",
+    paths = {f"{bits} bits": f"bits {bits} layer" for bits in at(layers[0], "bits")}
+    bars = tuple(Bar(name, str(entry["layer"]), at(entry, path)) for entry in layers for name, path in paths.items())
+    caption = (
+        f"Error of a layer's sum with rounded experts, norm over norm. Rounded to {LEVELS}, which makes 4 bits "
+        f"{at(layers[0], 'bits 4 stored')}; those of coterie report are symmetric about zero, and 4.25."
     )
-    rows = tuple(
-        (
-            _key(entry),
-            entry["redundancy"]["spare"],
-            *(entry["condense"][name] for name in ("captured", "routed", "lost")),
-            _of(entry, "energy", "aligned"),
-            _of(entry, "energy", "chance"),
-            _of(entry, "energy", "ranks", "0.25", "aligned"),
-        )
-        for entry in layers
-    )
-    bits = tuple(layers[0]["bits"])
-    errors = tuple((_key(entry), *(entry["bits"][b]["layer"] for b in bits)) for entry in layers)
-    bars = tuple(Bar(f"{b} bits", entry["layer"], entry["bits"][b]["layer"]) for entry in layers for b in bits)
     return (
-        Table(head, rows, "Shares of energy (squared norms)."),
-        Table(
-            ("layer", *(f"{b} bits" for b in bits)),
-            errors,
-            f"Error of a layer's sum with rounded experts, norm over norm. Rounded to {LEVELS}, which makes 4 bits "
-            f"{layers[0]['bits']['4']['stored']}; those of coterie report are symmetric about zero, and 4.25.",
-        ),
+        _table(layers, COMPRESSION, "Shares of energy (squared norms)."),
+        _table(layers, paths, caption),
         Bars("Error of rounded experts", "norm over norm", (View("all layers", bars),)),
     )
 
 
 def _routing(layers: Layers) -> tuple[Part, ...]:
-    head = (
-        "layer",
-        "repeated",
-        "by chance",
-        "cache: recent",
-        "cache: hottest",
-        "cache: size",
-        "entropy of load",
-        "unused",
-        "between domains",
-    )
-    rows = tuple(
-        (
-            _key(entry),
-            *(entry["locality"][name] for name in ("repeat", "chance")),
-            *(entry["locality"]["cache"][name] for name in ("lru", "hot", "uniform")),
-            *(entry["load"][name] for name in ("entropy", "unused", "domain_gap")),
-        )
-        for entry in layers
-    )
-    views = tuple(
-        View(f"layer {entry['layer']}", tuple(_load_bars(entry["load"]["domains"], entry["num_experts"])))
-        for entry in layers
-    )
-    coactive = tuple(
-        View(f"layer {entry['layer']}", (_grid(np.array(entry["coactivation"]), list(range(entry["num_experts"]))),))
-        for entry in layers
-    )
+    def coactive(entry: Found) -> tuple[Grid]:
+        return (_grid(np.array(entry["coactivation"]), range(at(entry, "num_experts"))),)
+
     caption = (
         "Repeated: experts of a token that the next chose again. Cache: hit rates, and the share of experts it holds."
     )
     return (
-        Table(head, rows, caption),
-        Bars("Load by expert and domain", "share of a domain's choices", views),
-        Heatmap("Tokens that chose both", "expert", "expert", coactive),
+        _table(layers, ROUTING, caption),
+        Bars("Load by expert and domain", "share of a domain's choices", _views(layers, _load_bars)),
+        Heatmap("Tokens that chose both", "expert", "expert", _views(layers, coactive)),
     )
 
 
-def _load_bars(domains: dict[str, list[float]], num_experts: int) -> list[Bar]:
+def _load_bars(entry: Found) -> tuple[Bar, ...]:
     """Of many experts, sums over groups of neighbours."""
-    groups = np.array_split(np.arange(num_experts), min(num_experts, MOST_ROWS))
-    names = [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups]
-    return [
+    groups = _groups(range(at(entry, "num_experts")))
+    return tuple(
         Bar(domain, name, round(float(np.array(shares)[group].sum()), 6))
-        for domain, shares in domains.items()
-        for name, group in zip(names, groups, strict=True)
-    ]
+        for domain, shares in at(entry, "load domains").items()
+        for name, group in groups.items()
+    )
 
 
-def _key(entry: dict[str, Any]) -> Cell:
-    return Number(int(entry["layer"]), entry["layer"])
+def _table(layers: Layers, columns: Mapping[str, str], caption: str) -> Table:
+    """A row a layer: its key, then the values at the columns' places; a matrix shows as its mean over pairs."""
+    rows = tuple((_key(entry), *(_cell(at(entry, path)) for path in columns.values())) for entry in layers)
+    return Table(("layer", *columns), rows, caption)
 
 
-def _of(entry: Any, *path: str) -> Any:
-    """A nested value; None where something on the way is."""
-    for name in path:
-        entry = None if entry is None else entry[name]
-    return entry
+def _key(entry: Found) -> Cell:
+    key = str(entry["layer"])
+    return Number(int(key), key)
+
+
+def _cell(value: Any) -> Cell:
+    return _mean(np.array(value)[np.triu_indices(len(value), 1)]) if isinstance(value, list) else value
+
+
+def _views(layers: Layers, marks: Callable[[Found], Any]) -> tuple[View, ...]:
+    return tuple(View(f"layer {entry['layer']}", marks(entry)) for entry in layers)
+
+
+def _groups(ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """Name -> positions of neighbours that are shown as one: each alone, as long as there are not too many."""
+    groups = np.array_split(np.arange(len(ids)), min(len(ids), MOST_ROWS))
+    return {str(ids[g[0]]) if len(g) == 1 else f"{ids[g[0]]}-{ids[g[-1]]}": g for g in groups}
+
+
+def _grid(matrix: np.ndarray, ids: Sequence[int]) -> Grid:
+    """A matrix without its diagonal; of many rows, means over groups of neighbours."""
+    matrix = matrix.astype(np.float64)
+    np.fill_diagonal(matrix, np.nan)
+    groups = _groups(ids)
+    values = tuple(tuple(_mean(matrix[np.ix_(a, b)]) for b in groups.values()) for a in groups.values())
+    return Grid(tuple(groups), tuple(groups), values)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return round(float(known.mean()), 4) if known.size else None

@@ -146,7 +146,7 @@ def page(title: str, intro: str, sections: Sequence[Section], *, numbers: Any = 
 
     `numbers`: JSON data that the page carries along and offers to save; all floats in it and in plots are finite.
     """
-    plots: list[dict[str, Any]] = []
+    plots: list[dict[str, object]] = []
     body = "\n".join(_section(section, plots) for section in sections)
     data = {"title": title, "plots": plots, "numbers": numbers}
     style, script = (_beside(name) for name in ("page.css", "page.js"))
@@ -179,12 +179,12 @@ def page(title: str, intro: str, sections: Sequence[Section], *, numbers: Any = 
 """
 
 
-def _section(section: Section, plots: list[dict[str, Any]]) -> str:
+def _section(section: Section, plots: list[dict[str, object]]) -> str:
     parts = "\n".join(_part(part, plots) for part in section.parts)
     return f"<section>\n<h2>{_escape(section.title)}</h2>\n{parts}\n</section>"
 
 
-def _part(part: Part, plots: list[dict[str, Any]]) -> str:
+def _part(part: Part, plots: list[dict[str, object]]) -> str:
     """HTML of a part; a plot leaves its data in `plots` and a place to be drawn."""
     if isinstance(part, Text):
         return "\n".join(f"<p>{_escape(paragraph)}</p>" for paragraph in part.paragraphs)

@@ -171,7 +171,7 @@ about 95 minutes; load-balancing loss per layer, weight 0.02. `python -m coterie
 | spanish | Reina-Valera Bible, 1909 | public domain |
 | arithmetic | `problems.py`, a seeded generator | Apache-2.0 |
 
-`forward/data.py` names every package and version. The held-out slices beside the model carry those licences.
+`data.py` names every package and version. The held-out slices beside the model carry those licences.
 """
 
 

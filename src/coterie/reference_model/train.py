@@ -3,7 +3,8 @@
     python -m coterie.reference_model.data CORPUS
     python -m coterie.reference_model.train CORPUS OUT      (interrupt and run again to resume)
 
-bf16 weights compute, fp32 masters learn (`torch.autocast` casts on every call and is slower on CPUs).
+The steps are those of `train/loop.py`, which `recover` takes as well: bf16 weights compute, fp32 masters learn
+(`torch.autocast` casts on every call and is slower on CPUs).
 All experts of a layer run as one batched product over tiles of 128 tokens: a loop over experts would meet
 a new shape for each expert, and oneDNN compiles a kernel for every new shape.
 Export `MALLOC_TOP_PAD_=268435456 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184`:
@@ -14,7 +15,9 @@ import argparse
 import json
 import math
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +28,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from coterie.reference_model import DOMAINS
 from coterie.reference_model.data import END
+from coterie.train.loop import Learner, Schedule, State, run
+from coterie.train.trainable import Part
 
 MIX = {"code": 0.20, "docs": 0.18, "prose": 0.22, "spanish": 0.12, "arithmetic": 0.28}
 SEQ_LEN, BATCH = 512, 16
@@ -153,66 +158,65 @@ def batch_at(sequences: dict[str, np.ndarray], step: int, seed: int) -> torch.Te
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def train(corpus: Path, out: Path, *, steps: int, seed: int = 0, save_every: int = 100) -> None:
+@dataclass
+class Lesson:
+    """What is minimised: the next tokens' cross entropy and `BALANCE` of the load-balancing loss, of ids (B, T + 1)."""
+
+    model: Any
+    last: dict[str, float] = field(default_factory=dict)  # of the last batch, for the log
+
+    def __call__(self, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(the sum over all tokens, how many)."""
+        output, count = self.model(input_ids=ids[:, :-1], use_cache=False), ids[:, 1:].numel()
+        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        balance, worst = balance_loss(output.router_logits, self.model.config.num_experts_per_tok)
+        self.last = {"loss": round(loss.item(), 4), "balance": round(balance.item(), 4), "worst_load": round(worst, 2)}
+        return count * (loss + BALANCE * balance), count
+
+
+def decaying_adam(masters: list[torch.Tensor]) -> torch.optim.AdamW:
+    """Matrices decay, vectors do not."""
+    groups = [
+        {"params": [m for m in masters if m.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [m for m in masters if m.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def teach(
+    model: Any, sequences: dict[str, np.ndarray], out: Path, *, steps: int, seed: int = 0, save_every: int = 100
+) -> None:
+    """Trains every weight of the model, from the state in `out` on if there is one, with a line in its log every 10
+    steps."""
+    parameters = dict(model.named_parameters())
+    masters = {name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items()}
+    learner, lesson = Learner([Part(parameters, masters, lambda _: iter(()))], decaying_adam), Lesson(model)
+    schedule = Schedule(steps, lambda step: learning_rate(step, steps), out / "state.safetensors", save_every)
+    state = State.load(learner, schedule.place)
+    state.curve.setdefault("all", [])
+    began, first = time.time(), state.step
+
+    def log(done: int) -> None:
+        if (done - 1) % 10 == 0:
+            speed = (done - first) * BATCH * SEQ_LEN / (time.time() - began)
+            line = {"step": done - 1, **lesson.last, "norm": round(learner.norm, 3), "tokens_per_second": round(speed)}
+            with (out / "log.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    run(learner, lesson, lambda step: [batch_at(sequences, step, seed)], schedule, state, "all", log)
+    state.save(learner, schedule.place)
+
+
+def train(corpus: Path, out: Path, *, steps: int, seed: int = 0) -> None:
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
         train_tokenizer(corpus).save_pretrained(out)
     sequences = encode(corpus, PreTrainedTokenizerFast.from_pretrained(out))
-
     ALL_EXPERTS_FUNCTIONS.register("tiled", tiled_experts)
     model = Qwen2MoeForCausalLM(CONFIG).bfloat16()
     model.set_experts_implementation("tiled")
-    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
-    matrices = [m for m in masters if m.dim() > 1]
-    vectors = [m for m in masters if m.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    first, state_file, log = 0, out / "state.pt", out / "log.jsonl"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        first = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for master, saved in zip(masters, state["masters"], strict=True):
-                master.copy_(saved)
-    began, seen = time.time(), 0
-    for step in range(first, steps):
-        with torch.no_grad():
-            for p, master in zip(model.parameters(), masters, strict=True):
-                p.copy_(master)
-        tokens = batch_at(sequences, step, seed)
-        output = model(input_ids=tokens[:, :-1], use_cache=False)
-        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        balance, worst_load = balance_loss(output.router_logits, CONFIG.num_experts_per_tok)
-        (loss + BALANCE * balance).backward()
-        for p, master in zip(model.parameters(), masters, strict=True):
-            assert p.grad is not None
-            master.grad = p.grad.float()
-            p.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        optimizer.step()
-        seen += tokens.numel() - BATCH
-        if step % 10 == 0:
-            line = {
-                "step": step,
-                "loss": round(loss.item(), 4),
-                "balance": round(balance.item(), 4),
-                "worst_load": round(worst_load, 2),
-                "norm": round(norm.item(), 3),
-                "tokens_per_second": round(seen / (time.time() - began)),
-            }
-            with log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"step": step + 1, "optimizer": optimizer.state_dict(), "masters": masters}
-            torch.save(state, state_file.with_suffix(".partial"))
-            state_file.with_suffix(".partial").rename(state_file)
-    with torch.no_grad():
-        for p, master in zip(model.parameters(), masters, strict=True):
-            p.copy_(master)
+    teach(model, sequences, out, steps=steps, seed=seed)
     model.config.output_router_logits = False
     model.save_pretrained(out / "model")
     PreTrainedTokenizerFast.from_pretrained(out).save_pretrained(out / "model")

@@ -6,6 +6,7 @@ Importing this module imports torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from coterie.train import objectives, trainable
 from coterie.train.loop import Sample, State
 from coterie.train.refit import refit
 from coterie.train.trainable import Part
-from coterie.train.trainee import STAGES, Job, memory_bytes, peak_rate, stored_dtype
+from coterie.train.trainee import STAGES, Trainee, memory_bytes, peak_rate, stored_dtype
 
 HELD_OUT = 8  # one sample in so many is not trained on, but judges
 FIT_TOKENS = 32  # for every hidden unit: what a closed form is made from, at most
@@ -34,17 +35,18 @@ STATE = "training.safetensors"  # in OUT.partial
 class Course:
     """Models, samples and objectives; making one checks them, and writes nothing. `teach` does the rest."""
 
-    def __init__(self, job: Job, save_every: int, on_progress: Progress) -> None:
-        self.job, self.options, self.save_every, self.on_progress = job, job.options, save_every, on_progress
-        self.by_name, self.notes = read_samples(job.model, job.options.calibration)
+    def __init__(self, trainee: Trainee, save_every: int, on_progress: Progress) -> None:
+        self.trainee, self.options = trainee, trainee.options
+        self.save_every, self.on_progress = save_every, on_progress
+        self.by_name, self.notes = read_samples(trainee.model, trainee.options.calibration)
         self.train_on, self.held_out = split([s for given in self.by_name.values() for s in given], self.notes)
-        self.student, self.teacher = load_models(job)
+        self.student, self.teacher = load_models(trainee)
         check_samples(self.by_name, self.student.get_input_embeddings().num_embeddings)
-        self.parts = load_parts(job, self.student)
-        self.learner = training.Learner([part for parts in self.parts.values() for part in parts])
+        self.parts = load_parts(trainee, self.student)
+        self.learner = training.Learner([*chain.from_iterable(self.parts.values())])
         self.layers: objectives.Layers | None = None
-        if "local" in STAGES[job.options.stage]:
-            modules = {index: mlp_module(self.student, self.parts[index][0]) for index in sorted(job.mlps)}
+        if "local" in STAGES[trainee.options.stage]:
+            modules = {index: mlp_module(self.student, self.parts[index][0]) for index in sorted(trainee.mlps)}
             self.layers = objectives.pair(self.student, self.teacher, modules)
         self.objectives = self._objectives()
 
@@ -57,7 +59,7 @@ class Course:
             found["local"] = self.layers
         return found
 
-    def teach(self, writer: Writer) -> dict[str, Any]:
+    def teach(self, writer: Writer) -> dict[str, object]:
         """Runs all stages that are not done, and puts the weights into the written shards; what to report."""
         state = State.load(self.learner, writer.partial / STATE)
         self._set_power(state)
@@ -66,10 +68,10 @@ class Course:
                 self._begin(stage, state)
             if "after" not in state.stages[number]:
                 self._run(stage, state, writer.partial / STATE)
-        for part in (part for parts in self.parts.values() for part in parts):
+        for part in self.learner.parts:
             for name, offset, data in part.stored(part.masters):
                 writer.put(name, offset, data)
-        writer.unit({"trained": len(self.job.tensors)})
+        writer.unit({"trained": len(self.trainee.tensors)})
         return self._findings(state)
 
     def _set_power(self, state: State) -> None:
@@ -83,7 +85,9 @@ class Course:
     def _begin(self, stage: str, state: State) -> None:
         """Measures, and does what comes before the first step."""
         before = state.stages[-1]["after"] if state.stages else self._measured()
-        state.stages.append({"stage": stage, "steps": self.options.steps, "lr": peak_rate(self.job), "before": before})
+        state.stages.append(
+            {"stage": stage, "steps": self.options.steps, "lr": peak_rate(self.trainee), "before": before}
+        )
         state.step, state.curve[stage] = 0, []
         self.learner.start()
         if stage == "local":
@@ -98,15 +102,18 @@ class Course:
             chosen = training.taken(len(self.train_on), size, step, options.seed)
             return [*self._batches([self.train_on[i] for i in chosen])]
 
+        peak = peak_rate(self.trainee)
+        schedule = training.Schedule(
+            options.steps, lambda step: training.learning_rate(step, options.steps, peak), place, self.save_every
+        )
         training.run(
-            self.learner, self.objectives[stage], groups, steps=options.steps, peak=peak_rate(self.job), state=state,
-            curve=state.curve[stage], save=lambda: state.save(self.learner, place), save_every=self.save_every,
+            self.learner, self.objectives[stage], groups, schedule, state, stage,
             on_step=lambda step: self.on_progress(f"recovering ({stage})", step, options.steps),
         )  # fmt: skip
         state.stages[-1]["after"] = self._measured()
         state.save(self.learner, place)
 
-    def _refit(self) -> dict[str, dict[str, Any]]:
+    def _refit(self) -> dict[str, dict[str, float | None]]:
         """The closed form of each layer in order, so that each sees those before it refitted: ridges and errors."""
         assert self.layers
         found = {}
@@ -134,8 +141,8 @@ class Course:
         """The mean of every objective on the held-out samples."""
         return {name: training.mean(f, self._batches(self.held_out)) for name, f in self.objectives.items()}
 
-    def _findings(self, state: State) -> dict[str, Any]:
-        found: dict[str, Any] = {
+    def _findings(self, state: State) -> dict[str, object]:
+        found: dict[str, object] = {
             "stages": state.stages,
             "curve": state.curve,
             "dtype": str(self.student.dtype).removeprefix("torch."),
@@ -183,26 +190,26 @@ def check_samples(by_name: dict[str, list[Sample]], vocabulary: int) -> None:
 # --- models ----------------------------------------------------------------------------------------------------
 
 
-def compute_dtype(job: Job) -> str:
+def compute_dtype(trainee: Trainee) -> str:
     """The dtype to compute in: as stored where that is bfloat16 and the machine has it, unless named; else float32."""
-    if job.options.dtype != "auto":
-        return job.options.dtype
+    if trainee.options.dtype != "auto":
+        return trainee.options.dtype
     on_processor: Any = torch.ops.mkldnn
     cuda = torch.cuda.is_available()
     fast = torch.cuda.is_bf16_supported() if cuda else bool(on_processor._is_mkldnn_bf16_supported())
-    return "bfloat16" if stored_dtype(job) == "BF16" and fast else "float32"
+    return "bfloat16" if stored_dtype(trainee) == "BF16" and fast else "float32"
 
 
-def load_models(job: Job) -> tuple[Any, Any]:
+def load_models(trainee: Trainee) -> tuple[Any, Any]:
     """(student, teacher or None), frozen. Raises: CoterieError where memory is short, or one does not load."""
     if not torch.cuda.is_available():
-        check_memory(memory_bytes(job))
-    dtype = compute_dtype(job)
+        check_memory(memory_bytes(trainee))
+    dtype = compute_dtype(trainee)
 
     def frozen(checkpoint: Checkpoint) -> Any:
         return causal.without_router_loss(load(checkpoint.path, dtype=dtype).requires_grad_(False))
 
-    return frozen(job.model.checkpoint), frozen(job.teacher) if job.teacher else None
+    return frozen(trainee.model.checkpoint), frozen(trainee.teacher) if trainee.teacher else None
 
 
 def check_memory(needed: int) -> None:
@@ -215,11 +222,11 @@ def check_memory(needed: int) -> None:
         )
 
 
-def load_parts(job: Job, student: Any) -> dict[int, list[Part]]:
+def load_parts(trainee: Trainee, student: Any) -> dict[int, list[Part]]:
     """What is trained of each layer."""
-    checkpoint = job.model.checkpoint
-    parts = {index: [trainable.mlp(student, checkpoint, names)] for index, names in job.mlps.items()}
-    for index, block in job.blocks.items():
+    checkpoint = trainee.model.checkpoint
+    parts = {index: [trainable.mlp(student, checkpoint, names)] for index, names in trainee.mlps.items()}
+    for index, block in trainee.blocks.items():
         parts[index] = [trainable.routed(student, checkpoint, block)]
         if shared := shared_names(block):
             parts[index].append(trainable.mlp(student, checkpoint, shared[0]))

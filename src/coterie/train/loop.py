@@ -1,6 +1,7 @@
 """The training loop: which samples each step takes, float32 masters, AdamW, and a state that a killed run resumes from.
 
 Everything that a step does follows from its number and the state, so that a resumed run ends with the same bytes.
+`recover` runs it stage by stage, and the reference model's recipe once.
 Importing this module imports torch.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names them
 POINTS = 1000  # of a curve at most
 
 Sample = tuple[int, ...]
+Optimizer = Callable[[list[torch.Tensor]], torch.optim.AdamW]
 
 
 # --- samples -----------------------------------------------------------------------------------------------------
@@ -66,21 +68,25 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
 
 
+def plain_adam(masters: list[torch.Tensor]) -> torch.optim.AdamW:
+    """No weight decay: weights that are fine as they are would shrink."""
+    return torch.optim.AdamW(masters, betas=BETAS, eps=EPSILON, weight_decay=0.0)
+
+
 class Learner:
-    """AdamW on float32 masters of parts; the model computes in its own dtype.
+    """AdamW on float32 masters of parts; the model computes in its own dtype. Gradients are clipped to norm 1."""
 
-    No weight decay: weights that are fine as they are would shrink. Gradients are clipped to norm 1.
-    """
-
-    def __init__(self, parts: list[Part]) -> None:
-        self.parts = parts
+    def __init__(self, parts: list[Part], optimizer: Optimizer = plain_adam) -> None:
+        """optimizer: makes an AdamW of masters."""
+        self.parts, self.optimizer = parts, optimizer
         self.masters = {name: master for part in parts for name, master in part.masters.items()}
         self.parameters = {name: p.requires_grad_() for part in parts for name, p in part.parameters.items()}
+        self.norm = 0.0  # of the last step's gradient, before it was clipped
         self.start()
 
     def start(self) -> None:
         """Forgets all moments."""
-        self.adam = torch.optim.AdamW(self.masters.values(), betas=BETAS, eps=EPSILON, weight_decay=0.0)
+        self.adam = self.optimizer([*self.masters.values()])
 
     def step(self, objective: Objective, groups: list[torch.Tensor], rate: float) -> float:
         """One update from the mean over all tokens of the groups; returns that mean."""
@@ -96,6 +102,7 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), CLIP)
         if not torch.isfinite(norm) or not np.isfinite(total):
             raise CoterieError(f"the loss became {total / count}; use a smaller --lr, or --dtype float32")
+        self.norm = norm.item()
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
@@ -135,11 +142,22 @@ class Learner:
 # --- the state ---------------------------------------------------------------------------------------------------
 
 
+class Stage(TypedDict, total=False):
+    """What the report says of a stage: what was asked, and every objective's mean on held-out samples."""
+
+    stage: Required[str]
+    steps: int
+    lr: float
+    before: Required[dict[str, float]]
+    closed_form: dict[str, dict[str, float | None]]  # by layer: the ridge, and errors before and after
+    after: dict[str, float]  # once it is through
+
+
 @dataclass
 class State:
     """How far training got: what the report says of each stage begun, their curves, and steps done of the last one."""
 
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     curve: dict[str, list[list[float]]] = field(default_factory=dict)
     step: int = 0
     power: dict[str, float] = field(default_factory=dict)  # of `objectives.Layers`
@@ -185,27 +203,37 @@ def mean(objective: Objective, groups: Iterator[torch.Tensor]) -> float:
     return total / count
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps, how fast, and where their state is saved."""
+
+    steps: int
+    rate: Callable[[int], float]  # learning rate of each step's number
+    place: Path
+    save_every: int
+
+
 def run(
     learner: Learner,
     objective: Objective,
     groups: Callable[[int], list[torch.Tensor]],
-    *,
-    steps: int,
-    peak: float,
+    schedule: Schedule,
     state: State,
-    curve: list[list[float]],
-    save: Callable[[], None],
-    save_every: int,
+    stage: str,
     on_step: Callable[[int], None],
 ) -> None:
-    """The steps of a stage that are not done yet. groups: the ids of each step's number."""
+    """The steps of a stage that are not done yet, each noted in its curve; the state is not saved after the last.
+
+    groups: the ids of each step's number. on_step: is told how many steps are done.
+    """
+    steps, curve = schedule.steps, state.curve[stage]
     every = -(-steps // POINTS) if steps else 1
     while state.step < steps:
         step = state.step
-        loss = learner.step(objective, groups(step), learning_rate(step, steps, peak))
+        loss = learner.step(objective, groups(step), schedule.rate(step))
         if step % every == 0 or step + 1 == steps:
             curve.append([step, loss])
         state.step += 1
-        if state.step % save_every == 0 and state.step < steps:
-            save()
+        if state.step % schedule.save_every == 0 and state.step < steps:
+            state.save(learner, schedule.place)
         on_step(state.step)

@@ -7,7 +7,7 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from coterie.model.standin import block_of
 from coterie.train.refit import Sums
 
 Objective = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]  # what a module is called with
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Layers:
         for ids in batches:
             call = self.calls(ids)[index]
             with torch.no_grad():
-                inner = _output(functional_call(student, identity, call[0], call[1]))
+                inner = _output(functional_call(student, identity, call[0], dict(call[1])))
             sums.add(inner.flatten(0, -2), self.wanted(index, call).flatten(0, -2))
         return sums
 

@@ -14,9 +14,10 @@ are folded into the MLPs, and so learn with them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from coterie.codecs.open import codec_of
 from coterie.decide.condensing import parse_ids
@@ -27,6 +28,7 @@ from coterie.forward.samples import DATA, Calibration
 from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.model.layer import LAYER, Model, MoE, find_blocks
+from coterie.model.loading import DTYPES
 from coterie.options import Help, as_text
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.record import record_of
@@ -61,13 +63,32 @@ class Training:
         return Calibration(data=self.data, samples=self.samples, seq_len=self.seq_len, seed=self.seed)
 
 
+def check_options(options: Training, save_every: int = 1) -> None:
+    """Raises: CoterieError for a value out of its range, or options that contradict or ignore each other."""
+    if options.stage not in STAGES:
+        raise CoterieError(f"--stage {options.stage!r}: unknown; expected one of {', '.join(STAGES)}")
+    least = {"steps": 0 if options.stage == "local" else 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
+    for name, low in least.items():
+        value = save_every if name == "save_every" else getattr(options, name)
+        if type(value) is not int or value < low:
+            raise CoterieError(f"--{name.replace('_', '-')} {value!r}: expected a whole number, at least {low}")
+    if options.lr is not None and not (isinstance(options.lr, (int, float)) and 0 < options.lr < 1):
+        raise CoterieError(f"--lr {options.lr!r}: expected a learning rate between 0 and 1, such as 1e-4")
+    if options.dtype not in DTYPES or options.dtype == "float16":
+        raise CoterieError(f"--dtype {options.dtype!r}: expected auto, float32 or bfloat16")
+    if options.layer_ids is not None and options.stage != "lm":
+        raise CoterieError("--layer-ids is for --stage lm alone: the other stages train what was condensed")
+    if options.teacher is None and options.stage != "lm":
+        raise CoterieError(f"--stage {options.stage}: needs --teacher, the model that was condensed; lm needs none")
+
+
 @dataclass(frozen=True)
-class Job:
+class Trainee:
     """What is trained, by what, and what is known of it from headers."""
 
     model: Model
     plan: Plan  # of MODEL's own coterie.json
-    record: dict[str, Any]
+    record: Mapping[str, object]
     options: Training
     teacher: Checkpoint | None
     mlps: dict[int, tuple[str, str, str]]  # (gate, up, down) tensors of a layer's dense MLP
@@ -89,7 +110,7 @@ class Job:
         return {s: [whole(t) for t in checkpoint.tensors.values() if t.file == s] for s in checkpoint.shards}
 
 
-def make_job(checkpoint: Checkpoint, options: Training) -> Job:
+def trainee_of(checkpoint: Checkpoint, options: Training) -> Trainee:
     """Raises: CoterieError for layers that do not exist, weights that cannot be trained, or a teacher that differs."""
     record = record_of(checkpoint.path) or {}
     plan = read_plan(record) if record else Plan({})
@@ -98,12 +119,12 @@ def make_job(checkpoint: Checkpoint, options: Training) -> Job:
     blocks = {int(b.key): b for b in model.main if int(b.key) in layers}
     mlps = {i: mlp_names(model, i) for i in layers if i not in blocks}
     teacher = open_teacher(checkpoint, options)
-    job = Job(model, plan, record, options, teacher, mlps, blocks, tuple(notes))
-    for name in job.tensors:
+    trainee = Trainee(model, plan, record, options, teacher, mlps, blocks, tuple(notes))
+    for name in trainee.tensors:
         dtype = checkpoint.tensors[name].dtype
         if dtype not in FLOATS:
             raise CoterieError(f"tensor {name!r}: {dtype} weights cannot be trained; dequantise the checkpoint first")
-    return job
+    return trainee
 
 
 def open_model(checkpoint: Checkpoint) -> Model:
@@ -205,35 +226,41 @@ def open_teacher(student: Checkpoint, options: Training) -> Checkpoint | None:
     return teacher
 
 
-def peak_rate(job: Job) -> float:
+def peak_rate(trainee: Trainee) -> float:
     """The highest learning rate: as asked, or 0.25 over the hidden size, 1e-3 at most (1e-4 for a size of 2500).
 
     Source: Yang et al., Tensor Programs V, arXiv 2203.03466: under Adam the best rate of hidden matrices falls with
     one over their width. The factor is from the reference model. Published for a hidden size of 2048 and lm: 1e-5.
     """
-    if job.options.lr is not None:
-        return job.options.lr
-    hidden = [v for _, _, v in lookup(job.model.checkpoint.config, SIZES["hidden size"]) if type(v) is int and v > 0]
+    if trainee.options.lr is not None:
+        return trainee.options.lr
+    hidden = [
+        v for _, _, v in lookup(trainee.model.checkpoint.config, SIZES["hidden size"]) if type(v) is int and v > 0
+    ]
     return min(1e-3, 0.25 / hidden[0]) if hidden else 1e-4
 
 
-def num_trained(job: Job) -> int:
-    return sum(job.model.checkpoint.tensors[name].num_parameters for name in job.tensors)
+def num_trained(trainee: Trainee) -> int:
+    return sum(trainee.model.checkpoint.tensors[name].num_parameters for name in trainee.tensors)
 
 
-def memory_bytes(job: Job) -> int:
+def memory_bytes(trainee: Trainee) -> int:
     """About what training takes: both models, 16 bytes a trained weight, logits of one batch four times over, and, for
     the closed form, five float64 matrices between the hidden units of a layer."""
-    config = job.model.checkpoint.config
-    size = 2 if job.options.dtype == "bfloat16" or (job.options.dtype == "auto" and stored_dtype(job) == "BF16") else 4
-    weights = sum(c.num_parameters for c in (job.model.checkpoint, job.teacher) if c)
+    config = trainee.model.checkpoint.config
+    size = (
+        2
+        if trainee.options.dtype == "bfloat16" or (trainee.options.dtype == "auto" and stored_dtype(trainee) == "BF16")
+        else 4
+    )
+    weights = sum(c.num_parameters for c in (trainee.model.checkpoint, trainee.teacher) if c)
     vocabulary = next((v for _, _, v in lookup(config, ("vocab_size",)) if type(v) is int), 0)
-    tokens = job.options.batch_size * job.options.seq_len
-    fitted = job.mlps.values() if "local" in STAGES[job.options.stage] else ()
-    width = max((job.model.checkpoint.tensors[down].shape[1] for _, _, down in fitted), default=0)
-    return size * weights + 16 * num_trained(job) + 16 * tokens * vocabulary + 40 * width**2
+    tokens = trainee.options.batch_size * trainee.options.seq_len
+    fitted = trainee.mlps.values() if "local" in STAGES[trainee.options.stage] else ()
+    width = max((trainee.model.checkpoint.tensors[down].shape[1] for _, _, down in fitted), default=0)
+    return size * weights + 16 * num_trained(trainee) + 16 * tokens * vocabulary + 40 * width**2
 
 
-def stored_dtype(job: Job) -> str:
+def stored_dtype(trainee: Trainee) -> str:
     """Of the weights that are trained."""
-    return job.model.checkpoint.tensors[job.tensors[0]].dtype
+    return trainee.model.checkpoint.tensors[trainee.tensors[0]].dtype

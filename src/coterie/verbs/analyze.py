@@ -5,25 +5,19 @@ Example: coterie analyze MODEL --data prose=prose.txt -o analysis.html
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
-from coterie.model.experts import Experts, expert_shapes, read_layer
 from coterie.model.layer import Model
 from coterie.options import Help, ModelPath, public
 from coterie.pages.terminal import Asked, paragraphs
 from coterie.storage.files import check_new_file, write_whole
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
-if TYPE_CHECKING:
-    from coterie.model.layer import MoE
 
-
-# First weights and routers are compared, from disk (`judge/similarity.py`, `judge/alignment.py`); then one streaming
-# forward looks at outputs and routing (`judge/probe.py`); sentences are made of both (`judge/advice.py`), and a page of
-# all (`pages/analysis.py`).
+# `judge/analysis.py` measures; sentences are made of its numbers (`judge/advice.py`), and a page (`pages/analysis.py`).
 @public
 def analyze(
     model: ModelPath,
@@ -79,16 +73,17 @@ def analyze(
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, calibration)
     spill = None if out is None else Path(out).parent
-    layers = _measure(source, by_domain, chosen, calibration.seed, on_progress, spill)
     from coterie.judge.advice import advise
+    from coterie.judge.analysis import limits, measure
 
+    layers = measure(source, by_domain, chosen, calibration.seed, on_progress, spill)
     result = {
         "model": {"path": str(model), "hash": source.checkpoint.hash, "family": source.family.name},
         "options": calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")},
         "domains": {name: {"samples": len(given), "tokens": sum(map(len, given))} for name, given in by_domain.items()},
         "layers": layers,
-        "advice": advise(layers, layers[0]["chosen"]),
-        "notes": [*notes, *_notes(source, layers)],
+        "advice": [vars(advice) for advice in advise(layers)],
+        "notes": [*notes, *limits(source, layers)],
         "versions": versions(),
         **clock.read(),
     }
@@ -99,69 +94,7 @@ def analyze(
     return result
 
 
-def _measure(
-    source: Model,
-    by_domain: dict[str, list[tuple[int, ...]]],
-    dtype: Any,
-    seed: int,
-    on_progress: Progress,
-    spill: Path | None,
-) -> list[dict[str, Any]]:
-    """The entries of all MoE layers. The forward comes first: what it refuses is known before weights are compared."""
-    import numpy as np
-
-    from coterie.judge.advice import redundancy
-    from coterie.judge.probe import probe
-
-    found = list(probe(source, by_domain, dtype, seed=seed, on_progress=on_progress, spill=spill))
-    layers = []
-    for done, (block, entry) in enumerate(found):
-        static = _weights(source, block, seed)
-        cosines = static.pop("cosine") | entry.pop("cosine")
-        outputs, router = (np.array(cosines[name]) for name in ("outputs", "router"))
-        head = {"layer": block.key, "num_experts": block.num_experts, "chosen": entry.pop("chosen")}
-        alike = {"redundancy": redundancy(outputs, router)}
-        layers.append({**head, "cosine": cosines, **static, **alike, **entry})
-        on_progress("comparing weights", done + 1, len(found))
-    return layers
-
-
-def _weights(source: Model, block: MoE, seed: int) -> dict[str, Any]:
-    """What needs no forward."""
-    from coterie.judge import alignment
-    from coterie.judge.numbers import listed, number
-    from coterie.judge.similarity import compare_router, compare_weights
-
-    experts, shapes = Experts(source.checkpoint, block), expert_shapes(source.checkpoint, block)
-    weights = compare_weights(experts)
-    rows, r2 = compare_router(read_layer(source.checkpoint, block), weights.means)
-    aligned = alignment.look(experts, (shapes["up"][0], len(shapes) * shapes["up"][1]), seed)
-    return {
-        "cosine": {name: listed(values) for name, values in {**weights.cosines, "router": rows}.items()},
-        "router": {"r2": {part: number(value) for part, value in r2.items()}},
-        "alignment": aligned[0] if aligned else None,
-        "energy": aligned[1] if aligned else None,
-    }
-
-
-def _notes(source: Model, layers: list[dict[str, Any]]) -> list[str]:
-    """What was left out, and what was done on less than all."""
-    notes = []
-    if len(source.main) < len(source.moe):
-        notes.append("multi-token-prediction layers and attention experts are not analyzed")
-    probed = max(entry["probe"]["tokens"] for entry in layers)
-    notes.append(f"outputs of all experts are compared on {probed:,} tokens per layer, spread evenly over all")
-    if any(entry["alignment"] is None for entry in layers):
-        notes.append("experts are too large, or alone, so their neurons were not aligned: no barycentre is measured")
-    elif any(len(entry["alignment"]["experts"]) < entry["num_experts"] for entry in layers):
-        some = min(len(entry["alignment"]["experts"]) for entry in layers)
-        notes.append(f"neurons are aligned between {some} experts of a layer, not all: more would take too long")
-    if any(entry["norms"]["score_norm"] is None for entry in layers):
-        notes.append("some routers' logits could not be seen: what needs scores of experts not chosen is left out")
-    return notes
-
-
-def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
     """The advice."""
     yield f"{asked['out'] or asked['model']}: done in {found['seconds']:.1f} s"
     yield from paragraphs([(advice["about"], advice["text"]) for advice in found["advice"]])

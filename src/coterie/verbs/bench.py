@@ -13,12 +13,12 @@ from coterie.codecs.open import opened
 from coterie.forward.samples import Dtype
 from coterie.judge.speed import (
     Runner,
-    _batches,
-    _check_threads,
-    _clock_name,
-    _entry,
-    _threads,
+    batch_sizes,
+    check_threads,
+    clock_name,
+    described,
     kernel_rows,
+    limited_to,
     measure,
     read_bandwidth,
 )
@@ -52,13 +52,13 @@ def bench(
     (20th percentile), share of bandwidth, and how often faster than each rival.
     Raises: CoterieError for a model that does not load or cannot run, and options out of range.
     """
-    sizes = _batches(batch)
-    _check_threads(threads)
+    sizes = batch_sizes(batch)
+    check_threads(threads)
     paths = [model] if against is None else [model, against]
     views = [opened(Checkpoint.open(path)) for path in paths]
     from coterie.model.loading import load
 
-    with _threads(threads) as number:
+    with limited_to(threads) as number:
         from coterie.kernels import cases
 
         runners = [Runner(str(path), load(path, dtype=dtype).eval()) for path in paths]
@@ -69,8 +69,8 @@ def bench(
         bandwidth = read_bandwidth(number)
         kernels = kernel_rows(views[0], number, notes)
         on_progress("measuring kernels", 1, 1)
-        found = {"machine": cases.machine(number), "clock": _clock_name(number), "bandwidth": bandwidth}
-    entries = [_entry(str(p), v, s, bandwidth, notes) for p, v, s in zip(paths, views, speeds, strict=True)]
+        found = {"machine": cases.machine(number), "clock": clock_name(number), "bandwidth": bandwidth}
+    entries = [described(str(p), v, s, bandwidth, notes) for p, v, s in zip(paths, views, speeds, strict=True)]
     return found | {"models": entries, "kernels": kernels, "notes": notes}
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.forward.measure import measure
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.model.layer import Model
 from coterie.model.stats import MERGING
@@ -40,6 +39,8 @@ def collect(
     merging: also what `merge` needs, for which every expert runs on every token: about E / K times the work.
     Raises: CoterieError, before anything is written.
     """
+    from coterie.forward.measure import measure
+
     clock, out = Stopwatch(), Path(stats)
     check_new_file(out, overwrite)
     source = Model.open(model)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from coterie.decide.condense import decided
 from coterie.decide.condensing import Condensing, check_options, target_type
-from coterie.edits.convert import converted
 from coterie.edits.execution import Io, Request, Writing, execute
+from coterie.edits.kinds.convert import converted
 from coterie.edits.saving import savable
 from coterie.model.layer import Model
 from coterie.options import ModelPath, OutPath, flat, public

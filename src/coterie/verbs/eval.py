@@ -6,20 +6,20 @@ Example: coterie eval MODEL OUT --data prose=prose.txt --data sums=problems.json
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.data import Document, read_documents
+from coterie.forward.data import read_documents
 from coterie.judge.judging import Files, Judging, judged_files
 from coterie.options import Help, public
 from coterie.pages.terminal import Asked, Rows, interval, table
 from coterie.storage.record import Progress, no_progress
 
-logger = logging.getLogger("coterie")
+if TYPE_CHECKING:
+    from coterie.judge.paired import Paired
+
 Load = Callable[[str | Path], Any]
 
 
@@ -66,44 +66,9 @@ def evaluate(
     # All data is read, and every task found, before the first model: bad input should not cost an hour.
     notes: list[str] = []
     documents = {name: list(read_documents(file, notes)) for name, file in data.items()}
-    return {"models": _judged(paths, documents, notes, against, judging, load, on_progress or no_progress)}
+    from coterie.judge.quality import judge_all
 
-
-def _judged(
-    paths: list[str | Path],
-    documents: dict[str, list[Document]],
-    notes: list[str],
-    against: str | Path | None,
-    judging: Judging,
-    load: Load | None,
-    on_progress: Progress,
-) -> list[dict[str, Any]]:
-    """An entry per model; beside the original, what a comparison with it gives."""
-    from coterie.judge import harness, paired
-    from coterie.judge.quality import _check_readable, judge
-    from coterie.model import loading
-
-    if against is not None:
-        paired.check_tokens(against, paths, documents)
-    manager = harness.task_manager(judging.tasks, judging.task_path) if judging.tasks else None
-    for path in paths if load is None else ():
-        _check_readable(path, documents)
-    for note in notes:
-        logger.warning("%s", note)
-    load = load or (lambda path: loading.load(path, dtype=judging.dtype))
-    if against is None:
-        return [judge(path, documents, judging, load, on_progress, manager, routers=False)[0] for path in paths]
-    listed = any(paired.same_model(path, against) for path in paths)
-    alone = judging if listed else replace(judging, tasks=(), task_path=None)  # tasks of a model nobody listed
-    first, original = judge(against, documents, alone, load, on_progress, manager)
-    entries = []
-    for path in paths:
-        if paired.same_model(path, against):
-            entries.append({**first, "path": str(path)})
-        else:
-            entry, kept = judge(path, documents, judging, load, on_progress, manager)
-            entries.append({**entry, "paired": paired.compare(path, kept, against, original, seed=judging.seed)})
-    return entries
+    return {"models": judge_all(paths, documents, notes, against, judging, load, on_progress or no_progress)}
 
 
 def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
@@ -115,7 +80,7 @@ def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
         yield from table(entry["path"], rows + _paired(entry.get("paired")))
 
 
-def _paired(found: dict[str, Any] | None) -> Rows:
+def _paired(found: Paired | None) -> Rows:
     """What a comparison with the original adds."""
     if found is None:
         return []
@@ -125,7 +90,7 @@ def _paired(found: dict[str, Any] | None) -> Rows:
     ]
     rows += [(f"flipped {n}", f"{100 * share:.2f} % of the answers") for n, share in found["flipped"].items()]
     for name, shares in found["repetition"].items():
-        own, theirs = ("none" if shares[k] is None else f"{100 * shares[k]:.2f} %" for k in ("model", "against"))
+        own, theirs = ("none" if s is None else f"{100 * s:.2f} %" for s in (shares["model"], shares["against"]))
         rows.append((f"repetition {name}", f"{own} (original {theirs}) of generated 4-grams"))
     if overlap := found["router_overlap"]:
         rows.append(("router overlap", f"{sum(overlap.values()) / len(overlap):.3f}, mean of {len(overlap)} layers"))

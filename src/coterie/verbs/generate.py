@@ -51,7 +51,7 @@ def generate(
     room, notes = _room(loaded, len(ids), max_new_tokens)
     pieces = Pieces(tokenizer, on_text)
     began = time.perf_counter()
-    _run(loaded, tokenizer, ids, room, temperature, seed, pieces, str(model))
+    _run(loaded, ids, pieces, str(model), most=room, temperature=temperature, seed=seed)
     seconds = time.perf_counter() - began
     return {
         "text": "".join(pieces.texts),
@@ -137,16 +137,17 @@ def _room(model: Any, num_tokens: int, max_new_tokens: int) -> tuple[int, list[s
     return limit - num_tokens, [f"{limit - num_tokens} new tokens at most: the model has {limit} positions"]
 
 
-def _run(
-    model: Any, tokenizer: Any, ids: list[int], room: int, temperature: float, seed: int, pieces: Pieces, what: str
-) -> None:
+def _run(model: Any, ids: list[int], pieces: Pieces, what: str, *, most: int, temperature: float, seed: int) -> None:
+    """Fills the pieces with what follows the ids, `most` tokens at most."""
     import torch
 
     given = torch.tensor([ids], device=model.device)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            causal.continued(model, tokenizer, given, most=room, what=what, temperature=temperature, streamer=pieces)
+            causal.continued(
+                model, pieces.tokenizer, given, most=most, what=what, temperature=temperature, streamer=pieces
+            )
     except CoterieError:
         raise
     except Exception as error:  # whatever modelling code raises for a checkpoint it does not fit

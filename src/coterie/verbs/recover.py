@@ -11,15 +11,13 @@ from typing import Annotated
 
 from coterie.edits.execution import Io, Request, Writing, finished, left_behind, write
 from coterie.edits.saving import savable
-from coterie.errors import CoterieError
-from coterie.model.loading import DTYPES
 from coterie.options import Help, flat, public
 from coterie.pages.terminal import show_report as show
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.folders import left_over
 from coterie.storage.record import Progress, Report, no_progress, to_json, versions
 from coterie.storage.writer import Writer
-from coterie.train.trainee import STAGES, Job, Training, make_job, memory_bytes, num_trained
+from coterie.train.trainee import Trainee, Training, check_options, memory_bytes, num_trained, trainee_of
 
 __all__ = ["recover", "show"]
 
@@ -61,23 +59,22 @@ def recover(
         writing=writing, io=io, on_progress=on_progress,
     )  # fmt: skip
     request.check(checkpoint)
-    job = make_job(checkpoint, training)
-    report = started(job, request)
+    trainee = trainee_of(checkpoint, training)
+    report = started(trainee, request)
     if writing.dry_run:
         return report
     if request.is_complete:
         return finished(request.out, report)
     from coterie.train.course import STATE, Course
 
-    course = Course(job, save_every, on_progress)
+    course = Course(trainee, save_every, on_progress)
     report.report["warnings"] += course.notes
     identity = {"command": "recover", "options": report.options, "plan": report.plan, "source": checkpoint.hash}
-    identity |= {"teacher": job.teacher.hash if job.teacher else ""}
+    identity |= {"teacher": trainee.teacher.hash if trainee.teacher else ""}
     with Writer(request.out, identity, resume=writing.resume, io=io, replace=writing.overwrite) as writer:
-        write(writer, checkpoint, job.outputs, checkpoint.config, on_progress)
-        report.plan.update(job.plan.as_dict())
-        report.report.update(course.teach(writer))
-        report.report.update(request.clock.read())
+        write(writer, checkpoint, trainee.outputs, checkpoint.config, on_progress)
+        report.plan.update(trainee.plan.as_dict())
+        report.report.update({**course.teach(writer), **request.clock.read()})
         report.report["io"] = writer.io
         report.report["warnings"] += writer.copier.notes
         writer.text("coterie.json", to_json(report.as_dict()))
@@ -87,59 +84,37 @@ def recover(
     return report
 
 
-# --- what was asked for ----------------------------------------------------------------------------------------
-
-
-def check_options(options: Training, save_every: int = 1) -> None:
-    """Raises: CoterieError for a value out of its range, or options that contradict or ignore each other."""
-    if options.stage not in STAGES:
-        raise CoterieError(f"--stage {options.stage!r}: unknown; expected one of {', '.join(STAGES)}")
-    least = {"steps": 0 if options.stage == "local" else 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
-    for name, low in least.items():
-        value = save_every if name == "save_every" else getattr(options, name)
-        if type(value) is not int or value < low:
-            raise CoterieError(f"--{name.replace('_', '-')} {value!r}: expected a whole number, at least {low}")
-    if options.lr is not None and not (isinstance(options.lr, (int, float)) and 0 < options.lr < 1):
-        raise CoterieError(f"--lr {options.lr!r}: expected a learning rate between 0 and 1, such as 1e-4")
-    if options.dtype not in DTYPES or options.dtype == "float16":
-        raise CoterieError(f"--dtype {options.dtype!r}: expected auto, float32 or bfloat16")
-    if options.layer_ids is not None and options.stage != "lm":
-        raise CoterieError("--layer-ids is for --stage lm alone: the other stages train what was condensed")
-    if options.teacher is None and options.stage != "lm":
-        raise CoterieError(f"--stage {options.stage}: needs --teacher, the model that was condensed; lm needs none")
-
-
 # --- the record ------------------------------------------------------------------------------------------------
 
 
-def started(job: Job, request: Request) -> Report:
+def started(trainee: Trainee, request: Request) -> Report:
     """The report before training: sizes, which change nothing, and what will be trained."""
-    model, checkpoint, teacher = job.model, job.model.checkpoint, job.teacher
+    model, checkpoint, teacher = trainee.model, trainee.model.checkpoint, trainee.teacher
     experts = {b.key: b.num_experts for b in model.main}
     same = len(set(experts.values())) <= 1
     size = {"parameters": checkpoint.num_parameters, "bytes": checkpoint.num_bytes}
     size |= {"experts": next(iter(experts.values()), 0) if same else experts}  # type: ignore[dict-item]
-    writing, notes = request.writing, [*job.notes, *left_behind(checkpoint)]
+    writing, notes = request.writing, [*trainee.notes, *left_behind(checkpoint)]
     notes += left_over(request.out) if writing.save == "dense" else []
     return Report(
         command="recover",
         options=request.options | {"save": writing.save},
         source={"path": str(request.path), "hash": None if writing.dry_run else checkpoint.hash},
-        plan=replace(job.plan, sparsity={}).as_dict(),
+        plan=replace(trainee.plan, sparsity={}).as_dict(),
         report={
             "before": size, "after": size, "sparsity": {"experts": 0.0, "linears": 0.0, "all": 0.0},
             **request.clock.read(),
             "cold_experts": [],
             "warnings": notes,
             "dry_run": writing.dry_run,
-            "recovered": {key: job.record[key] for key in ("command", "source") if key in job.record},
+            "recovered": {key: trainee.record[key] for key in ("command", "source") if key in trainee.record},
             "teacher": teacher and {"path": str(teacher.path), "hash": None if writing.dry_run else teacher.hash},
             "trained": {
-                "layers": sorted([*job.mlps, *job.blocks]),
-                "tensors": job.tensors,
-                "parameters": num_trained(job),
+                "layers": sorted([*trainee.mlps, *trainee.blocks]),
+                "tensors": trainee.tensors,
+                "parameters": num_trained(trainee),
             },
-            "memory_bytes": memory_bytes(job),
+            "memory_bytes": memory_bytes(trainee),
         },
         versions=versions(),
     )  # fmt: skip

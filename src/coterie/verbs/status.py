@@ -76,7 +76,7 @@ def _complete(out: Path, found: Mapping[str, object]) -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class Line:
+class JournalLine:
     """An entry of the journal; None for what it does not say, or where a damaged one says no sensible number."""
 
     began: float | None
@@ -91,7 +91,7 @@ class Line:
     is_unit: bool
 
     @classmethod
-    def read(cls, entry: Entry) -> Line:
+    def read(cls, entry: Entry) -> JournalLine:
         numbers = {name: _number(entry.get(name)) for name in NUMBERS}
         return cls(
             **numbers, pid=entry.get("pid"), is_shard="shard" in entry, is_unit=isinstance(entry.get("unit"), dict)
@@ -101,9 +101,9 @@ class Line:
 def _run(folder: Path, entries: list[Entry]) -> dict[str, object]:
     """Of a folder that is being written, or that an ended run left."""
     asked = object_at(entries[0], "asked") if entries else {}
-    lines, alive = [Line.read(entry) for entry in entries], is_held(folder)
+    lines, alive = [JournalLine.read(entry) for entry in entries], is_held(folder)
     begun = [number for number, line in enumerate(lines) if line.began is not None]
-    process = lines[begun[-1] :] if begun else [Line.read({})]  # what the last one wrote
+    process = lines[begun[-1] :] if begun else [JournalLine.read({})]  # what the last one wrote
     first = process[0]
     layers = [line for line in lines if line.is_unit]
     # A file that was cut short is written again, so its bytes count only while somebody writes it.
@@ -130,7 +130,7 @@ def _run(folder: Path, entries: list[Entry]) -> dict[str, object]:
     }
 
 
-def _left(lines: list[Line], missing: int | None, rate: float | None, *, has_later: bool) -> float | None:
+def _left(lines: list[JournalLine], missing: int | None, rate: float | None, *, has_later: bool) -> float | None:
     """Seconds: what is left of bytes and of layers, each at its own rate. has_later: layers follow the copying."""
     if missing is None or (missing and not rate):
         return None
@@ -143,7 +143,7 @@ def _left(lines: list[Line], missing: int | None, rate: float | None, *, has_lat
     return left + seconds * max(0, layers[-1].of - len(layers))
 
 
-def _seconds_per_layer(lines: list[Line]) -> float | None:
+def _seconds_per_layer(lines: list[JournalLine]) -> float | None:
     """The mean, over layers that followed another one, or a file, in the same process."""
     times: list[float] = []
     before: float | None = None
@@ -157,7 +157,7 @@ def _seconds_per_layer(lines: list[Line]) -> float | None:
     return sum(times) / len(times) if times else None
 
 
-def _rate(process: list[Line]) -> float | None:
+def _rate(process: list[JournalLine]) -> float | None:
     """Bytes per second since a process began, until it last said how far it was."""
     began, kept = process[0].began, process[0].written or 0
     said = [(line.at, line.written) for line in process[1:] if line.at is not None and line.written is not None]

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+from coterie.codecs.open import opened as as_dense
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, read_documents
 from coterie.judge.contents import check_bytes, check_trained
@@ -24,7 +25,7 @@ from coterie.storage.record import Progress, no_progress
 
 MAX_SEQUENCES = 8  # of a file that gives token ids
 
-Check = dict[str, Any]
+Check = dict[str, object]  # "name", "ok", "detail"
 
 
 # Each check is one function that answers with what it found; a fault in OUT is an answer, not an exception. torch and
@@ -53,7 +54,7 @@ def verify(
     documents = list(islice(read_documents(data), MAX_SEQUENCES)) if data is not None else None
     source: Model | Checkpoint | None = None
     if against is not None:
-        source = Checkpoint.open(against) if was_trained(folder) else Model.open(against)
+        source = as_dense(Checkpoint.open(against)) if was_trained(folder) else Model.open(against)
     checks: list[Check] = []
 
     def run(name: str, check: Callable[[], Any]) -> Any:

@@ -1,0 +1,224 @@
+"""What `coterie report` measures: an original and what was made of it, on the same tokens; and the shape it comes in.
+
+Every model is judged as by `eval`, paired with the original, and timed as by `bench`. Importing this module imports
+torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Required, TypedDict, cast
+
+from coterie.errors import CoterieError
+from coterie.forward.data import Document, read_documents
+from coterie.judge import paired, rounding
+from coterie.judge.facts import Facts, digest_of, names_of, overlaps
+from coterie.judge.judging import Judging
+from coterie.judge.paired import Interval, Kept
+from coterie.judge.quality import Judged, judge
+from coterie.judge.speed import STEPS, Runner, Speeds, prompt_length
+from coterie.judge.speed import measure as measure_speeds
+from coterie.model import loading
+from coterie.model.layer import Model
+from coterie.reference_model import HELD_OUT
+from coterie.storage.record import Progress, Stopwatch, versions
+
+
+class Speed(TypedDict):
+    """Tokens per second of one sequence: medians between their 10th and 90th percentiles."""
+
+    prefill: Interval
+    decode: Interval
+    relative_decode: float  # over that of the original
+    prompt: int  # tokens
+    new: int
+
+
+class Measured(Judged, total=False):
+    """A model of the report; or a reference, which has a "what", and of the facts its size alone."""
+
+    name: Required[str]
+    what: str
+    bytes: Required[int]
+    parameters: int
+    experts: dict[str, int] | None
+    hash: str
+    command: str | None
+    sparsity: float | None
+    kurtosis: dict[str, float]
+    bits_per_parameter: Required[float]  # of the original
+    mean: Required[Interval | None]  # loss over data sets
+    cut: Required[dict[str, float]]  # by data set: the share of answers that were cut off
+    fate: dict[str, list[int]]
+    speed: Speed
+
+
+class Comparison(TypedDict):
+    """What `report` returns, but for where its page is."""
+
+    models: list[Measured]  # the original first
+    references: list[Measured]
+    options: dict[str, object]
+    notes: list[str]
+    versions: dict[str, str]
+    seconds: float
+    peak_rss_bytes: int
+
+
+def side_by_side(
+    paths: list[str | Path], files: Mapping[str, str | Path], options: Judging, on_progress: Progress, *, speed: bool
+) -> Comparison:
+    """All that is measured of the models; on the held-out texts that ship where no files are given."""
+    clock, notes = Stopwatch(), list[str]()
+    if not files:
+        files = HELD_OUT
+        notes.append(f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})")
+    documents = {name: list(read_documents(file, notes)) for name, file in files.items()}
+    lineup = Lineup(paths, documents, options, on_progress, notes)
+    with warnings_to(notes):
+        models = lineup.models(files)
+        references = lineup.references()
+        if speed:
+            lineup.add_speed(models)
+        else:
+            notes.append("speed was not measured: not asked for")
+    asked = {**vars(options), "task_path": None, "data": {name: str(file) for name, file in files.items()}}
+    return {
+        "models": models,
+        "references": references,
+        "options": asked,
+        "notes": _grouped(notes, [f"{path}: {name}: " for path in paths for name in files]),
+        "versions": versions(),
+        **clock.read(),  # type: ignore[typeddict-item]
+    }
+
+
+@dataclass
+class Lineup:
+    """The models to be measured, the first of which is the original; on what, how, and what has to be said about it."""
+
+    paths: list[str | Path]
+    documents: dict[str, list[Document]]
+    options: Judging
+    on_progress: Progress
+    notes: list[str]
+    original: Kept | None = None  # what its evaluation leaves to be compared
+    parameters: int = 0  # of the original
+
+    def models(self, files: Mapping[str, str | Path]) -> list[Measured]:
+        """All models in order. files: the data, by name."""
+        facts = [Facts.of(path) for path in self.paths]
+        paired.check_tokens(self.paths[0], self.paths[1:], self.documents)
+        self.parameters, digests = facts[0].parameters, {name: digest_of(file) for name, file in files.items()}
+        found = []
+        for path, name, fact in zip(self.paths, names_of(self.paths), facts, strict=True):
+            self.notes += [f"{name}: {note}" for note in fact.notes]
+            self.notes += overlaps(name, fact.calibrated, digests)
+            found.append(self._measured(path, {"name": name, **fact.as_dict()}, fact.bytes))
+            if fate := self._fate(path, name) if len(found) > 1 else None:
+                found[-1]["fate"] = fate
+        return found
+
+    def _measured(self, path: str | Path, known: dict[str, object], num_bytes: int, model: Any = None) -> Measured:
+        """What is known, and the quality of the model at a path, or of one that is loaded already."""
+
+        def load(place: str | Path) -> Any:
+            return loading.load(place, dtype=self.options.dtype) if model is None else model
+
+        judged, kept = judge(path, self.documents, self.options, load, self.on_progress)
+        seed, losses = self.options.seed, {name: (sums, kept.counts[name]) for name, sums in kept.losses.items()}
+        found = known | {"bits_per_parameter": 8 * num_bytes / self.parameters, **judged}
+        found["mean"] = paired.mean_of_sets(losses, seed)
+        found["cut"] = {name: float(cut.mean()) for name, cut in kept.cut.items()}
+        if self.original is None:
+            self.original = kept
+        else:
+            gains = {n: (sums - kept.losses[n], kept.counts[n]) for n, sums in self.original.losses.items()}
+            pair = paired.compare(path, kept, self.paths[0], self.original, seed=seed)
+            found["paired"] = {**pair, "mean": paired.mean_of_sets(gains, seed)}
+        return cast(Measured, found)
+
+    def _fate(self, path: str | Path, name: str) -> dict[str, list[int]] | None:
+        """What became of the original's experts; nothing, with a note, where that is unknown."""
+        reason = "no coterie.json leads back to the original"
+        try:
+            fate = paired.experts_fate(path, self.paths[0])
+        except CoterieError as error:  # such as an original that is dense
+            fate, reason = None, str(error)
+        if fate is None:
+            self.notes.append(f"{name}: no map of its experts: {reason}")
+            return None
+        return {key: list(levels) for key, levels in fate.levels.items()}
+
+    def references(self) -> list[Measured]:
+        """The original with its experts rounded to 4 bits; none, with a note, where that cannot be simulated."""
+        path = self.paths[0]
+        try:
+            source = Model.open(path)
+            num_bytes = rounding.rounded_bytes(source)
+            model = rounding.round_experts(loading.load(path, dtype=self.options.dtype), len(source.main))
+        except CoterieError as error:
+            self.notes.append(f"no 4-bit reference: {error}")
+            return []
+        known = {"name": "4-bit experts (simulated)", "what": rounding.DESCRIPTION, "bytes": num_bytes}
+        return [self._measured(path, known, num_bytes, model)]
+
+    def add_speed(self, models: list[Measured]) -> None:
+        """Loads all models at once and measures them as `bench` does; where memory is short, says so instead."""
+        short = loading.memory_short(sum(model["bytes"] for model in models))
+        if short:
+            self.notes.append(f"speed was not measured: all models in memory at once {short}")
+            return
+        runners = [Runner(str(path), loading.load(path, dtype=self.options.dtype).eval()) for path in self.paths]
+        try:
+            prompt, found = prompt_length(runners), measure_speeds(runners, [1], self.on_progress)
+        except CoterieError as error:
+            self.notes.append(f"speed was not measured: {error}")
+            return
+        for model, speeds in zip(models, found, strict=True):
+            model["speed"] = _speed(speeds, found[0], prompt)
+
+
+def _speed(found: Speeds, original: Speeds, prompt: int) -> Speed:
+    prefill, decode = (by_batch["1"] for by_batch in (found["prefill"], found["decode"]))
+    return {
+        "prefill": {"value": prefill["50"], "low": prefill["10"], "high": prefill["90"]},
+        "decode": {"value": decode["50"], "low": decode["10"], "high": decode["90"]},
+        "relative_decode": decode["50"] / original["decode"]["1"]["50"],
+        "prompt": prompt,
+        "new": STEPS,
+    }
+
+
+@contextlib.contextmanager
+def warnings_to(notes: list[str]) -> Iterator[None]:
+    """Takes what would be said aloud meanwhile for the notes, which the page and the command line show."""
+
+    def note(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            notes.append(record.getMessage())
+        return record.levelno < logging.WARNING
+
+    logger = logging.getLogger("coterie")
+    logger.addFilter(note)
+    try:
+        yield
+    finally:
+        logger.removeFilter(note)
+
+
+def _grouped(notes: Sequence[str], prefixes: Sequence[str]) -> list[str]:
+    """The notes, those that differ in their model and data set alone as one."""
+    found: dict[str, list[str]] = {}
+    for note in notes:
+        prefix = next((p for p in prefixes if note.startswith(p)), "")
+        found.setdefault(note.removeprefix(prefix), []).append(prefix)
+    more = {rest: len(dict.fromkeys(where)) - 1 for rest, where in found.items()}
+    return [
+        where[0] + rest + (f" (and in {more[rest]} more of these evaluations)" if more[rest] else "")
+        for rest, where in found.items()
+    ]
