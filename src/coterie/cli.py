@@ -107,7 +107,7 @@ def _option(name: str, parameter: Parameter, shown: Help) -> Parameter:
 
 
 def _print(name: str, result: Any, asked: Mapping[str, object], as_json: bool) -> None:
-    """Notes on standard error; the result as JSON, or as its verb shows it. Exits with 3 where it says `"ok": false`."""
+    """Notes on standard error; the result as JSON, or as its verb shows it. Exits with 3 where that has `ok: false`."""
     report = getattr(result, "report", result)
     for note in report.get("warnings" if report is not result else "notes", ()):
         _say(f"note: {note}", err=True)

@@ -8,31 +8,87 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from coterie.decide.experts import decided
-from coterie.decide.pruning import Pruning, Remaining
+from coterie.decide.experts import decided as pruned
+from coterie.decide.pruning import Lambda1, Lambda2, NoGuard, Pruning, Remaining, Statistics
 from coterie.decide.pruning import check_options as check_dropping
-from coterie.decide.zeros import Calibrated, Workers, Zeroing
+from coterie.decide.zeros import Calibrated, Scoring, Workers, Zeroing, idle
+from coterie.decide.zeros import check_options as check_zeroing
+from coterie.edits import beside
 from coterie.edits.budget import num_weights
 from coterie.edits.counts import count
+from coterie.edits.execution import Request
 from coterie.edits.kinds.keep import fits_groups
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import Decision
 from coterie.errors import CoterieError
+from coterie.methods import sparsify as methods
 from coterie.model.layer import Model
+from coterie.options import Help, flat
 from coterie.storage.record import Progress, no_progress
 
+MIN_TOKENS = Help(
+    "Experts that fewer tokens reach are pruned by magnitude [default: 64; paper: 1].", given=int, default=None
+)
 PRESETS = ("recommended", "paper")
 SPLITS = (Fraction(0), Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(1))  # of S, tried by `auto`
 SPLITS_HERE = "--engine ray: the splits of --expert-ratio auto were tried on the driver's machine alone"
 HELD_OUT = 4  # one sample in so many judges the splits
 
 
-def _check(sparsity: float, expert_ratio: float | str | None, preset: str, also: str) -> None:
+def parse_ratio(text: float | str | None) -> float | str | None:
+    """A share from the command line as a number; "auto" as it is."""
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text
+
+
+@dataclass(frozen=True)
+class Stunning:
+    """What `stun` was asked for, with its defaults; recorded in coterie.json."""
+
+    sparsity: Annotated[float, Help("Share of expert weights to remove or zero, exactly.")] = 0.4
+    expert_ratio: Annotated[
+        float | str | None,
+        Help("Share of experts to remove, or auto [default: half of --sparsity].", given=str, read=parse_ratio),
+    ] = None
+    second: Annotated[str, Help(f"How weights are zeroed: {', '.join(methods.names())}.")] = "owl"
+    preset: Annotated[str, Help("recommended: expert matrices only; paper: every linear map, as published.")] = (
+        "recommended"
+    )
+    lambda1: Lambda1 = 1.0
+    lambda2: Lambda2 = 0.0
+    stats: Statistics = None
+    no_guard: NoGuard = False
+    scoring: Annotated[Scoring, {"min_tokens": MIN_TOKENS}] = field(default_factory=Scoring)
+
+    def record(self) -> dict[str, object]:
+        """As they are spelled on the command line."""
+        return flat(self) | {"data": self.scoring.calibration.named}
+
+    @property
+    def zeroing(self) -> Zeroing:
+        """How the experts that stay lose weights; how many is not known yet."""
+        paper, scoring = self.preset == "paper", self.scoring
+        scoring = replace(scoring, also=",".join(beside.KINDS)) if paper else scoring
+        return Zeroing(method=self.second, sparsity=Fraction(0), weighted=not paper, scoring=scoring)
+
+
+def with_floor(options: Stunning) -> Stunning:
+    """The options, with the tokens that an expert needs to be calibrated: by the preset, unless asked for."""
+    if options.scoring.min_tokens is not None:
+        return options
+    return replace(options, scoring=replace(options.scoring, min_tokens=1 if options.preset == "paper" else 64))
+
+
+def check_options(options: Stunning) -> None:
+    """Raises: CoterieError for a value out of its range, or options that contradict or ignore each other."""
+    sparsity, expert_ratio, preset, also = options.sparsity, options.expert_ratio, options.preset, options.scoring.also
     if not 0 <= sparsity < 1:
         raise CoterieError(f"--sparsity {sparsity}: the share of weights to remove or zero must be in [0, 1)")
     if preset not in PRESETS:
@@ -45,6 +101,13 @@ def _check(sparsity: float, expert_ratio: float | str | None, preset: str, also:
         raise CoterieError("--expert-ratio auto judges splits of the experts alone: drop --also and --preset paper")
     if isinstance(expert_ratio, int | float) and not 0 <= expert_ratio < 1:
         raise CoterieError(f"--expert-ratio {expert_ratio}: the share of experts to remove must be in [0, 1)")
+    check_zeroing(options.zeroing)
+    unused(options)
+
+
+def unused(options: Stunning) -> tuple[str, ...]:
+    """What to say of options about data where nothing needs any. Raises: CoterieError for data themselves."""
+    return () if options.expert_ratio == "auto" else idle(options.zeroing)  # auto judges on data, whatever zeroes
 
 
 @dataclass(frozen=True)
@@ -52,17 +115,17 @@ class StunRecipe:
     """What was asked for, from which a plan follows for any number of experts."""
 
     source: Model
-    sparsity: Fraction
-    preset: str
-    lambda1: float
-    lambda2: float
-    stats: str | None
-    no_guard: bool
-    zeroing: Zeroing
+    asked: Stunning
     dry_run: bool
 
-    def kept(self, expert_ratio: float | str | None) -> list[int]:
+    @property
+    def sparsity(self) -> Fraction:
+        """The total, exactly as it was typed."""
+        return Fraction(str(self.asked.sparsity))
+
+    def kept(self) -> list[int]:
         """The numbers of experts per layer to try: one, unless the ratio is `auto`."""
+        expert_ratio = self.asked.expert_ratio
         num_experts = self.source.family.num_experts(self.source.checkpoint.config)
         if expert_ratio is None:
             return [self._valid(num_experts, self.sparsity / 2)]
@@ -87,16 +150,15 @@ class StunRecipe:
 
         Raises: CoterieError where the experts removed are more than the total already.
         """
-        linkage = "official" if self.preset == "paper" else "complete"
+        asked, linkage = self.asked, "official" if self.asked.preset == "paper" else "complete"
         # Published, router distance mixed with co-activation is not normalised.
-        mixed = linkage == "official" and self.lambda1 and self.lambda2
-        asked = Pruning(
+        mixed = linkage == "official" and asked.lambda1 and asked.lambda2
+        pruning = Pruning(
             remaining=Remaining(experts=kept), linkage=linkage, distance="raw" if mixed else "frobenius",
-            lambda1=self.lambda1, lambda2=self.lambda2, stats=self.stats,
-            no_guard=self.no_guard,
+            lambda1=asked.lambda1, lambda2=asked.lambda2, stats=asked.stats, no_guard=asked.no_guard,
         )  # fmt: skip
-        check_dropping(asked)
-        decision = decided(self.source, asked, dry_run=self.dry_run, on_progress=on_progress)
+        check_dropping(pruning)
+        decision = pruned(self.source, pruning, dry_run=self.dry_run, on_progress=on_progress)
         plan = decision.plan
         view = planned(self.source, plan, plan_outputs(self.source, plan))
         before, after = (count(list(m.checkpoint.tensors.values()), m.roles)["experts"] for m in (self.source, view))
@@ -109,9 +171,22 @@ class StunRecipe:
             )
         share = Fraction(zeros, prunable)
         budget = plan.budget | {"kind": "stun", "removed": removed / before, "zeros": float(share)}
-        total = None if self.preset == "paper" else zeros
-        zeroing = replace(self.zeroing, sparsity=share, total=total)
+        total = None if asked.preset == "paper" else zeros
+        zeroing = replace(asked.zeroing, sparsity=share, total=total)
         return replace(decision, plan=replace(plan, budget=budget)), zeroing
+
+
+def decided(recipe: StunRecipe, request: Request) -> tuple[Decision, Zeroing]:
+    """The decision which experts stay, and how their weights are to be zeroed; `auto` tries several numbers of them."""
+    kept, on_progress = recipe.kept(), request.on_progress
+    if recipe.asked.expert_ratio != "auto":
+        decision, zeroing = recipe.plan(kept[0], on_progress)
+        return replace(decision, notes=(*decision.notes, *unused(recipe.asked))), zeroing
+    splits = search(recipe, kept, request.out.parent, on_progress)
+    decision, zeroing = recipe.plan(min(splits, key=lambda split: split.loss).experts, on_progress)
+    budget = decision.plan.budget | {"splits": [vars(split) for split in splits]}
+    notes = (*decision.notes, SPLITS_HERE) if request.engine.spread else decision.notes
+    return replace(decision, plan=replace(decision.plan, budget=budget), notes=notes), zeroing
 
 
 @dataclass(frozen=True)
