@@ -7,8 +7,8 @@ import typer
 
 import coterie
 from coterie.cli import application
+from coterie.judge.facts import _command
 from coterie.storage.record import typed
-from coterie.verbs.report import _command
 from test_collect import files, sequences
 
 CONDENSED = {"layers": {"1": {"condensed": {"experts": [0, 2], "gates": [0.5, 0.5], "shared_gate": 1.0}}}}
