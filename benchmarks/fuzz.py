@@ -26,12 +26,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+
 import coterie
 from attacks.corpus import ESCAPE
 from attacks.tables import sound_stats
 from coterie.codecs.open import opened
-from coterie.edits.checks import check_plan
-from coterie.edits.outputs import patched_config, plan_outputs
+from coterie.edits.outputs import check_plan, patched_config, plan_outputs
 from coterie.edits.plan import read_plan
 from coterie.errors import CoterieError
 from coterie.model.layer import Model

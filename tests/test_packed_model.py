@@ -10,10 +10,13 @@ import coterie
 import tiny
 from coterie import codecs
 from coterie.codecs.bits import GROUP, quantise
+from coterie.codecs.open import opened
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.stats import Stats
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.planned import view
+from coterie.storage.shards import whole
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["numbered", "fused"])
@@ -270,7 +273,7 @@ def test_other_families_are_read_alike(tiny_checkpoint, tmp_path):
 # --- another codec ------------------------------------------------------------------------------------------------
 
 NEGATED = """
-from coterie.codecs import Codec, Matrices
+from coterie.codecs import Codec, Coded
 
 def read(checkpoint, place):
     name = f"{place.name}.negated"
@@ -278,7 +281,7 @@ def read(checkpoint, place):
         return None
     tensor = checkpoint.tensors[name]
     rows = lambda e: -checkpoint.read(name).reshape(-1, *tensor.shape[-2:])[e]
-    return Matrices(place.name, tensor.dtype, tensor.shape, tensor.num_bytes, (name,), rows)
+    return Coded(place.name, tensor.dtype, tensor.shape, (name,), tensor.num_bytes, rows)
 
 CODEC = Codec(parts=(".negated",), read=read, method="negated")
 """
@@ -308,3 +311,18 @@ def test_a_new_codec_is_one_new_file(tiny_checkpoint, tmp_path, monkeypatch, dat
     assert all(np.array_equal(a[key], b[key]) for key in a)
     assert coterie.verify(tmp_path / "odd-out", against=models[1])["checks"][1]["ok"]
     codecs.codecs.cache_clear()
+
+
+def test_what_a_codec_encodes_it_decodes(tiny_checkpoint, tmp_path):
+    """Every codec that writes, through the parts that it makes of each expert matrix: the same bytes come back."""
+    for fused in (False, True):
+        dense = Model.open(tiny_checkpoint("qwen3_moe", fused)).checkpoint
+        for codec in (codec for codec in codecs.codecs() if codec.encode):
+            outputs = {shard: [] for shard in dense.shards}
+            for name, tensor in dense.tensors.items():
+                stored = whole(tensor), codec.encode(name, tensor.dtype, tensor.shape, dense.raw(name))
+                outputs[tensor.file] += stored[1] if ".experts." in name else stored[:1]
+            said = {"quantization_config": dict(codec.settings)} if codec.settings else {}
+            found = opened(view(dense, outputs, dense.config | said))
+            assert list(found.tensors) == list(dense.tensors) and found.config == dense.config
+            assert all(found.raw(name) == dense.raw(name) for name in dense.tensors)

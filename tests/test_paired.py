@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coterie
-from coterie.edits.lineage import CONDENSED, KEPT, MERGED, REMOVED, fate, plans_between
-from coterie.edits.plan import Choice, Condensed, Plan
+from coterie.edits.lineage import fate, plans_between
+from coterie.edits.plan import CONDENSED, KEPT, MERGED, REMOVED, Choice, Condensed, Plan
 from coterie.errors import CoterieError
 from coterie.judge.paired import Kept, bootstrap_mean, compare, experts_fate, jaccard, mean_of_sets, repetition
 from coterie.model.loading import load

@@ -1,7 +1,10 @@
 """Plans: decisions as data that can be written, read back, edited, refused, and executed to the same bytes."""
 
+import ast
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 
 import numpy as np
@@ -142,6 +145,28 @@ def test_who_stands_for_whom():
     """Original ids to new ones: kept experts by position, covered ones by their cluster's, others not at all."""
     assert Choice((1, 4), ((1, 0), (4, 5))).stand_ins(6) == {1: 0, 4: 1, 0: 0, 5: 1}
     assert Choice((1, 4)).stand_ins(6) == {1: 0, 4: 1}
+
+
+def test_kinds_of_entry_are_found_in_order_and_without_the_heavy_libraries():
+    """Seven files, in the order in which their entries take effect; reading a plan imports neither torch nor scipy."""
+    code = (
+        "import sys; from coterie.edits.plan import kinds, read_plan\n"
+        "read_plan({'layers': {}})\n"
+        "print([kind.block.names + kind.layer.names + kind.plan.names for kind in kinds()])\n"
+        "print({'torch', 'transformers', 'scipy'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert ast.literal_eval(found[0]) == [
+        ("kept", "clusters"), ("merged", "shares", "aligned"), ("drop_mtp", "dropped"), ("converted",),
+        ("removed", "constants", "constants"), ("sparsity",), ("condensed",),
+    ]  # fmt: skip
+    assert found[1] == "set()"
+
+
+def test_what_no_attribute_is_named_after_is_an_entry():
+    """A plan holds entries of kinds that it does not know by name, under their keys."""
+    plan = Plan({}, entries={"scale": {"1": 2.0}})
+    assert plan.at("scale") == {"1": 2.0} and plan.at("rotate") == {} and plan.at("dropped") == ()
 
 
 # --- executing ---------------------------------------------------------------------------------------------

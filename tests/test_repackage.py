@@ -9,7 +9,7 @@ import torch
 import slow_condense
 import slow_deepseek
 import tiny
-from coterie.edits.convert import CONVERSIONS, converted
+from coterie.edits.kinds.convert import CONVERSIONS, converted
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.loading import load_stock

@@ -3,7 +3,7 @@
 import torch
 
 import tiny
-from coterie.edits.convert import converted
+from coterie.edits.kinds.convert import converted
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import Choice, Condensed, Plan
 from coterie.model.layer import Model

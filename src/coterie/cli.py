@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Parameter
 from pathlib import Path
@@ -106,7 +106,7 @@ def _option(name: str, parameter: Parameter, shown: Help) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _print(name: str, result: Any, asked: dict[str, Any], as_json: bool) -> None:
+def _print(name: str, result: Any, asked: Mapping[str, object], as_json: bool) -> None:
     """Notes on standard error; the result as JSON, or as its verb shows it. Exits with 3 where it says `"ok": false`."""
     report = getattr(result, "report", result)
     for note in report.get("warnings" if report is not result else "notes", ()):
@@ -143,12 +143,12 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     amount = TextColumn("{task.percentage:>3.0f} %  {task.fields[amount]}")
     columns = (TextColumn("{task.description}"), BarColumn(), amount)
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
         began: dict[str, float] = {}
 
         def advance(stage: str, done: int, total: int) -> None:

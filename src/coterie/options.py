@@ -49,9 +49,9 @@ ModelPath = Annotated[str | Path, Help("A folder of safetensors, or a hub id.", 
 OutPath = Annotated[str | Path, Help("The folder to write; must not exist.", "OUT", given=Path)]
 
 
-def flat(record: Any) -> dict[str, Any]:
+def flat(record: Any) -> dict[str, object]:
     """The values of a record by name, in order; groups expand in place, and a name declared earlier stays."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for field in fields(record):
         value = getattr(record, field.name)
         found = found | (flat(value) | found if is_dataclass(value) else {field.name: value})

@@ -11,13 +11,15 @@ way, and with None if they are not. There are two kinds:
 
 To add one, add a file. Of matrices stored negated under NAME.negated:
 
+    from coterie.codecs import Codec, Coded
+
     def read(checkpoint, place):
         name = f"{place.name}.negated"
         if name not in checkpoint.tensors:
             return None
         tensor = checkpoint.tensors[name]
         rows = lambda e: -checkpoint.read(name).reshape(-1, *tensor.shape[-2:])[e]
-        return Matrices(place.name, tensor.dtype, tensor.shape, tensor.num_bytes, (name,), rows)
+        return Coded(place.name, tensor.dtype, tensor.shape, (name,), tensor.num_bytes, rows)
 
     CODEC = Codec(parts=(".negated",), read=read, method="negated")
 """
@@ -25,17 +27,14 @@ To add one, add a file. Of matrices stored negated under NAME.negated:
 from __future__ import annotations
 
 import importlib
-import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-import numpy as np
-
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.numerics import encode
 from coterie.storage.planned import Coded
+from coterie.storage.shards import Output
 
 
 @dataclass(frozen=True)
@@ -59,55 +58,20 @@ class Place:
     settings: object = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class Matrices:
-    """The matrices of a tensor, one at a time.
-
-    dtype, shape: of the tensor when it is decoded, ([E,] O, I). num_bytes: of all parts, as stored. parts: their names.
-    rows: number of a matrix -> its values (O, I) in float32, as they are oriented in the tensor.
-    verbatim: the tensor's bytes are those values.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-    parts: tuple[str, ...]
-    rows: Callable[[int], np.ndarray] = field(repr=False)
-    verbatim: bool = False
-    exact: bool = True
-
-    @property
-    def stored(self) -> str:
-        return self.dtype
-
-    @property
-    def num_matrices(self) -> int:
-        return math.prod(self.shape[:-2])
-
-    def raw(self, e: int) -> bytes:
-        """Matrix e of the decoded tensor, as bytes of its dtype."""
-        return encode(self.rows(e), self.dtype, self.name)
-
-    def check(self, e: int) -> None:
-        """Raises: CoterieError for a matrix whose parts do not agree."""
-        self.rows(e)
-
-
 @dataclass(frozen=True)
 class Codec:
     """One way to store matrices.
 
     parts: what the names of the tensors on the disk add to the matrix's own, the first of them the one in whose place
     the decoded tensor stands. read: (checkpoint, place) -> the matrices there, or None; it looks at headers alone.
-    encode: (bytes, dtype, shape) of a dense tensor -> the bytes of each part; None where we only read.
+    encode: (name, dtype, shape, bytes) of a dense tensor -> its parts, to be written; None where we only read.
     method, settings: `quant_method` in config.json, and the whole entry. check: raises for a checkpoint that names the
     method but is not in order.
     """
 
     parts: tuple[str, ...]
     read: Callable[[Checkpoint, Place], Coded | None]
-    encode: Callable[[bytes, str, tuple[int, ...]], dict[str, bytes]] | None = None
+    encode: Callable[[str, str, tuple[int, ...], bytes], list[Output]] | None = None
     method: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[Checkpoint], None] = lambda checkpoint: None

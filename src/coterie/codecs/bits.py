@@ -19,16 +19,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from coterie.codecs import Codec, Place
+from coterie.codecs import Codec, Coded, Place
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import BITS, Checkpoint
 from coterie.storage.numerics import decode as values_of
-from coterie.storage.shards import Hole, Output
+from coterie.storage.shards import Hole, Made, Output
 
 FORMAT = 1
 METHOD = "coterie"  # quant_method in config.json
@@ -155,8 +155,13 @@ def check(packed: Packed, crc: int, name: str) -> None:
         raise CoterieError(f"tensor {name!r}: checksum {checksum(packed):08x}, expected {crc:08x}; {DAMAGED}")
 
 
-def parts(name: str, dtype: str, shape: tuple[int, ...], num_values: int, groups: int = 0) -> list[Output]:
-    """What the file holds for a dense tensor (O, I) or (E, O, I) of which `num_values` are kept, still empty."""
+def parts(name: str, dtype: str, shape: tuple[int, ...], num_values: int, groups: int | None = None) -> list[Output]:
+    """What the file holds for a dense tensor (O, I) or (E, O, I) of which `num_values` are kept, still empty.
+
+    groups: scales per row; int8 values have one for every 128 columns unless it is given.
+    """
+    if groups is None:
+        groups = -(-shape[-1] // GROUP) if dtype == "I8" else 0
     num_matrices = shape[0] if len(shape) == 3 else 1
     lead, columns = shape[:-1], shape[-1]
     counts, value = row_type(columns), CODES[dtype]
@@ -177,14 +182,9 @@ def _part(name: str, dtype: str, *shape: int) -> Output:
     return Output(name, dtype, shape, (Hole(math.prod(shape) * BITS[dtype] // 8),))
 
 
-def num_groups(dtype: str, num_columns: int) -> int:
-    """Scales per row: of int8 values only."""
-    return -(-num_columns // GROUP) if dtype == "I8" else 0
-
-
 def num_bytes(dtype: str, shape: tuple[int, ...], num_values: int) -> int:
     """Bytes of all parts."""
-    return sum(p.num_bytes for p in parts("", dtype, shape, num_values, num_groups(dtype, shape[-1])))
+    return sum(p.num_bytes for p in parts("", dtype, shape, num_values))
 
 
 def shrinks(dtype: str, shape: tuple[int, ...], num_values: int) -> bool:
@@ -212,12 +212,14 @@ def joined(matrices: Sequence[Packed], num_axes: int) -> dict[str, np.ndarray]:
     return found
 
 
-def encode_tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> dict[str, bytes]:
+def encode_tensor(name: str, dtype: str, shape: tuple[int, ...], raw: bytes) -> list[Output]:
     """The parts of a dense tensor (O, I) or (E, O, I), in which nothing but zeros is left out."""
     rows, columns = shape[-2:]
     size = rows * columns * CODES[dtype].itemsize
     matrices = [encode(raw[at : at + size], dtype, (rows, columns)) for at in range(0, len(raw), size)]
-    return {part: array.tobytes() for part, array in joined(matrices, len(shape)).items()}
+    arrays = joined(matrices, len(shape))
+    outputs = parts(name, dtype, shape, sum(len(m.values) for m in matrices))
+    return [replace(o, parts=(Made(o.num_bytes, arrays[o.name.removeprefix(name)].tobytes),)) for o in outputs]
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -227,38 +229,15 @@ def encode_tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> dict[str, b
 class PackedTensor:
     """A packed tensor: its dense name, dtype and shape, and where its parts are. Matrices are read one at a time.
 
-    Every part is checked against the others, and against its checksum, before anything is decoded or multiplied. int8
-    values with scales decode to their products, as F32.
+    Every part is checked against the others, and against its checksum, before anything is decoded or multiplied.
     """
 
     checkpoint: Checkpoint = field(repr=False)
     name: str
-    stored: str
+    dtype: str
     shape: tuple[int, ...]
     num_groups: int
     crcs: tuple[int, ...]
-    verbatim: bool = False
-
-    @property
-    def dtype(self) -> str:
-        return "F32" if self.num_groups else self.stored
-
-    @property
-    def exact(self) -> bool:
-        return not self.num_groups
-
-    @property
-    def num_matrices(self) -> int:
-        return len(self.crcs)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return tuple(name for part in PARTS if (name := self.part(part)) in self.checkpoint.tensors)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all parts, as stored."""
-        return sum(self.checkpoint.tensors[name].num_bytes for name in self.parts)
 
     def part(self, part: str) -> str:
         return f"{self.name}.{part}"
@@ -268,9 +247,9 @@ class PackedTensor:
         """Kept values of every row, (E, O), checked to account for all values. Raises: CoterieError."""
         counts = self.checkpoint.read(self.part("rows"))
         num_rows = math.prod(self.shape[:-1])
-        rows = counts[:num_rows].reshape(self.num_matrices, -1)
+        rows = counts[:num_rows].reshape(len(self.crcs), -1)
         total = int(rows.sum(dtype=np.int64))
-        wanted = parts(self.name, self.stored, self.shape, total, self.num_groups)
+        wanted = parts(self.name, self.dtype, self.shape, total, self.num_groups)
         found = self.checkpoint.tensors[self.part("values")]
         if wanted[-1].shape != found.shape or counts[num_rows:].any():
             raise CoterieError(
@@ -287,36 +266,42 @@ class PackedTensor:
         """Matrix e, checked. Raises: CoterieError when its parts contradict each other or their checksum."""
         rows, columns = self.shape[-2:]
         first, last = (int(n) for n in self.starts[e : e + 2])
-        codes = CODES[self.stored]
+        codes = CODES[self.dtype]
         size = codes.itemsize
         values = np.frombuffer(self.checkpoint.raw(self.part("values"), first * size, (last - first) * size), codes)
         scales = self._slice("scales", e, "<f4").reshape(rows, -1) if self.num_groups else None
         mask = self._slice("mask", e, "<u4").reshape(rows, -1)
         counts = self.counts[e].astype(row_type(columns))
-        packed = Packed(self.stored, (rows, columns), mask, counts, values, scales)
+        packed = Packed(self.dtype, (rows, columns), mask, counts, values, scales)
         check(packed, self.crcs[e], f"{self.name}[{e}]" if len(self.shape) == 3 else self.name)
         return packed
 
     def _slice(self, part: str, e: int, dtype: str) -> np.ndarray:
         """The share of matrix e in a part that has equal shares."""
         name = self.part(part)
-        size = self.checkpoint.tensors[name].num_bytes // self.num_matrices
+        size = self.checkpoint.tensors[name].num_bytes // len(self.crcs)
         return np.frombuffer(self.checkpoint.raw(name, e * size, size), dtype)
 
-    def raw(self, e: int) -> bytes:
-        """Matrix e's dense bytes."""
-        packed = self.matrix(e)
-        return decode(packed) if packed.scales is None else products(packed).tobytes()
+    def coded(self) -> Coded:
+        """What it stands for: the dense tensor; of int8 values with scales their products, as F32."""
+        rounded, shape = self.num_groups > 0, self.shape[-2:]
+        dtype = "F32" if rounded else self.dtype
+        parts = tuple(name for part in PARTS if (name := self.part(part)) in self.checkpoint.tensors)
+        num_bytes = sum(self.checkpoint.tensors[name].num_bytes for name in parts)
 
-    def rows(self, e: int) -> np.ndarray:
-        """Matrix e (O, I) in float32."""
-        return values_of(self.raw(e), self.dtype, self.name).reshape(self.shape[-2:])
+        def dense(e: int) -> bytes:
+            return products(self.matrix(e)).tobytes() if rounded else decode(self.matrix(e))
 
-    def check(self, e: int) -> None:
-        self.matrix(e)
+        def rows(e: int) -> np.ndarray:
+            return values_of(dense(e), dtype, self.name).reshape(shape)
+
+        return Coded(
+            self.name, dtype, self.shape, parts, num_bytes, rows,
+            exact=not rounded, stored=self.dtype, dense=dense, packed=self.matrix,
+        )  # fmt: skip
 
 
-def read(checkpoint: Checkpoint, place: Place) -> PackedTensor | None:
+def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     """One packed tensor, its parts checked against the shape that they themselves imply."""
     name, tensors = place.name, checkpoint.tensors
     if f"{name}.layout" not in tensors:
@@ -343,7 +328,7 @@ def read(checkpoint: Checkpoint, place: Place) -> PackedTensor | None:
             raise CoterieError(f"{where}: {part.name!r} should be {part.dtype} {part.shape}; {DAMAGED}")
     if (f"{name}.scales" in tensors) != bool(group) or name in tensors or len(values.shape) != 1:
         raise CoterieError(f"{where}: stored twice, or with parts that do not belong to it; {DAMAGED}")
-    return PackedTensor(checkpoint, name, values.dtype, shape, groups, tuple(crcs))
+    return PackedTensor(checkpoint, name, values.dtype, shape, groups, tuple(crcs)).coded()
 
 
 def check_all(checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from coterie.codecs import Codec, Matrices, Place
+from coterie.codecs import Codec, Coded, Place
 from coterie.codecs.plain import check_shape, share
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import FLOATS, Checkpoint
@@ -24,7 +24,7 @@ SCALE_LIKE = re.compile(r"scale|zero")
 PARTS = ("", "_scale_inv", "_scale", ".scale", ".qscale_weight")  # a matrix has the first and one of the others
 
 
-def read(checkpoint: Checkpoint, place: Place) -> Matrices | None:
+def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     """A tensor with a scale beside it, or of a dtype that should have one. Raises where it is read, not here."""
     tensor = checkpoint.tensors.get(place.name)
     scales, unknown = _beside(place)
@@ -32,7 +32,7 @@ def read(checkpoint: Checkpoint, place: Place) -> Matrices | None:
         return None
     names = (tensor.name, *scales)
     num_bytes = sum(checkpoint.tensors[name].num_bytes for name in names)
-    return Matrices(tensor.name, "F32", tensor.shape, num_bytes, names, partial(_rows, checkpoint, place))
+    return Coded(tensor.name, "F32", tensor.shape, names, num_bytes, partial(_rows, checkpoint, place))
 
 
 def _rows(checkpoint: Checkpoint, place: Place, e: int) -> np.ndarray:

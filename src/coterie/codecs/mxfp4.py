@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from coterie.codecs import Codec, Matrices, Place
+from coterie.codecs import Codec, Coded, Place
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint, Tensor
 
@@ -17,7 +17,7 @@ POSITIVE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 VALUES = np.concatenate([POSITIVE, -POSITIVE])  # of E2M1's 16 codes
 
 
-def read(checkpoint: Checkpoint, place: Place) -> Matrices | None:
+def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     """A fused tensor (E, in, out): the layouts that have such experts call them transposed, the blocks are not."""
     blocks, scales = (checkpoint.tensors.get(place.name + part) for part in PARTS)
     if blocks is None:
@@ -31,7 +31,7 @@ def read(checkpoint: Checkpoint, place: Place) -> Matrices | None:
     num_experts, out, groups = blocks.shape[:3] if len(blocks.shape) == 4 else (place.num_matrices, 0, 0)
     size = blocks.num_bytes + (scales.num_bytes if scales else 0)
     names = tuple(place.name + part for part in PARTS)
-    return Matrices(place.name, "F32", (num_experts, 32 * groups, out), size, names, rows)
+    return Coded(place.name, "F32", (num_experts, 32 * groups, out), names, size, rows)
 
 
 def _check(place: Place, *found: Tensor | None) -> None:
@@ -45,10 +45,7 @@ def _check(place: Place, *found: Tensor | None) -> None:
 
 
 def mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """(O, G, 16) bytes of two 4-bit floats (low nibble first) and (O, G) exponents, as float32 (O, 32 G).
-
-    E2M1 values 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, times 2^(scale - 127).
-    """
+    """(O, G, 16) bytes of two 4-bit floats and (O, G) exponents, as float32 (O, 32 G)."""
     values = np.stack([VALUES[blocks & 15], VALUES[blocks >> 4]], -1).reshape(*scales.shape, 32)
     return (values * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(scales.shape[0], -1)
 

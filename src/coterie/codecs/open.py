@@ -1,4 +1,4 @@
-"""Opens what is stored in matrices: picks the codec, once for a checkpoint that names one, else tensor by tensor."""
+"""Picks the codec: once for a checkpoint whose config names one, when it is opened; else tensor by tensor."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
-from coterie.codecs import Codec, Place, codecs
+from coterie.codecs import Codec, Coded, Place, codecs
 from coterie.storage.checkpoint import BITS, Checkpoint
-from coterie.storage.planned import Coded, Planned, Shards, view
+from coterie.storage.planned import Coded, Planned, Shards, resolved, view
 from coterie.storage.shards import Made, Output, whole
 
 
 def matrices_at(checkpoint: Checkpoint, place: Place) -> Coded | None:
     """The matrices of a tensor, by the codec that they are stored in; None where no tensor is like that."""
-    return next((found for codec in codecs() if (found := codec.read(checkpoint, place))), None)
+    own = (codec for codec in codecs() if not codec.method)  # the others are decoded when the checkpoint is opened
+    return next((found for codec in own if (found := codec.read(checkpoint, place))), None)
 
 
 def codec_of(checkpoint: Checkpoint) -> Codec | None:
@@ -48,7 +49,7 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
         elif tensor.name == parts[tensor.name] + first:
             outputs[tensor.file].append(_decoded(coded[parts[tensor.name]], latest))
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    return view(checkpoint, outputs, config, coded=coded)
+    return view(checkpoint, resolved(checkpoint, outputs), config, coded=coded)
 
 
 def _decoded(found: Coded, raw: Callable[[str, int], bytes]) -> Output:
@@ -79,5 +80,5 @@ def check_coded(checkpoint: Checkpoint, on_progress: Callable[[str, int, int], N
     """Reads every matrix that is stored in parts once. Raises: CoterieError for one whose parts do not agree."""
     for done, found in enumerate(coded(checkpoint).values()):
         for e in range(found.num_matrices):
-            found.check(e)
+            (found.packed or found.rows)(e)
         on_progress("checking packed tensors", done + 1, len(coded(checkpoint)))

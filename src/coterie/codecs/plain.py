@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from coterie.codecs import Codec, Matrices, Place
+from coterie.codecs import Codec, Coded, Place
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.shards import Made, Output
 
 
-def read(checkpoint: Checkpoint, place: Place) -> Matrices | None:
+def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     """A tensor of any dtype that has numbers in it."""
     tensor = checkpoint.tensors.get(place.name)
     if tensor is None:
@@ -19,7 +20,7 @@ def read(checkpoint: Checkpoint, place: Place) -> Matrices | None:
         check_shape(place, tensor.shape)
         return share(checkpoint, place, place.name, e, len(tensor.shape) == 3).astype(np.float32, copy=False)
 
-    return Matrices(tensor.name, tensor.dtype, tensor.shape, tensor.num_bytes, (tensor.name,), rows, verbatim=True)
+    return Coded(tensor.name, tensor.dtype, tensor.shape, (tensor.name,), tensor.num_bytes, rows, verbatim=True)
 
 
 def check_shape(place: Place, shape: tuple[int, ...]) -> None:
@@ -41,4 +42,9 @@ def share(checkpoint: Checkpoint, place: Place, name: str, e: int, stacked: bool
     return values[0] if stacked else values
 
 
-CODEC = Codec(parts=("",), read=read, encode=lambda raw, dtype, shape: {"": raw})
+def encode(name: str, dtype: str, shape: tuple[int, ...], raw: bytes) -> list[Output]:
+    """The tensor itself."""
+    return [Output(name, dtype, shape, (Made(len(raw), lambda: raw),))]
+
+
+CODEC = Codec(parts=("",), read=read, encode=encode)

@@ -25,10 +25,11 @@ OURS = (
     "routers keep the rows of removed experts, which no stock config can say: written in a layout that `coterie.load` "
     "reads (--removed remove writes a stock checkpoint)"
 )
+SHAPING = ("budget", "linkage", "distance", "kappa", "min_experts", "non_uniform", "threshold", "lambda1", "lambda2")
 READ_BY = {  # option: the NEEDS of the methods that read it
-    "stats": ("stats", "outputs", "base"),
-    "weights": ("stats", "outputs"),
-    "no_guard": ("stats", "outputs", "base"),
+    "stats": ("clusters", "stats", "outputs", "base"),
+    "weights": ("clusters", "stats", "outputs"),
+    "no_guard": ("clusters", "stats", "outputs", "base"),
     "base": ("base",),
     "data": ("outputs",),
     "samples": ("outputs",),
@@ -103,7 +104,7 @@ class Pruning:
     @property
     def fate(self) -> str:
         """What becomes of removed experts' router rows: asked for, or the method's own way."""
-        return self.removed or ("constant" if self.method == "mone" else "remove")
+        return self.removed or str(getattr(methods.load(self.method), "REMOVED", "remove"))
 
     @property
     def needs(self) -> str:
@@ -130,21 +131,20 @@ def check_options(options: Pruning) -> None:
         raise CoterieError(f"--kappa {options.kappa}: expected a number of clusters, 0 or more")
     if options.min_experts is not None and options.min_experts < 1:
         raise CoterieError(f"--min-experts {options.min_experts}: expected at least 1")
-    default = Pruning()
-    shaping: tuple[str, ...] = ("budget", "linkage", "distance", "kappa", "min_experts", "non_uniform", "threshold")
-    shaping += ("lambda1", "lambda2")
-    given = [n for n in shaping if getattr(options, n) != getattr(default, n)]
-    if options.method != "stun" and given:
+    default, readers = Pruning(), ", ".join(methods.names("clusters"))
+    given = [n for n in SHAPING if getattr(options, n) != getattr(default, n)]
+    if options.needs != "clusters" and given:
         flag = f"--{given[0].replace('_', '-')}"
-        raise CoterieError(f"{flag} shapes the method stun and would be ignored by {options.method}")
+        raise CoterieError(f"{flag} shapes the method {readers} and would be ignored by {options.method}")
     if options.min_experts is not None and options.budget != "global":
         raise CoterieError("--min-experts is the floor of a global budget and would be ignored; add --budget global")
     if options.non_uniform != default.non_uniform and options.budget != "global":
         raise CoterieError("--non-uniform is about a global budget and would be ignored; add --budget global")
     if options.threshold != default.threshold and (options.linkage, options.budget) != ("official", "global"):
         raise CoterieError("--threshold would be ignored; it belongs to --linkage official --budget global")
-    if options.seed != default.seed and options.method != "random" and options.needs != "outputs":
-        raise CoterieError(f"--seed is of the method random and would be ignored by {options.method}")
+    seeded = [name for name in methods.names() if getattr(methods.load(name), "SEEDED", False)]
+    if options.seed != default.seed and options.method not in seeded and options.needs != "outputs":
+        raise CoterieError(f"--seed is of the method {', '.join(seeded)} and would be ignored by {options.method}")
     if options.min_experts is not None and options.linkage == "official":
         raise CoterieError("--min-experts: the published program knows no floor; use --linkage complete")
     _check_distance(options)
@@ -156,11 +156,10 @@ def _check_needs(options: Pruning) -> None:
     given, default, method = flat(options), flat(Pruning()), options.method
     _check_removed(options)
     for name, needs in READ_BY.items():
-        of_stun = name in ("stats", "weights", "no_guard")
-        if given[name] != default[name] and not (of_stun and method == "stun"):
-            if options.needs not in needs:
-                readers = ", ".join([*(("stun",) if of_stun else ()), *methods.names(*needs)])
-                raise CoterieError(f"--{name.replace('_', '-')} would be ignored by {method}; it is of {readers}")
+        if given[name] != default[name] and options.needs not in needs:
+            readers = sorted(methods.names(*needs), key=lambda n: methods.load(n).NEEDS != "clusters")  # those first
+            flag = f"--{name.replace('_', '-')}"
+            raise CoterieError(f"{flag} would be ignored by {method}; it is of {', '.join(readers)}")
     if options.needs == "stats" and not options.stats:
         raise CoterieError(
             f"--method {method} decides by statistics; add --stats FILE, which `coterie collect MODEL FILE` writes"
@@ -177,7 +176,7 @@ def _check_removed(options: Pruning) -> None:
     """Whether the method's choice is one for routers that stay as they are."""
     if options.fate not in REMOVED:
         raise CoterieError(f"--removed {options.fate!r}: unknown; expected one of {', '.join(REMOVED)}")
-    if options.fate != "remove" and (options.method == "stun" or options.needs == "outputs"):
+    if options.fate != "remove" and options.needs in ("clusters", "outputs"):
         raise CoterieError(
             f"--removed {options.fate}: {options.method} chooses experts that take over for those that go, which a "
             "router that still chooses these does not let them; use --removed remove, or another method"

@@ -16,10 +16,10 @@ from typing import Any
 from coterie.decide.experts import decided
 from coterie.decide.pruning import Pruning, Remaining
 from coterie.decide.pruning import check_options as check_dropping
-from coterie.decide.zeros import Calibrated, Zeroing, prune_layers, workers
+from coterie.decide.zeros import Calibrated, Workers, Zeroing
 from coterie.edits.budget import num_weights
-from coterie.edits.checks import fits_groups
 from coterie.edits.counts import count
+from coterie.edits.kinds.keep import fits_groups
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import Decision
 from coterie.errors import CoterieError
@@ -48,7 +48,7 @@ def _check(sparsity: float, expert_ratio: float | str | None, preset: str, also:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StunRecipe:
     """What was asked for, from which a plan follows for any number of experts."""
 
     source: Model
@@ -114,11 +114,18 @@ class Recipe:
         return replace(decision, plan=replace(plan, budget=budget)), zeroing
 
 
-def search(recipe: Recipe, kept: list[int], spill: Path, on_progress: Progress) -> list[dict[str, Any]]:
-    """Prunes on three quarters of the samples, without writing, for each number of experts; judges on the rest.
+@dataclass(frozen=True)
+class Split:
+    """Experts per layer, shares removed and zeroed, and the mean negative log-likelihood of a held-out token."""
 
-    -> experts per layer, shares removed and zeroed, and the mean negative log-likelihood of a held-out token.
-    """
+    experts: int
+    removed: float
+    zeros: float
+    loss: float
+
+
+def search(recipe: StunRecipe, kept: list[int], spill: Path, on_progress: Progress) -> list[Split]:
+    """Prunes on three quarters of the samples, without writing, for each number of experts; judges on the rest."""
     found = []
     for number, experts_kept in enumerate(kept):
         decision, options = recipe.plan(experts_kept)
@@ -126,8 +133,7 @@ def search(recipe: Recipe, kept: list[int], spill: Path, on_progress: Progress) 
         view = planned(recipe.source, plan, plan_outputs(recipe.source, plan))
         calibration = Calibrated(view, options, spill)
         loss = held_out_loss(calibration, _part(on_progress, f"split {number + 1} of {len(kept)}: "))
-        shares = {key: plan.budget[key] for key in ("removed", "zeros")}
-        found.append({"experts": experts_kept, **shares, "loss": loss})
+        found.append(Split(experts_kept, plan.budget["removed"], plan.budget["zeros"], loss))
     return found
 
 
@@ -146,10 +152,10 @@ def held_out_loss(calibration: Calibrated, on_progress: Progress) -> float:
         )
     calibration.use([s for i, s in enumerate(samples) if i % HELD_OUT != HELD_OUT - 1])
     shares = calibration.shares(on_progress)
-    pruner, others = workers(calibration.view, calibration.options, shares, _discard, calibration.dtype)
-    pruner.num_judged = sum(map(len, calibration.samples))
+    workers = Workers.of(calibration.view, calibration.options, shares, _discard, calibration.dtype)
+    workers.pruner.num_judged = sum(map(len, calibration.samples))
     taught, held = calibration.batches(), calibration.embed(judges)
-    for index in prune_layers(stream, [*taught, *held], pruner, others):
+    for index in workers.layers(stream, [*taught, *held]):
         on_progress("pruning layers", index + 1, len(stream.layers))
     return loss(stream.logits, held, judges)
 

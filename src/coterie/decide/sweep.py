@@ -26,7 +26,7 @@ Metric = Callable[[list[Batch], list[Batch]], float]  # last layer's outputs: (o
 
 @dataclass
 class Sweep:
-    """The model on some samples, with any of its layers condensed; `score` is what `methods/condense/layers` wants."""
+    """The model on some samples, with any of its layers condensed; `score` is what `methods/layer_search.py` wants."""
 
     blocks: Blocks
     embedded: list[Batch]

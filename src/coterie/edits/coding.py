@@ -33,8 +33,7 @@ class Coding:
 
     def parts(self, tensor: Tensor, num_values: int) -> list[Output]:
         """What the file holds for a tensor of which so many values are kept, still empty."""
-        dtype, shape = self.dtype or tensor.dtype, tensor.shape
-        return fmt.parts(tensor.name, dtype, shape, num_values, fmt.num_groups(dtype, shape[-1]))
+        return fmt.parts(tensor.name, self.dtype or tensor.dtype, tensor.shape, num_values)
 
     def num_bytes(self, tensor: Tensor, num_values: int) -> int:
         return sum(part.num_bytes for part in self.parts(tensor, num_values))

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.codecs.open import opened
-from coterie.edits.checks import check_plan
 from coterie.edits.counts import count, removed_shares
-from coterie.edits.outputs import patched_config, plan_outputs, planned, with_holes
-from coterie.edits.plan import Decision, Plan, read_plan
-from coterie.edits.routes import constants_name, routed_blocks, sealed
+from coterie.edits.outputs import check_plan, experts_left, patched_config, plan_outputs, planned, sealed, with_holes
+from coterie.edits.plan import Decision, Plan, kinds, read_plan
 from coterie.engine import Engine
 from coterie.errors import CoterieError
-from coterie.model.layer import Model, expert_names
+from coterie.model.layer import Model
 from coterie.options import Help
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.storage.copying import IO, check_io
@@ -160,11 +158,7 @@ def _checked(model: Model, decision: Decision, request: Request, prepare: Prepar
     """What is to be done, after everything that could be wrong with it was looked at."""
     plan = decision.plan
     check_plan(model, plan)
-    if routed := [block.key for block, _ in routed_blocks(model, plan)]:
-        from coterie.model.loading import check_routable
-
-        check_routable(model.checkpoint, routed)
-        plan = sealed(model, plan)
+    plan = sealed(model, plan)
     outputs = plan_outputs(model, plan)
     numbers, notes = _numbers(model, plan, outputs), [*decision.notes, *left_behind(model.checkpoint)]
     notes += left_over(request.out) if request.options.get("save") == "dense" else []
@@ -334,18 +328,11 @@ def _numbers(
 ) -> dict[str, Any]:
     """Sizes before and after, and the share removed or zero on all three bases."""
     after = [Tensor(o.name, o.dtype, o.shape, s, 0, o.num_bytes) for s, tensors in outputs.items() for o in tensors]
-    checkpoint, roles = model.checkpoint, dict(model.roles)
-    for block in model.moe:  # renumbered experts keep their role
-        below = f"{block.prefix}{block.layout.experts}"
-        roles |= {f"{below}{i}.{key}": "expert" for i, e in enumerate(block.experts) for key in e}
-        roles[constants_name(block)] = "constant"
-    counts = [count(list(checkpoint.tensors.values()), model.roles), count(after, roles)]
-    for block in model.main:  # what stays, always on, is neither removed nor zero
-        if block.key in plan.condensed:
-            routed = sum(checkpoint.tensors[n].num_parameters for n in expert_names(block))
-            counts[1]["experts"] += routed // block.num_experts * len(plan.condensed[block.key].experts)
-    main = [b for b in model.main if int(b.key) not in plan.dropped]
-    kept = {b.key: len(c.kept) if (c := plan.choice(b)) else b.num_experts for b in main if b.key not in plan.condensed}
+    checkpoint = model.checkpoint
+    counts = [count(list(checkpoint.tensors.values()), model.roles), count(after, model.roles)]
+    for kind in kinds():
+        kind.count(model, plan, counts[1])
+    left = {b.key: left.stored for b, left in experts_left(model, plan).items() if b in model.main and left.stored}
     return {
         "before": {
             "parameters": opened(root(checkpoint)).num_parameters,
@@ -355,7 +342,7 @@ def _numbers(
         "after": {
             "parameters": counts[1]["all"],
             "bytes": sum(t.num_bytes for t in after),
-            "experts": _one_or_all(kept),
+            "experts": _one_or_all(left),
         },
         "sparsity": removed_shares(counts[0], {base: n - (zeros or {}).get(base, 0) for base, n in counts[1].items()}),
     }

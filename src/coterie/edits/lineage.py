@@ -6,18 +6,15 @@ Read from `coterie.json`, step by step back: OUT may have been made from another
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from coterie.edits.plan import Plan, read_plan
+from coterie.edits.plan import KEPT, REMOVED, Outcome, Plan, kinds, read_plan
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint, resolve
 from coterie.storage.record import record_of
 
-LEVELS = ("removed", "kept", "average of a cluster", "always on (condensed)")
-REMOVED, KEPT, MERGED, CONDENSED = range(len(LEVELS))
 MOST_STEPS = 16  # a record that leads to itself would otherwise be followed for ever
 
 
@@ -67,7 +64,7 @@ def plans_between(out: str | Path, original_hash: str) -> list[Plan] | None:
     return None
 
 
-def _source_folder(source: dict[str, Any]) -> Path | None:
+def _source_folder(source: Mapping[str, object]) -> Path | None:
     """Where a record says its source is, if that is still there and still the same."""
     path = source.get("path")
     if not isinstance(path, str) or not path:
@@ -87,40 +84,22 @@ def fate(plans: Sequence[Plan], num_experts: dict[str, int]) -> Fate:
     levels = {key: [KEPT] * n for key, n in num_experts.items()}
     routed = {key: (key, tuple(range(n))) for key, n in num_experts.items()}
     for plan in plans:
-        routed = {key: _after(plan, key, *place, levels) for key, place in routed.items()}
-        routed = {str(_shifted(plan, key)): place for key, place in routed.items() if place[1]}
+        before, routed = routed, {}
+        for key, (original, ids) in before.items():
+            outcome = _outcome(plan, key, len(ids))
+            for i, e in enumerate(ids):
+                if outcome.levels.get(i) != KEPT:  # what is kept may have been an average before
+                    levels[original][e] = outcome.levels.get(i, REMOVED)
+            if outcome.routed:
+                routed[outcome.moved] = original, tuple(ids[i] for i in outcome.routed)
     return Fate({key: tuple(found) for key, found in levels.items()}, routed)
 
 
-def _after(
-    plan: Plan, key: str, original: str, ids: tuple[int, ...], levels: dict[str, list[int]]
-) -> tuple[str, tuple[int, ...]]:
-    """The original layer and ids that one step leaves of a layer's experts; `levels` is brought up to date."""
-    if int(key) not in plan.dropped and key not in plan.condensed and key not in plan.layers:
-        return original, ids
-    stays = _stays(plan, key)
-    if max(stays, default=-1) >= len(ids):
-        raise CoterieError(f"plan: layer {key!r} names expert {max(stays)}, but only {len(ids)} were there")
-    for i, e in enumerate(ids):
-        if stays.get(i) != KEPT:  # what is kept may have been an average before
-            levels[original][e] = stays.get(i, REMOVED)
-    if key not in plan.layers or int(key) in plan.dropped or key in plan.condensed:
-        return original, ()
-    whole = plan.layers[key].removed != "remove"  # the router goes on naming all
-    return original, ids if whole else tuple(ids[i] for i in stays)
-
-
-def _stays(plan: Plan, key: str) -> dict[int, int]:
-    """Expert -> its level, of those in a layer that one plan does not remove, in their new order."""
-    if int(key) in plan.dropped:
-        return {}
-    if key in plan.condensed:
-        return dict.fromkeys(plan.condensed[key].experts, CONDENSED)
-    choice = plan.layers[key]
-    averaged = {k for k, c in zip(choice.kept, choice.clusters, strict=False) if choice.merged and len(c) > 1}
-    return {e: MERGED if e in averaged else KEPT for e in choice.kept}
-
-
-def _shifted(plan: Plan, key: str) -> int:
-    """A layer's index once the plan's dropped layers are gone."""
-    return int(key) - sum(dropped < int(key) for dropped in plan.dropped)
+def _outcome(plan: Plan, key: str, num_experts: int) -> Outcome:
+    """What one plan makes of a layer's experts."""
+    outcome = Outcome(key, key, num_experts, dict.fromkeys(range(num_experts), KEPT), tuple(range(num_experts)))
+    for kind in kinds():
+        outcome = kind.trace(plan, outcome)
+    if max(outcome.levels, default=-1) >= num_experts:
+        raise CoterieError(f"plan: layer {key!r} names expert {max(outcome.levels)}, but only {num_experts} were there")
+    return outcome

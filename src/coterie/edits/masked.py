@@ -14,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from coterie.edits.outputs import block_outputs
-from coterie.edits.plan import Choice, Plan
-from coterie.edits.routes import constants_name, is_routed, routed_blocks, routes_of
+from coterie.edits.kinds.keep import renumbered
+from coterie.edits.kinds.route import constants_name, is_routed, routed_blocks, routes_of
+from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
-from coterie.model.layer import LAYER, Model, MoE
+from coterie.model.layer import LAYER, Model
 from coterie.model.routed import install
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.numerics import decode
-from coterie.storage.shards import Made
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
@@ -93,23 +91,11 @@ def mask_experts(model: Any, source: Model, plan: Plan) -> MaskedRouting:
             for name in block.rows:
                 if "bias" in name.rpartition(".")[2]:  # others, such as scales, choose nothing
                     twin(model, checkpoint, name)[..., dropped] = -torch.inf
-            for name, table in _tables(checkpoint, block, choice).items():
+            for name in block.tables:  # of token -> expert, with original ids: the dropped ones' stand-ins
+                table = np.array(choice.kept)[renumbered(checkpoint, block, choice, name)]
                 loaded = twin(model, checkpoint, name)
                 loaded.copy_(torch.from_numpy(table).reshape(loaded.shape))
     return routing
-
-
-def _tables(checkpoint: Checkpoint, block: MoE, choice: Choice) -> dict[str, np.ndarray]:
-    """The block's tables of token -> expert with original ids, the dropped ones replaced by their stand-ins."""
-    if not block.tables:
-        return {}
-    outputs, found = block_outputs(checkpoint, block, choice), {}
-    for name in block.tables:
-        output = outputs[name]
-        assert output is not None
-        raw = b"".join(part.make() for part in output.parts if isinstance(part, Made))
-        found[name] = np.array(choice.kept)[decode(raw, output.dtype, name)]
-    return found
 
 
 def twin(model: Any, checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -1,20 +1,26 @@
-"""Decisions as data: what `prune` and its sisters decide, and `apply` executes. JSON, so it can be read and edited."""
+"""Decisions as data: what `prune` and its sisters decide, and `apply` executes. JSON, so it can be read and edited.
+
+A plan holds entries of several kinds. Whatever concerns one kind, from reading its entries to verifying what they made,
+stands in one file of `kinds/` and is collected in a `Kind`; what concerns a whole plan is a loop over the kinds.
+"""
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from coterie.edits.kinds import modules
 from coterie.errors import CoterieError
-from coterie.model.layer import MoE
-from coterie.storage.checkpoint import load_json
+from coterie.model.layer import Model, MoE
+from coterie.storage.checkpoint import Checkpoint, load_json
+from coterie.storage.shards import Output
 
-REMOVED = ("remove", "null", "constant", "alias")  # what becomes of the router rows of experts that go
-
-LARGEST = 1e300  # of a gate; Python's integers go beyond any float
+LEVELS = ("removed", "kept", "average of a cluster", "always on (condensed)")  # what may become of an expert
+REMOVED, KEPT, MERGED, CONDENSED = range(len(LEVELS))
 
 
 @dataclass(frozen=True)
@@ -43,20 +49,9 @@ class Choice:
         return index
 
     def as_dict(self) -> dict[str, Any]:
-        result: dict[str, Any] = {"kept": list(self.kept)}
-        if self.clusters:
-            result["clusters"] = [list(c) for c in self.clusters]
-        if self.merged:
-            result["merged"] = True
-        if self.shares:
-            result["shares"] = [list(s) for s in self.shares]
-        if self.aligned:
-            result["aligned"] = True
-        if self.removed != "remove":
-            result["removed"] = self.removed
-        if self.constants:
-            result["constants"] = self.constants
-        return result
+        """As JSON, without what has its default."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: as_json(found[f.name]) for f in fields(self) if found[f.name] != f.default}
 
 
 @dataclass(frozen=True)
@@ -70,9 +65,6 @@ class Condensed:
     gates: tuple[float, ...]
     shared_gate: float = 1.0
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"experts": list(self.experts), "gates": list(self.gates), "shared_gate": self.shared_gate}
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -82,6 +74,7 @@ class Plan:
     condensed: the layers that become dense; dropped: decoder layers that go, whole; converted: the model type to say
     the result in, where the model's own cannot.
     constants: where those of `Choice.removed` come from: {"stats": path, "weights": {domain: weight}}.
+    entries: those of all other kinds, by their keys; of a key that stands in layers, by layer.
     """
 
     layers: dict[str, Choice]
@@ -92,22 +85,50 @@ class Plan:
     condensed: dict[str, Condensed] = field(default_factory=dict)
     dropped: tuple[int, ...] = ()
     converted: str | None = None
-    constants: dict[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    entries: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def choices(self) -> dict[tuple[str, bool], Choice]:
+        """All, by layer and whether they are of its attention experts."""
+        found = {(key, False): choice for key, choice in self.layers.items()}
+        return found | {(key, True): choice for key, choice in self.attention.items()}
 
     def choice(self, block: MoE) -> Choice | None:
         return (self.attention if block.attention else self.layers).get(block.key)
 
+    def chosen(self, model: Model) -> Iterator[tuple[MoE, Choice]]:
+        """The blocks with a choice, but for those that go whole with their prediction layer."""
+        for block in model.moe:
+            choice = self.choice(block)
+            if choice and not (block.mtp and self.drop_mtp):
+                yield block, choice
+
+    def at(self, key: str) -> Any:
+        """The entries under a key; nothing where there are none."""
+        return getattr(self, key) if key in NAMED else self.entries.get(key, {})
+
     def as_dict(self) -> dict[str, Any]:
-        layers: dict[str, Any] = {key: choice.as_dict() for key, choice in self.layers.items()}
+        layers = {key: choice.as_dict() for key, choice in self.layers.items()}
         for key, choice in self.attention.items():
             layers.setdefault(key, {})["attention"] = choice.as_dict()
-        for key, shares in self.sparsity.items():
-            layers.setdefault(key, {})["sparsity"] = shares
-        layers |= {key: {"condensed": condensed.as_dict()} for key, condensed in self.condensed.items()}
-        result: dict[str, Any] = {"layers": layers, "budget": self.budget}
-        extra: dict[str, Any] = {"drop_mtp": self.drop_mtp, "dropped": list(self.dropped), "converted": self.converted}
-        extra["constants"] = self.constants
-        return result | {key: value for key, value in extra.items() if value}
+        for name in (name for kind in kinds() for name in kind.layer.names):
+            for key, entry in self.at(name).items():
+                layers.setdefault(key, {})[name] = as_json(entry)
+        whole = {name: as_json(self.at(name)) for kind in kinds() for name in kind.plan.names}
+        return {"layers": layers, "budget": self.budget} | {name: value for name, value in whole.items() if value}
+
+
+NAMED = {f.name for f in fields(Plan)}
+
+
+def as_json(value: object) -> Any:
+    """Tuples as lists, dataclasses as objects."""
+    if isinstance(value, tuple):
+        return [as_json(item) for item in value]
+    if is_dataclass(value):
+        return {f.name: as_json(getattr(value, f.name)) for f in fields(value)}
+    return value
 
 
 @dataclass(frozen=True)
@@ -124,9 +145,114 @@ class Decision:
     announced: str = ""
 
 
-def command_of(source: str | Path | dict[str, Any]) -> str | None:
+# --- what a kind of entry is -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of one JSON object that a kind owns. `read(where, object)` -> what each stands for; errors name `where`."""
+
+    names: tuple[str, ...] = ()
+    read: Callable[[str, Any], Mapping[str, object]] = lambda where, found: {}
+
+
+@dataclass(frozen=True)
+class Left:
+    """How many experts of a block are stored afterwards, and how many its router chooses among."""
+
+    stored: int  # 0: the layer goes, which config.json says last
+    rows: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of one layer's experts, numbered as before the plan.
+
+    key, moved: the layer's, before and afterwards. levels: indices into LEVELS, of the experts that are not removed.
+    routed: those that its router names afterwards, in their new order; none where it has no router then.
+    """
+
+    key: str
+    moved: str
+    num_experts: int
+    levels: Mapping[int, int]
+    routed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A written checkpoint, the options of the command that wrote it, and its tensors whose exact bytes are lost."""
+
+    checkpoint: Checkpoint
+    options: Mapping[str, object]
+    lost: Set[str]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a kind found of the tensors that cannot be compared byte for byte with what is computed again.
+
+    tensors: those that it looked at. differing: those of them with other bytes than recorded. added: those beyond the
+    original's.
+    """
+
+    tensors: Set[str] = frozenset()
+    differing: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+    added: Set[str] = frozenset()
+    note: str = ""
+
+
+Outputs = dict[str, tuple[Output, ...]]  # source tensor -> what stands in its place
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of entry. Every part is called for every plan, and has nothing to do where that has no such entry.
+
+    order: in which kinds are read, written and executed, from the lowest; those of one order by name. What a later kind
+    makes counts. Checks go from the last to the first: the later kind knows which others it excludes.
+    block: keys of a `Choice`. layer: keys beside it in the layer's object. plan: keys of the whole plan.
+    check: raises CoterieError for entries that do not fit the model, or exclude others that the plan has.
+    seal: the plan with what is filled in when it is executed. Raises: CoterieError for what could not be loaded.
+    leave: takes away the experts that go, or the whole block, in `left` (in place).
+    outputs: source tensor -> what stands in its place, given what the kinds before made; others stay as they are.
+    patch: says in `config` (in place) what changed.
+    count: corrects `counts` (in place): parameters of the outputs on the bases of `counts.py`, as their shapes say.
+    trace: what becomes of a layer's experts, given what became of them by the kinds before.
+    agree: raises CoterieError where the blocks that a written checkpoint has are not those that the plan leaves.
+    verify: of tensors that are not to be computed again from the source, whether they are as they should be.
+    unlike: why the written model's logits cannot be compared with the original's; "" where they can.
+    """
+
+    order: int = 100
+    block: Keys = Keys()
+    layer: Keys = Keys()
+    plan: Keys = Keys()
+    check: Callable[[Model, Plan], None] = lambda model, plan: None
+    seal: Callable[[Model, Plan], Plan] = lambda model, plan: plan
+    leave: Callable[[Plan, dict[MoE, Left]], None] = lambda plan, left: None
+    outputs: Callable[[Model, Plan, Outputs], Outputs] = lambda model, plan, made: {}
+    patch: Callable[[dict[str, Any], Model, Plan], None] = lambda config, model, plan: None
+    count: Callable[[Model, Plan, dict[str, int]], None] = lambda model, plan, counts: None
+    trace: Callable[[Plan, Outcome], Outcome] = lambda plan, before: before
+    agree: Callable[[tuple[MoE, ...], Plan], None] = lambda blocks, plan: None
+    verify: Callable[[Written, Model, Plan], Verified] = lambda written, source, plan: Verified()
+    unlike: Callable[[Plan], str] = lambda plan: ""
+
+
+@cache
+def kinds() -> tuple[Kind, ...]:
+    """All kinds, in their order."""
+    return tuple(sorted((module.KIND for module in modules()), key=lambda kind: kind.order))
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def command_of(source: str | Path | Mapping[str, Any]) -> str | None:
     """The command that a record names; nothing for a plan alone."""
-    content = source if isinstance(source, dict) else load_json(_file(source))
+    content = source if isinstance(source, Mapping) else load_json(_file(source))
     found = content.get("command")
     return found if isinstance(found, str) else None
 
@@ -138,12 +264,12 @@ def _file(source: str | Path) -> Path:
     return path / "coterie.json" if folder else path
 
 
-def read_plan(source: str | Path | dict[str, Any]) -> Plan:
+def read_plan(source: str | Path | Mapping[str, Any]) -> Plan:
     """A plan from a `coterie.json`, from its `plan` object alone, or from such a dictionary.
 
     Raises: CoterieError naming the layer and what is wrong with it.
     """
-    if isinstance(source, dict):
+    if isinstance(source, Mapping):
         where, content = "plan", source
     else:
         where, content = str(source), load_json(_file(source))
@@ -151,125 +277,45 @@ def read_plan(source: str | Path | dict[str, Any]) -> Plan:
     layers = content.get("layers") if isinstance(content, dict) else None
     if not isinstance(layers, dict):
         raise CoterieError(f"{where}: no `layers` object; expected a coterie.json or its `plan`")
-    known = {"layers", "budget", "drop_mtp", "dropped", "converted", "constants"}
+    known = {"layers", "budget"}.union(*(kind.plan.names for kind in kinds()))
     if set(content) - known:
         raise CoterieError(f"{where}: unknown keys {sorted(set(content) - known)}; expected {sorted(known)}")
-    experts, attention, sparsity, condensed = {}, {}, {}, {}
+    found: dict[str, Any] = {"layers": {}, "budget": content.get("budget", {})}
     for key, value in layers.items():
-        at = f"{where}: layer {key!r}"
-        if not isinstance(value, dict):
-            raise CoterieError(f"{at}: expected an object, found {value!r:.60}")
-        if "condensed" in value:
-            condensed[key] = _condensed(at, value)
-            continue
-        if set(value) - {"attention", "sparsity"}:
-            experts[key] = _choice(at, {k: v for k, v in value.items() if k not in ("attention", "sparsity")})
-        if "attention" in value:
-            attention[key] = _choice(f"{at} (attention)", value["attention"])
-        if "sparsity" in value:
-            sparsity[key] = _shares(at, value["sparsity"])
-    budget = content.get("budget", {})
-    if not isinstance(budget, dict) or not isinstance(content.get("drop_mtp", False), bool):
+        for name, entry in _layer(f"{where}: layer {key!r}", value):
+            found.setdefault(name, {})[key] = entry
+    if not isinstance(found["budget"], dict):
         raise CoterieError(f"{where}: budget must be an object and drop_mtp a boolean")
-    dropped, converted = content.get("dropped", []), content.get("converted")
-    if not _ids(dropped) or list(dropped) != sorted(set(dropped)) or not isinstance(converted, str | None):
-        raise CoterieError(f"{where}: dropped must be ascending layer numbers and converted a model type")
-    constants = _source_of_constants(where, content.get("constants", {}))
-    return Plan(
-        experts, attention, budget, content.get("drop_mtp", False), sparsity, condensed, tuple(dropped), converted,
-        constants,
-    )  # fmt: skip
+    for kind in kinds():
+        found |= kind.plan.read(where, content)
+    named = {name: found.pop(name) for name in NAMED & found.keys()}
+    return Plan(**named, entries=found)
+
+
+def _layer(at: str, value: Any) -> Iterator[tuple[str, object]]:
+    """(attribute or key of the plan, entry) of all that a layer's object holds."""
+    if not isinstance(value, dict):
+        raise CoterieError(f"{at}: expected an object, found {value!r:.60}")
+    for kind in reversed(kinds()):
+        if value.keys() & set(kind.layer.names):
+            yield from kind.layer.read(at, value).items()
+    beside = {"attention"}.union(*(kind.layer.names for kind in kinds()))
+    if value.keys() - beside:
+        yield "layers", _choice(at, {key: found for key, found in value.items() if key not in beside})
+    if "attention" in value:
+        yield "attention", _choice(f"{at} (attention)", value["attention"])
 
 
 def _choice(at: str, value: Any) -> Choice:
-    known = ("kept", "clusters", "merged", "shares", "aligned", "removed", "constants")
+    known = [name for kind in kinds() for name in kind.block.names]
     if not isinstance(value, dict) or set(value) - set(known):
         raise CoterieError(f"{at}: expected the keys {', '.join(known)} and sparsity, found {value!r:.120}")
-    kept, clusters, merged = value.get("kept"), value.get("clusters", []), value.get("merged", False)
-    if not _ids(kept) or not kept or list(kept) != sorted(set(kept)):
-        raise CoterieError(f"{at}: `kept` must be ascending, distinct expert ids, found {kept!r:.120}")
-    if not isinstance(clusters, list) or not all(_ids(c) for c in clusters) or not isinstance(merged, bool):
-        raise CoterieError(f"{at}: `clusters` must be lists of expert ids and `merged` a boolean")
-    if clusters and (len(clusters) != len(kept) or any(k not in c for k, c in zip(kept, clusters, strict=True))):
-        raise CoterieError(f"{at}: `clusters` must name, for each kept expert, the cluster it belongs to")
-    members = [e for c in clusters for e in c]
-    if len(set(members)) != len(members):
-        raise CoterieError(f"{at}: an expert stands in two clusters")
-    if merged and not clusters:
-        raise CoterieError(f"{at}: merged experts need their clusters")
-    shares, aligned = _means(at, value, clusters, merged)
-    removed, constants = _removed(at, value, clusters)
-    return Choice(tuple(kept), tuple(tuple(c) for c in clusters), merged, shares, aligned, removed, constants)
+    found: dict[str, Any] = {}
+    for kind in kinds():
+        found |= kind.block.read(at, value)
+    return Choice(**found)
 
 
-def _removed(at: str, value: dict[str, Any], clusters: list[Any]) -> tuple[str, str]:
-    """What becomes of the removed experts' router rows, and the fingerprint of the constants in their place."""
-    removed, constants = value.get("removed", "remove"), value.get("constants", "")
-    if removed not in REMOVED:
-        raise CoterieError(f"{at}: `removed` is {removed!r:.60}; expected one of {', '.join(REMOVED)}")
-    if removed != "remove" and bool(clusters) != (removed == "alias"):
-        raise CoterieError(f"{at}: `removed` is {removed!r}; alias needs `clusters`, and null and constant have none")
-    is_hash = isinstance(constants, str) and len(constants) == 64 and set(constants) <= set("0123456789abcdef")
-    if constants != "" and not (is_hash and removed == "constant"):
-        raise CoterieError(
-            f"{at}: `constants` is {constants!r:.80}; expected a SHA-256 beside `removed`: 'constant', or none"
-        )
-    return removed, constants
-
-
-def _source_of_constants(where: str, value: Any) -> dict[str, Any]:
-    """Where constants come from. Raises: CoterieError for anything but a path and weights."""
-    given = value if isinstance(value, dict) else {"": value}
-    weights = given.get("weights", {})
-    numbers: list[Any] = list(weights.values()) if isinstance(weights, dict) else [None]
-    known = not set(given) - {"stats", "weights"} and isinstance(given.get("stats"), str)
-    if given and not (known and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)):
-        raise CoterieError(
-            f"{where}: `constants` must say of which `stats` (a path) and with which `weights` of domains, found "
-            f"{value!r:.120}"
-        )
-    return given
-
-
-def _means(at: str, value: dict[str, Any], clusters: list[Any], merged: bool) -> tuple[tuple[Any, ...], bool]:
-    """How merged experts are averaged: the members' shares, and whether their neurons are aligned."""
-    shares, aligned = value.get("shares", []), value.get("aligned", False)
-    if not isinstance(aligned, bool) or ((shares or aligned) and not merged):
-        raise CoterieError(f"{at}: `shares` and `aligned` (a boolean) are of merged experts")
-    if not isinstance(shares, list) or (shares and [len(c) for c in clusters] != _lengths(shares)):
-        raise CoterieError(f"{at}: `shares` must give one number for every member of every cluster")
-    numbers = [n for s in shares for n in s]
-    if not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers) or any(abs(sum(s) - 1) > 1e-6 for s in shares):
-        raise CoterieError(f"{at}: `shares` must be numbers from 0 to 1 that sum to 1 in every cluster")
-    return tuple(tuple(map(float, s)) for s in shares), aligned
-
-
-def _lengths(lists: list[Any]) -> list[int]:
-    """Of lists; -1 for what is none."""
-    return [len(found) if isinstance(found, list) else -1 for found in lists]
-
-
-def _condensed(at: str, value: dict[str, Any]) -> Condensed:
-    found = value["condensed"]
-    if len(value) > 1 or not isinstance(found, dict) or set(found) - {"experts", "gates", "shared_gate"}:
-        raise CoterieError(
-            f"{at}: expected `condensed` alone, with the keys experts, gates and shared_gate, found {value!r:.120}"
-        )
-    experts, gates, shared = found.get("experts"), found.get("gates"), found.get("shared_gate", 1.0)
-    if not isinstance(experts, list) or not _ids(experts) or len(set(experts)) != len(experts):
-        raise CoterieError(f"{at}: `experts` must be distinct expert ids, found {experts!r:.120}")
-    numbers: list[Any] = [*gates, shared] if isinstance(gates, list) else []
-    if len(numbers) != len(experts) + 1 or not all(type(n) in (int, float) and abs(n) < LARGEST for n in numbers):
-        raise CoterieError(f"{at}: `gates` must give one number per expert and `shared_gate` one, found {found!r:.120}")
-    return Condensed(tuple(experts), tuple(map(float, numbers[:-1])), float(shared))
-
-
-def _shares(at: str, value: Any) -> dict[str, float]:
-    given = value if isinstance(value, dict) else {}
-    if not given or not all(type(v) in (int, float) and 0 <= v <= 1 for v in given.values()):
-        raise CoterieError(f"{at}: `sparsity` must give the share of zeros by tensor role, found {value!r:.120}")
-    return {str(role): float(share) for role, share in given.items()}
-
-
-def _ids(value: Any) -> bool:
+def are_ids(value: Any) -> bool:
+    """Whether it is a list of whole numbers from 0 on."""
     return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)

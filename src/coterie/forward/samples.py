@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.errors import CoterieError
@@ -34,13 +35,13 @@ class Calibration:
     samples: None where the command chooses a number.
     """
 
-    data: Annotated[dict[str, Any], DATA] = field(default_factory=dict)
+    data: Annotated[dict[str, Path], DATA] = field(default_factory=dict)
     samples: Annotated[int | None, SAMPLES] = 128
     seq_len: Annotated[int, Help("Tokens of each.")] = 2048
     seed: Annotated[int, Help("Which passages of the data are drawn.")] = 0
 
     @property
-    def sizes(self) -> dict[str, Any]:
+    def sizes(self) -> dict[str, object]:
         """All but the files, for the record."""
         return {"samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from coterie.codecs.open import inexact
-from coterie.edits.checks import check_plan
-from coterie.edits.convert import converted
+from coterie.edits.kinds.convert import converted
 from coterie.edits.lineage import plan_of
-from coterie.edits.outputs import patched_config, plan_outputs
-from coterie.edits.routes import compared_constants, constants_name, routed_blocks
-from coterie.edits.zeros import zero_faults
+from coterie.edits.outputs import check_plan, patched_config, plan_outputs
+from coterie.edits.plan import Written, kinds
 from coterie.errors import reading
 from coterie.judge.files import Answer, first
 from coterie.model.layer import Model
@@ -36,47 +33,55 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
         return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
     source = converted(source, plan.converted)
     check_plan(source, plan)
-    rounded = inexact(out)
-    outputs = [o for shard in plan_outputs(source, plan).values() for o in shard if o.name not in rounded]
+    lost = inexact(out)
+    outputs = [o for shard in plan_outputs(source, plan).values() for o in shard if o.name not in lost]
     faults = _header_faults(out, outputs)
     config = patched_config(source, plan)
     wrong = [key for key in {*config, *out.config} if config.get(key) != out.config.get(key)]
     if wrong:
         faults.append(f"config.json is not the original's with new counts: {first(wrong)}")
-    pruned: set[str] = set()
-    if not faults and plan.sparsity:
-        pruned, faults = zero_faults(out, source, plan, corrected=_corrected(record), without=rounded)
+    if faults:
+        return False, "; ".join(faults), None
+    written = Written(out, object_at(record, "options"), lost)
+    found = [kind.verify(written, source, plan) for kind in kinds()]
+    faults = [fault for verified in found for fault in verified.faults]
     if not faults:
-        constants, others = compared_constants(out, source, plan)
-        same = [o for o in outputs if o.name not in pruned | constants]
-        differing = others + list(_differing(out, source.checkpoint, same, on_progress))
-        faults += [f"other bytes in {first(differing)}"] if differing else []
-    zeroed = f", {len(pruned):,} with zeros, as many as recorded" if pruned else ""
-    added = {constants_name(b) for b, choice in routed_blocks(source, plan) if choice.removed == "constant"}
-    outputs = [o for o in outputs if o.name not in added]
-    zeroed += f", {len(added):,} with constants added" if added else ""
-    zeroed += _said_of(rounded)
-    return not faults, "; ".join(faults) or _tally(source.checkpoint, outputs) + zeroed, None
+        judged = {name for verified in found for name in verified.tensors}
+        differing = [name for verified in found for name in verified.differing]
+        same = [o for o in outputs if o.name not in judged]
+        faults = _said_to_differ([*differing, *_differing(out, source.checkpoint, same, on_progress)])
+    added = {name for verified in found for name in verified.added}
+    tally = _tally(source.checkpoint, [o for o in outputs if o.name not in added])
+    notes = "".join(verified.note for verified in found) + _said_of(lost)
+    return not faults, "; ".join(faults) or tally + notes, None
 
 
 def _said_of(rounded: set[str]) -> str:
     return f"; not compared: {len(rounded):,} that packing rounded to int8" if rounded else ""
 
 
-def _was_packed_from(record: dict[str, Any] | None, source: Checkpoint) -> bool:
+def _said_to_differ(names: Collection[str]) -> list[str]:
+    return [f"other bytes in {first(names)}"] if names else []
+
+
+def _was_packed_from(record: object, source: Checkpoint) -> bool:
     """Whether `coterie pack` (or unpack) made OUT from this very checkpoint, rather than a command before it."""
     return source.hash in (object_at(record, "report", f"{done}_from").get("hash") for done in ("packed", "unpacked"))
 
 
-def _check_same(out: Checkpoint, source: Checkpoint, on_progress: Progress) -> Answer:
-    """OUT stands for the very bytes of the dense checkpoint that it was packed from."""
+def _compared(out: Checkpoint, source: Checkpoint, on_progress: Progress) -> tuple[list[str], set[str], int]:
+    """Faults of a copy in its names, shapes and config; else the tensors with other bytes; and how many there are."""
     rounded = inexact(out)
     outputs = [output for output in _whole(source) if output.name not in rounded]
     faults = _header_faults(out, outputs) + ([] if out.config == source.config else ["config.json is another"])
-    if not faults:
-        differing = list(_differing(out, source, outputs, on_progress))
-        faults += [f"other bytes in {first(differing)}"] if differing else []
-    return not faults, "; ".join(faults) or f"{len(outputs):,} kept as is" + _said_of(rounded), None
+    return faults, set() if faults else set(_differing(out, source, outputs, on_progress)), len(outputs)
+
+
+def _check_same(out: Checkpoint, source: Checkpoint, on_progress: Progress) -> Answer:
+    """OUT stands for the very bytes of the dense checkpoint that it was packed from."""
+    faults, differing, number = _compared(out, source, on_progress)
+    faults += _said_to_differ(differing)
+    return not faults, "; ".join(faults) or f"{number:,} kept as is" + _said_of(inexact(out)), None
 
 
 def _whole(source: Checkpoint) -> list[Output]:
@@ -96,27 +101,14 @@ def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = n
         return False, f"{source.path} is not the model that was trained, {recorded.get('path')!s:.200}", None
     listed = trained.get("tensors")
     if not isinstance(listed, list) or not all(isinstance(name, str) and name in source.tensors for name in listed):
-        return (
-            False,
-            "coterie.json does not say which of the model's tensors were trained (report.trained.tensors)",
-            None,
-        )
+        fault = "coterie.json does not say which of the model's tensors were trained (report.trained.tensors)"
+        return False, fault, None
+    faults, differing, _ = _compared(out, source, on_progress)
+    faults += _said_to_differ(differing - set(listed))
     rounded = inexact(out)
-    outputs = [output for output in _whole(source) if output.name not in rounded]
-    faults = _header_faults(out, outputs) + ([] if out.config == source.config else ["config.json is another"])
-    if not faults:
-        differing = set(_differing(out, source, outputs, on_progress))
-        wrong = differing - set(listed)
-        faults += [f"other bytes in {first(wrong)}"] if wrong else []
-    same, lost = len(source.tensors) - len({*listed, *rounded}), _said_of(rounded)
-    said = f"{same:,} kept as is, {len(listed):,} trained, {len(differing):,} changed" if not faults else ""
-    return not faults, "; ".join(faults) or said + lost, None
-
-
-def _corrected(record: dict[str, Any] | None) -> bool:
-    """Whether the rule also changed the weights that stayed."""
-    options = object_at(record, "options")
-    return "sparsegpt" in (options.get("method"), options.get("second"))
+    same = len(source.tensors) - len({*listed, *rounded})
+    said = f"{same:,} kept as is, {len(listed):,} trained, {len(differing):,} changed"
+    return not faults, "; ".join(faults) or said + _said_of(rounded), None
 
 
 def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:
@@ -186,18 +178,18 @@ class _Reader(contextlib.ExitStack):
 def _tally(source: Checkpoint, outputs: list[Output]) -> str:
     """How many tensors had which fate."""
     originals = {output.name: output for output in _whole(source)}
-    fates = Counter(_fate(originals, output) for output in outputs)
+    decoded = {part for output in originals.values() for part in output.parts if isinstance(part, Made)}
+    fates = Counter(_fate(originals.get(output.name), output, decoded) for output in outputs)
     fates["dropped"] = max(0, len(source.tensors) - len(outputs))
     always = dict.fromkeys(("kept as is", "renamed", "row-sliced", "computed", "dropped"), 0)
     return ", ".join(f"{count:,} {fate}" for fate, count in (always | fates).items())
 
 
-def _fate(originals: dict[str, Output], output: Output) -> str:
-    """What became of one source tensor on its way to an output."""
-    original = originals.get(output.name)
+def _fate(original: Output | None, output: Output, decoded: set[Made]) -> str:
+    """What became of one source tensor on its way to an output. `decoded`: what the source itself is made of."""
     if original and output.parts == original.parts:
         return "kept as is"
-    if any(isinstance(part, Made) for part in output.parts):
+    if any(isinstance(part, Made) and part not in decoded for part in output.parts):
         return "computed"
     same_shape = original is None or original.shape == output.shape
     return "renamed" if same_shape and len(output.parts) == 1 else "row-sliced"

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from coterie.decide.always_on import Blocks
-from coterie.edits.outputs import plan_outputs, planned
+from coterie.edits.outputs import planned
 from coterie.edits.plan import Plan
 from coterie.forward.stream import advance
 from coterie.model.layer import Model
@@ -24,7 +24,7 @@ def explicit_logits(source: Model, plan: Plan, sequences: list[list[int]]) -> li
     """
     if plan.layers or plan.attention:
         pruned = replace(plan, condensed={}, dropped=(), converted=None, budget={"layout": "coterie"})
-        source = planned(source, pruned, plan_outputs(source, pruned))
+        source = planned(source, pruned)
     blocks = Blocks(source, torch.float32)
     batches = blocks.stream.embed(sequences)
     for index in range(blocks.num_layers):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.codecs.open import check_coded, codec_of, coded, inexact, opened
-from coterie.edits.plan import Plan, read_plan
+from coterie.edits.plan import Plan, kinds, read_plan
 from coterie.errors import CoterieError
 from coterie.model.family import detect
 from coterie.model.layer import LAYER, Model, MoE
@@ -68,20 +68,8 @@ def _check_index(out: Checkpoint) -> None:
 
 def _check_counts(blocks: tuple[MoE, ...], plan: Plan) -> str:
     """Raises: CoterieError unless every block holds the experts that the plan keeps."""
-    found = {(block.key, block.attention): block.num_experts for block in blocks}
-    for keys, attention in ((plan.layers, False), (plan.attention, True)):
-        for key, choice in keys.items():
-            count = found.get((key, attention))
-            if count != len(choice.kept):
-                where = f"layer {key}" + (" (attention)" if attention else "")
-                shown = "no experts" if count is None else f"{count} experts"
-                raise CoterieError(f"{where} has {shown}; the plan in coterie.json keeps {len(choice.kept)}")
-    whole = next((key for key in plan.condensed if (key, False) in found), None)
-    if whole is not None:
-        raise CoterieError(f"layer {whole} has experts; the plan in coterie.json condenses it")
-    left = [block.name for block in blocks if block.mtp and plan.drop_mtp]
-    if left:
-        raise CoterieError(f"{left[0]} is a multi-token-prediction layer; the plan in coterie.json drops those")
+    for kind in kinds():
+        kind.agree(blocks, plan)
     return "as the plan in coterie.json says"
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from coterie.errors import CoterieError
 from coterie.forward.data import parse_data
 from coterie.model.loading import DTYPES
 from coterie.options import Help
 
+Files = Mapping[str, str | Path]  # by the name of the data set
 
-def judged_files(data: dict[str, Any] | Sequence[str] | str | None) -> dict[str, Any]:
+
+def judged_files(data: Files | Sequence[str] | str | None) -> Files:
     """Files by name: as a dictionary, or from `NAME=FILE` items."""
-    return data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data or ())
+    return data if isinstance(data, Mapping) else parse_data([data] if isinstance(data, str) else data or ())
 
 
 def task_names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from coterie.codecs.open import inexact
-from coterie.edits.convert import converted
+from coterie.edits.kinds.convert import converted
 from coterie.edits.lineage import plan_of
-from coterie.edits.plan import Plan
+from coterie.edits.plan import Plan, kinds
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, encode
 from coterie.judge.files import Answer, first
@@ -84,10 +84,8 @@ def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], log
         return True, "not compared: OUT gave no logits", None
     if inexact(out):
         return True, "not compared: packing rounded weights to int8", None
-    if plan.sparsity:
-        return True, "not compared: weights were zeroed; every byte that stayed was", None
-    if any(choice.merged for choice in (*plan.layers.values(), *plan.attention.values())):
-        return True, "not compared: experts were averaged, so the original has no such experts to leave on", None
+    if reason := next((why for kind in reversed(kinds()) if (why := kind.unlike(plan))), ""):
+        return True, f"not compared: {reason}", None
     if plan.condensed or plan.dropped or plan.converted:
         return _check_explicit(source, plan, sequences, logits)
     short = float32_short(source.checkpoint)

@@ -227,7 +227,7 @@ def subject(view: Checkpoint) -> Subject | None:
         return None
     block = model.main[len(model.main) // 2]
     names = [n for n in expert_weights(view, block) if len(view.tensors[n].shape) in (2, 3)]
-    held = {name: found for name, found in coded(view).items() if isinstance(found, fmt.PackedTensor)}
+    held = {name: found.packed for name, found in coded(view).items() if found.packed}
     names = [n for n in names if n in held] or [n for n in names if view.tensors[n].dtype in ("BF16", "F16", "F32")]
     if not names:
         return None
@@ -235,7 +235,7 @@ def subject(view: Checkpoint) -> Subject | None:
     tensor = view.tensors[name]
     shape = (tensor.shape[-2], tensor.shape[-1])
     if name in held:
-        packed = held[name].matrix(0)
+        packed = held[name](0)
     else:
         size = tensor.num_bytes // (tensor.shape[0] if len(tensor.shape) == 3 else 1)
         packed = fmt.encode(view.raw(name, 0, size), tensor.dtype, shape)

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coterie.codecs import Place
+from coterie.codecs import Coded, Place
 from coterie.codecs.open import matrices_at
 from coterie.errors import CoterieError
 from coterie.model.family import lookup
 from coterie.model.layer import MoE
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode
-from coterie.storage.planned import Coded
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from coterie.codecs import Coded
 from coterie.codecs.bits import (
     CLOSED,
     FORMAT,
     METHOD,
     PARTS,
     Packed,
-    PackedTensor,
     check_settings,
     encode,
     joined,
@@ -41,7 +42,7 @@ from coterie.kernels import experts as sparse_experts
 from coterie.kernels.experts import IMPLEMENTATION, SparseExperts, SparseLinear
 from coterie.kernels.memory import TORCH, Arena, Matrix, Stack, load
 from coterie.model.experts import expert_matrices
-from coterie.model.layer import Model, MoE
+from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.loading import decoder_layers
 from coterie.model.moe import experts_modules
 from coterie.storage.checkpoint import Checkpoint
@@ -79,7 +80,7 @@ class CoterieQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise CoterieError("a dense checkpoint cannot be packed while it is loaded: use `coterie pack DENSE OUT`")
         self.placed: list[Placed] = []
-        self.packed: dict[str, PackedTensor] = {}
+        self.packed: Mapping[str, Coded] = {}
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         """Takes the weights that are packed out of the model, so that the library neither loads nor invents them."""
@@ -87,7 +88,7 @@ class CoterieQuantizer(HfQuantizer):
             raise CoterieError("a packed checkpoint is loaded from its folder; no files were given")
         self.checkpoint = Checkpoint.open(Path(checkpoint_files[0]).parent)
         self.view = opened(self.checkpoint)
-        self.packed = {n: found for n, found in coded(self.view).items() if isinstance(found, PackedTensor)}
+        self.packed = coded(self.view)
         names = self._place_experts(model)
         self._place_linears(model, [name for name in self.packed if name not in names])
         sparse_experts.register()
@@ -101,9 +102,9 @@ class CoterieQuantizer(HfQuantizer):
         found = Model.of(self.view)
         layers = decoder_layers(model.get_decoder(), str(self.checkpoint.path))
         paths = {id(m): n for n, m in model.named_modules()}
-        claimed = {name for block in found.moe for name in _tensors(block)}
+        claimed = {name for block in found.moe for name in expert_names(block)}
         for block in found.main:
-            if not any(name in self.packed for name in _tensors(block)):
+            if not any(name in self.packed for name in expert_names(block)):
                 continue
             modules = experts_modules(layers[int(block.key)])
             if len(modules) != 1:
@@ -162,7 +163,8 @@ class CoterieQuantizer(HfQuantizer):
         def one(name: str) -> Any:
             if name in self.packed:
                 found = self.packed[name]
-                return (found.matrix(e) for e in range(found.num_matrices))
+                assert found.packed
+                return map(found.packed, range(found.num_matrices))
             tensor = self.checkpoint.tensors[name]
             rows, columns = tensor.shape[-2:]
             size, count = tensor.num_bytes // math.prod(tensor.shape[:-2]), math.prod(tensor.shape[:-2])
@@ -173,7 +175,7 @@ class CoterieQuantizer(HfQuantizer):
 
     def _canonical(self, block: MoE, arena: Arena) -> list[Stack]:
         """gate, up and down of layouts that hold them transposed or interleaved, packed anew."""
-        dtype = next(self.packed[name].dtype for name in _tensors(block) if name in self.packed)
+        dtype = next(self.packed[name].dtype for name in expert_names(block) if name in self.packed)
 
         def one(m: np.ndarray) -> Packed:
             return encode(encode_values(m, dtype, block.name), dtype, (m.shape[0], m.shape[1]))
@@ -209,10 +211,6 @@ class CoterieQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _tensors(block: MoE) -> list[str]:
-    return [*(n for e in block.experts for n in e.values()), *block.fused]
 
 
 def _stacks(block: MoE) -> list[list[str]] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from coterie.edits.lineage import LEVELS
+from coterie.edits.plan import LEVELS
 from coterie.judge.lineup import Comparison, Measured
 from coterie.judge.paired import Interval, Paired
 from coterie.pages.page import (

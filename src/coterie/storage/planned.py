@@ -5,9 +5,10 @@ Lets one step plan on the result of the step before, and calibration read it, wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from coterie.storage.checkpoint import Checkpoint, Tensor, read_bytes
 from coterie.storage.shards import Hole, Made, Output, Run
@@ -18,34 +19,38 @@ if TYPE_CHECKING:
 Shards = dict[str, list[Output]]
 
 
-class Coded(Protocol):
-    """A tensor of matrices that may be stored in parts under other names (see `codecs/`).
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A tensor of matrices, however it is stored (see `codecs/`), one matrix at a time.
 
-    dtype, shape: of the tensor once decoded. stored: the dtype of the values in the file. num_bytes: of all parts,
-    named `parts`. exact: whether decoding gives back the bytes that were encoded.
+    dtype, shape: of the tensor once decoded, ([E,] O, I). parts: the tensors in the file; num_bytes: of all of them.
+    rows: number of a matrix -> its values (O, I) in float32, as they are oriented in the tensor.
+    verbatim: the tensor's bytes are those values. exact: decoding gives back the bytes that were encoded.
+    stored: dtype of the values in the file, where it is another. dense: number of a matrix -> its bytes once decoded,
+    where they are not simply its rows rounded. packed: number of a matrix -> what its codec holds of it, checked.
     """
 
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+    num_bytes: int
+    rows: Callable[[int], np.ndarray] = field(repr=False)
+    verbatim: bool = False
+    exact: bool = True
+    stored: str = ""
+    dense: Callable[[int], bytes] | None = field(default=None, repr=False)
+    packed: Callable[[int], Any] | None = field(default=None, repr=False)
+
     @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def stored(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def num_matrices(self) -> int: ...
-    @property
-    def num_bytes(self) -> int: ...
-    @property
-    def parts(self) -> tuple[str, ...]: ...
-    @property
-    def exact(self) -> bool: ...
-    @property
-    def verbatim(self) -> bool: ...
-    def rows(self, e: int) -> np.ndarray: ...
-    def raw(self, e: int) -> bytes: ...
-    def check(self, e: int) -> None: ...
+    def num_matrices(self) -> int:
+        return math.prod(self.shape[:-2])
+
+    def raw(self, e: int) -> bytes:
+        """Matrix e's bytes once decoded."""
+        from coterie.storage.numerics import encode
+
+        return self.dense(e) if self.dense else encode(self.rows(e), self.dtype, self.name)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.errors import CoterieError
-from coterie.storage.checkpoint import MAX_HEADER, Tensor
+from coterie.storage.checkpoint import BITS, MAX_HEADER, Tensor
 from coterie.storage.copying import PAGE, Move, joined
 
 
@@ -61,6 +62,11 @@ class Output:
 def whole(tensor: Tensor, name: str | None = None) -> Output:
     """The tensor as it is, perhaps under another name."""
     return Output(name or tensor.name, tensor.dtype, tensor.shape, (Run(tensor.file, tensor.start, tensor.end),))
+
+
+def computed(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], bytes]) -> Output:
+    """A tensor whose bytes are computed when their turn comes."""
+    return Output(name, dtype, shape, (Made(math.prod(shape) * BITS[dtype] // 8, make),))
 
 
 @dataclass(frozen=True)

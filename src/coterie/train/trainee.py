@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 from coterie.codecs.open import codec_of
-from coterie.decide.condense import parse_ids
+from coterie.decide.condensing import parse_ids
 from coterie.edits.folding import shared_names
 from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError
@@ -42,7 +43,7 @@ class Training:
     """What `recover` was asked for, with its defaults; recorded in coterie.json."""
 
     teacher: Annotated[str | None, Help("The original, to learn from.", "MODEL", read=as_text)] = None
-    data: Annotated[dict[str, Any], DATA] = field(default_factory=dict)
+    data: Annotated[dict[str, Path], DATA] = field(default_factory=dict)
     stage: Annotated[str, Help("all (local, then distill), local, distill, or lm.")] = "all"
     layer_ids: Annotated[
         list[int] | None,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.edits.convert import converted
 from coterie.edits.execution import InPlace, Io, Request, Writing, execute
+from coterie.edits.kinds.convert import converted
 from coterie.edits.plan import Decision, command_of, read_plan
 from coterie.edits.saving import savable
 from coterie.engine import Cluster, Engine

@@ -5,7 +5,7 @@ Example: coterie bench PACKED --against DENSE
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +74,7 @@ def bench(
     return found | {"models": entries, "kernels": kernels, "notes": notes}
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """The machine, each model, and the kernels."""
     about = found["machine"]
     read = f"{found['bandwidth'] / 1e9:.1f} GB/s" if found["bandwidth"] else "not measured"
@@ -95,7 +95,7 @@ def _speed(found: dict[str, float]) -> str:
     return f"{found['50']:,.1f} tokens/s  [{found['10']:,.1f}, {found['90']:,.1f}]"
 
 
-def _kernels(found: dict[str, Any]) -> Iterator[str]:
+def _kernels(found: Mapping[str, Any]) -> Iterator[str]:
     """One line per kernel, and how often faster it is than each rival."""
     rows, columns = found["shape"]
     rivals = list(found["rows"][0]["times_faster_than"]) if found["rows"] else []

@@ -5,7 +5,7 @@ Example: coterie collect MODEL STATS --data code=code.txt --data prose=prose.txt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +62,7 @@ def collect(
     }
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """How much was measured."""
     rows = [(f"data {n}", f"{d['samples']:,} samples, {d['tokens']:,} tokens") for n, d in found["domains"].items()]
     rows += [("MoE layers", f"{len(found['layers']):,}"), ("peak memory", f"{found['peak_rss_bytes'] / 1e6:.0f} MB")]

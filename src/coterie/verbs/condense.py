@@ -7,20 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coterie.decide.condense import (
-    Condensing,
-    _announce,
-    _samples,
-    _size_plan,
-    _unused,
-    check_model,
-    check_options,
-    decide,
-    target_type,
-)
-from coterie.edits.convert import converted
+from coterie.decide.condense import decided
+from coterie.decide.condensing import Condensing, check_options, target_type
 from coterie.edits.execution import Io, Request, Writing, execute
-from coterie.edits.plan import Decision
+from coterie.edits.kinds.convert import converted
 from coterie.edits.saving import savable
 from coterie.model.layer import Model
 from coterie.options import ModelPath, OutPath, flat, public
@@ -59,22 +49,11 @@ def condense(
     original = Model.open(model)
     check_options(condensing)
     request = Request(
-        command="condense", path=model, out=Path(out), options=flat(condensing) | {"data": condensing.calibration.named, "save": writing.save},
+        command="condense", path=model, out=Path(out),
+        options=flat(condensing) | {"data": condensing.calibration.named, "save": writing.save},
         writing=writing, io=io, on_progress=on_progress,
     )  # fmt: skip
     request.check(original.checkpoint)
     target = target_type(original, condensing.layers, condensing.layer_ids)
     source = converted(original, target)
-    keep, notes = check_model(source, condensing)
-    by_domain, said = ({}, []) if writing.dry_run or condensing.layers == 0 else _samples(source, condensing)
-    notes += [*said, *_unused(condensing)]
-    _announce(original, source, condensing)
-    if writing.dry_run:
-        size_only = "a dry run computes sizes; which layers, experts and gates comes from data"
-        decision = Decision(_size_plan(source, condensing, keep, target), (size_only,))
-    else:
-        decision = decide(source, condensing, keep, target, by_domain, request.out.parent, on_progress)
-    findings = dict(decision.findings)
-    if target:
-        findings["converted"] = {"from": original.checkpoint.config["model_type"], "to": target}
-    return execute(source, Decision(decision.plan, (*notes, *decision.notes), findings), request)
+    return execute(source, decided(original, source, target, condensing, request), request)

@@ -5,15 +5,12 @@ Example: coterie drop MODEL OUT --unit block --count 2 --data prose=prose.txt
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from coterie.decide.condense import target_type
-from coterie.decide.drop import Dropping, check_kinds, check_model, check_options, decided, make_plan
-from coterie.edits.convert import converted
+from coterie.decide.condensing import target_type
+from coterie.decide.drop import Dropping, check_options, decided
 from coterie.edits.execution import Io, Request, Writing, execute
-from coterie.edits.plan import Decision
+from coterie.edits.kinds.convert import converted
 from coterie.edits.saving import savable
 from coterie.model.layer import Model
 from coterie.options import ModelPath, OutPath, flat, public
@@ -45,19 +42,11 @@ def drop(
     original = Model.open(model)
     check_options(dropping)
     request = Request(
-        command="drop", path=model, out=Path(out), options=flat(dropping) | {"data": dropping.calibration.named, "save": writing.save},
+        command="drop", path=model, out=Path(out),
+        options=flat(dropping) | {"data": dropping.calibration.named, "save": writing.save},
         writing=writing, io=io, on_progress=on_progress,
     )  # fmt: skip
     request.check(original.checkpoint)
     target = target_type(original, dropping.count) if dropping.unit == "layer" else None
     source = converted(original, target)
-    candidates = check_model(source, dropping)
-    findings: dict[str, Any] = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}}
-    findings = findings if target else {}
-    if writing.dry_run:
-        said = "a dry run computes sizes; which layers go comes from data"
-        decision = Decision(make_plan(source, dropping, candidates, target), (said,))
-    else:
-        decision = decided(source, dropping, candidates, target, request.out.parent, on_progress)
-    check_kinds(source, decision.plan)
-    return execute(source, replace(decision, findings=findings | decision.findings), request)
+    return execute(source, decided(original, source, target, dropping, request), request)

@@ -6,13 +6,13 @@ Example: coterie eval MODEL OUT --data prose=prose.txt --data sums=problems.json
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.errors import CoterieError
 from coterie.forward.data import read_documents
-from coterie.judge.judging import Judging, judged_files
+from coterie.judge.judging import Files, Judging, judged_files
 from coterie.options import Help, public
 from coterie.pages.terminal import Asked, Rows, interval, table
 from coterie.storage.record import Progress, no_progress
@@ -28,7 +28,7 @@ def evaluate(
     models: Annotated[str | Path | Sequence[str | Path], Help("Folders or hub ids.", "MODEL...", given=list[str])],
     *,
     data: Annotated[
-        dict[str, Any], Help("A data set; repeatable.", "NAME=FILE", given=list[str], read=judged_files, default=())
+        Files, Help("A data set; repeatable.", "NAME=FILE", given=list[str], read=judged_files, default=())
     ],
     against: Annotated[
         str | Path | None, Help("The original, to compare with on the same tokens.", "MODEL", given=str)
@@ -71,7 +71,7 @@ def evaluate(
     return {"models": judge_all(paths, documents, notes, against, judging, load, on_progress or no_progress)}
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """A table per model."""
     for entry in found["models"]:
         rows = [(f"perplexity {n}", interval(v)) for n, v in entry["perplexity"].items()]

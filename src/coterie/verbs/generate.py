@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -154,6 +154,6 @@ def _run(model: Any, ids: list[int], pieces: Pieces, what: str, *, most: int, te
         raise CoterieError(f"{what}: generating failed: {type(error).__name__}: {error!s:.300}") from error
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """The text stands there already; this ends its line."""
     yield ""

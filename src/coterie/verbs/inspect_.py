@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from coterie.codecs.open import coded
-from coterie.edits.convert import conversion
 from coterie.edits.folding import check_foldable
+from coterie.edits.kinds.convert import conversion
 from coterie.errors import CoterieError
 from coterie.model.layer import ROLES, Model
 from coterie.options import ModelPath, public
@@ -32,7 +32,7 @@ def inspect(model: ModelPath) -> dict[str, Any]:
     for name, tensor in checkpoint.tensors.items():
         stored, dtype = tensor.num_bytes, tensor.dtype
         if name in packed:
-            stored, dtype = packed[name].num_bytes, packed[name].stored
+            stored, dtype = packed[name].num_bytes, packed[name].stored or dtype
         found = roles[source.roles[name]]
         found["tensors"] += 1
         found["parameters"] += tensor.num_parameters
@@ -84,7 +84,7 @@ def _abilities(model: Model, *, packed: bool) -> list[str]:
     return [*found, f"condense: layers become dense MLPs ({said})"]
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """One line per number; bytes by role, and what can be done."""
     counts, packed = set(found["experts"].values()), found["packed"]
     mtp = f" (+{found['mtp_layers']} MTP)" if found["mtp_layers"] else ""

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from coterie.errors import CoterieError
 from coterie.forward.samples import DTYPE
-from coterie.judge.judging import Judging, judged_files
+from coterie.judge.judging import Files, Judging, judged_files
 from coterie.options import Help, public
 from coterie.pages.terminal import Asked, interval, table
 from coterie.storage.files import check_new_file, write_whole
@@ -28,7 +28,7 @@ def report(
     out: Annotated[str | Path, Help("The page to write; must not exist.", "FILE", flags=("--out", "-o"), given=Path)],
     *,
     data: Annotated[
-        dict[str, Any],
+        Files,
         Help(
             "As for eval; repeatable [default: texts that ship].",
             "NAME=FILE",

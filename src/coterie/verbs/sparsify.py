@@ -23,7 +23,6 @@ from coterie.pages.terminal import show_report as show
 from coterie.storage.record import Progress, Report, no_progress
 
 __all__ = ["show", "sparsify"]
-PER_ROW = ("magnitude", "wanda", "moe-pruner")  # as published: floor(S * I) zeros in every row
 
 
 @public
@@ -68,7 +67,7 @@ def sparsify(
     share = Fraction(*groups) if groups else Fraction(str(wanted))
     source = Model.open(model)
     weights = sum(budget.num_weights(source.checkpoint, block) for block in source.main)
-    total = None if groups or method in PER_ROW else round(share * weights)
+    total = None if groups or getattr(methods.load(method), "PER_ROW", True) else round(share * weights)
     options = Zeroing(method=method, sparsity=share, total=total, pattern=groups, scoring=scoring)
     check_options(options)
     plan = Plan(layers={}, budget={"kind": "sparsity", "sparsity": float(share)})

@@ -175,7 +175,7 @@ def _shown(seconds: float | None) -> str | None:
     return None if seconds is None or seconds > 2**35 else stamp(seconds)
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """What was asked, and how far it is."""
     rows = [("command", f"coterie {found['command']}")]
     rows += [(f"  {name}", f"{value}") for name, value in found["options"].items() if value not in (None, "", {})]

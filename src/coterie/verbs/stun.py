@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from coterie.decide.pruning import Lambda1, Lambda2, NoGuard, Statistics
-from coterie.decide.stun import SPLITS_HERE, Recipe, _check, search
+from coterie.decide.stun import SPLITS_HERE, StunRecipe, _check, search
 from coterie.decide.zeros import Scoring, Zeroing, check_options, idle, prepared
 from coterie.edits import beside
 from coterie.edits.execution import Io, Request, Writing, execute
@@ -94,7 +94,7 @@ def stun(
     check_options(zeroing)
     unused = idle(zeroing) if expert_ratio != "auto" else ()  # auto judges on data, whatever zeroes
     source = Model.open(model)
-    recipe = Recipe(
+    recipe = StunRecipe(
         source=source, sparsity=Fraction(str(sparsity)), preset=preset, lambda1=lambda1, lambda2=lambda2,
         stats=stats or None, no_guard=no_guard, zeroing=zeroing, dry_run=writing.dry_run,
     )  # fmt: skip
@@ -111,11 +111,11 @@ def stun(
     splits = []
     if expert_ratio == "auto":
         splits = search(recipe, kept, request.out.parent, on_progress)
-        kept = [min(splits, key=lambda s: s["loss"])["experts"]]
+        kept = [min(splits, key=lambda split: split.loss).experts]
     decision, options = recipe.plan(kept[0], on_progress)
     plan, notes = decision.plan, decision.notes
     if splits:
-        plan = replace(plan, budget=plan.budget | {"splits": splits})
+        plan = replace(plan, budget=plan.budget | {"splits": [vars(split) for split in splits]})
         notes += (SPLITS_HERE,) if engine.spread else ()
     decision = replace(decision, plan=plan, notes=(*notes, *unused))
     return execute(source, decision, request, prepare=prepared(options, source, plan, request))

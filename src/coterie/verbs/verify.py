@@ -5,11 +5,12 @@ Exits with 3 when a check finds a fault. Example: coterie verify OUT --against M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+from coterie.codecs.open import opened as as_dense
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, read_documents
 from coterie.judge.contents import check_bytes, check_trained
@@ -53,7 +54,7 @@ def verify(
     documents = list(islice(read_documents(data), MAX_SEQUENCES)) if data is not None else None
     source: Model | Checkpoint | None = None
     if against is not None:
-        source = Checkpoint.open(against) if was_trained(folder) else Model.open(against)
+        source = as_dense(Checkpoint.open(against)) if was_trained(folder) else Model.open(against)
     checks: list[Check] = []
 
     def run(name: str, check: Callable[[], Any]) -> Any:
@@ -99,6 +100,6 @@ def _own_logits(
     return sequences, run("computes", lambda: check_computes(model, sequences))
 
 
-def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     """One line per check."""
     return (f"{'ok   ' if c['ok'] else 'FAULT'}  {c['name']}: {c['detail']}" for c in found["checks"])

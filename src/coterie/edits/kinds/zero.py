@@ -1,23 +1,39 @@
-"""Whether pruned tensors are the original's with zeros in them, and as many as their plan records. Serves `verify`."""
+"""Weights that became zero, by tensor role: a record of what a command made from data, which no plan can repeat.
+
+    plan: {"layers": {"0": {"sparsity": {"expert": 0.5}}}}
+
+`verify` counts them: pruned tensors are the original's with zeros in them, and as many as the plan records.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from coterie.edits import beside
 from coterie.edits.budget import num_weights
-from coterie.edits.outputs import plan_outputs, planned
-from coterie.edits.plan import Plan
+from coterie.edits.outputs import planned
+from coterie.edits.plan import Keys, Kind, Plan, Verified, Written
 from coterie.errors import CoterieError
+from coterie.methods.sparsify import corrects
 from coterie.model.experts import expert_weights
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
 
 CHUNK = 4 << 20  # bytes compared at a time; a multiple of every width
 TOLERANCE = 1e-9  # of a recorded share, which is one quotient of two whole numbers
+
+
+def read(at: str, value: Any) -> dict[str, object]:
+    """Shares from 0 to 1 by tensor role."""
+    found = value["sparsity"]
+    given = found if isinstance(found, dict) else {}
+    if not given or not all(type(v) in (int, float) and 0 <= v <= 1 for v in given.values()):
+        raise CoterieError(f"{at}: `sparsity` must give the share of zeros by tensor role, found {found!r:.120}")
+    return {"sparsity": {str(role): float(share) for role, share in given.items()}}
 
 
 def pruned_tensors(view: Model, plan: Plan) -> dict[str, tuple[str, str]]:
@@ -32,18 +48,18 @@ def pruned_tensors(view: Model, plan: Plan) -> dict[str, tuple[str, str]]:
     return found
 
 
-def zero_faults(
-    out: Checkpoint, source: Model, plan: Plan, *, corrected: bool, without: Collection[str] = ()
-) -> tuple[set[str], list[str]]:
-    """The tensors that hold zeros, and what is wrong with them.
+def verify(written: Written, source: Model, plan: Plan) -> Verified:
+    """Counts zeros, and compares the weights that stayed unless the rule corrected them (SparseGPT).
 
-    corrected: the rule also changed the weights that stayed (SparseGPT), so that only zeros can be counted.
-    without: tensors whose bytes are lost; they are left out, and so are the shares that they count in.
+    Tensors whose bytes are lost are left out, and so are the shares that they count in.
     """
-    view = planned(source, plan, plan_outputs(source, plan))
+    if not plan.sparsity:
+        return Verified()
+    out, view = written.checkpoint, planned(source, plan)
     tensors = pruned_tensors(view, plan)
-    unknown = {tensors.pop(name) for name in without if name in tensors}
+    unknown = {tensors.pop(name) for name in written.lost if name in tensors}
     zeros: Counter[tuple[str, str]] = Counter()
+    corrected = any(corrects(written.options.get(name)) for name in ("method", "second"))
     faults = []
     for name, key in tensors.items():
         changed = 0
@@ -53,19 +69,18 @@ def zero_faults(
             changed += int((~zero & (ours != theirs)).sum())
         if changed and not corrected:
             faults.append(f"{changed:,} weights of {name} are neither the original's nor zero")
-    sizes = {(b.key, "expert"): num_weights(view.checkpoint, b) for b in view.main}
+    sizes = Counter({(b.key, "expert"): num_weights(view.checkpoint, b) for b in view.main})
+    for name, key in tensors.items():
+        sizes[key] += 0 if key[1] == "expert" else out.tensors[name].num_parameters
     for layer, kinds in plan.sparsity.items():
         for kind, share in kinds.items():
-            if (layer, kind) in unknown:
-                continue
-            names = [n for n, key in tensors.items() if key == (layer, kind)]
-            size = sizes.get((layer, kind)) or sum(out.tensors[n].num_parameters for n in names)
-            found = zeros[layer, kind] / size if size else 0.0
-            if abs(found - share) > TOLERANCE:
+            found = zeros[layer, kind] / (sizes[layer, kind] or 1)
+            if (layer, kind) not in unknown and abs(found - share) > TOLERANCE:
                 faults.append(
                     f"layer {layer}: {100 * found:.4f} % of {kind} weights are zero, the plan records {share}"
                 )
-    return set(tensors), faults
+    note = f", {len(tensors):,} with zeros, as many as recorded" if tensors else ""
+    return Verified(tensors.keys(), faults=tuple(faults), note=note)
 
 
 def _chunks(out: Checkpoint, view: Checkpoint, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -78,3 +93,10 @@ def _chunks(out: Checkpoint, view: Checkpoint, name: str) -> Iterator[tuple[np.n
         length = min(CHUNK, tensor.num_bytes - start)
         a, b = (np.frombuffer(c.raw(name, start, length), f"<u{width}") for c in (out, view))
         yield a, b
+
+
+def unlike(plan: Plan) -> str:
+    return "weights were zeroed; every byte that stayed was" if plan.sparsity else ""
+
+
+KIND = Kind(order=5, layer=Keys(("sparsity",), read), verify=verify, unlike=unlike)

@@ -1,4 +1,6 @@
-"""Condensed layers in the checkpoint and in its config: by the family's stock config where it can say so, else in ours.
+"""Layers whose MoE block becomes one dense MLP: by the family's stock config where it can say so, else in our layout.
+
+    plan: {"layers": {"3": {"condensed": {"experts": [7, 2], "gates": [0.3, 0.2], "shared_gate": 1.0}}}}
 
 Stock configs hold one width for all dense layers, so those that exist already are padded too. In our own layout every
 layer has its own width, and only `coterie.load` reads it.
@@ -6,13 +8,15 @@ layer has its own width, and only `coterie.load` reads it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from coterie.edits.folding import DOWN, UP, check_condensed, folded, is_inside, natural_width, weights
-from coterie.edits.plan import Condensed, Plan
+from coterie.edits.outputs import experts_left
+from coterie.edits.plan import CONDENSED, Condensed, Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
 from coterie.model.family import GATED, NUM_LAYERS, Dense, lookup
 from coterie.model.family import num_layers as layers_of
@@ -20,7 +24,25 @@ from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.own import is_own, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import encode
-from coterie.storage.shards import Made, Output, whole
+from coterie.storage.shards import Output, computed, whole
+
+LARGEST = 1e300  # of a gate; Python's integers go beyond any float
+
+
+def read(at: str, value: Any) -> dict[str, object]:
+    """The experts that stay, always on, and their gates."""
+    found = value["condensed"]
+    if len(value) > 1 or not isinstance(found, dict) or set(found) - {"experts", "gates", "shared_gate"}:
+        raise CoterieError(
+            f"{at}: expected `condensed` alone, with the keys experts, gates and shared_gate, found {value!r:.120}"
+        )
+    experts, gates, shared = found.get("experts"), found.get("gates"), found.get("shared_gate", 1.0)
+    if not isinstance(experts, list) or not are_ids(experts) or len(set(experts)) != len(experts):
+        raise CoterieError(f"{at}: `experts` must be distinct expert ids, found {experts!r:.120}")
+    numbers: list[Any] = [*gates, shared] if isinstance(gates, list) else []
+    if len(numbers) != len(experts) + 1 or not all(type(n) in (int, float) and abs(n) < LARGEST for n in numbers):
+        raise CoterieError(f"{at}: `gates` must give one number per expert and `shared_gate` one, found {found!r:.120}")
+    return {"condensed": Condensed(tuple(experts), tuple(map(float, numbers[:-1])), float(shared))}
 
 
 def num_layers(model: Model) -> int:
@@ -66,13 +88,13 @@ def dense_mlps(model: Model) -> list[tuple[str, str, str]]:
     return found
 
 
-def dense_outputs(model: Model, plan: Plan) -> dict[str, tuple[Output, ...]]:
-    """Source tensor -> what stands in its place: nothing, or the tensors of a condensed or padded MLP."""
+def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
+    """Nothing, or the tensors of a condensed or padded MLP."""
     checkpoint, wanted = model.checkpoint, widths(model, plan)
     if not wanted:
         return {}
     stock = model.family.dense if is_stock(model, plan) else None
-    result: dict[str, tuple[Output, ...]] = {}
+    result: Outputs = {}
     for names in dense_mlps(model) if stock else ():
         width = next(iter(wanted.values()))
         result |= {n: (_padded(checkpoint, checkpoint.tensors[n], i, width),) for i, n in enumerate(names)}
@@ -104,7 +126,7 @@ def _mlp(
     for which, part in enumerate(names):
         name = f"{block.prefix}{place}{part}.weight"
         shape = (hidden, width) if which == DOWN else (width, hidden)
-        outputs.append(Output(name, like.dtype, shape, (Made(_num_bytes(shape, like), partial(make, which, name)),)))
+        outputs.append(computed(name, like.dtype, shape, partial(make, which, name)))
     return tuple(outputs)
 
 
@@ -120,22 +142,31 @@ def _padded(checkpoint: Checkpoint, tensor: Tensor, which: int, width: int) -> O
         values[:rows, :columns] = checkpoint.read(tensor.name)
         return encode(values, tensor.dtype, tensor.name)
 
-    return Output(tensor.name, tensor.dtype, shape, (Made(_num_bytes(shape, tensor), make),))
+    return computed(tensor.name, tensor.dtype, shape, make)
 
 
-def _num_bytes(shape: tuple[int, int], like: Tensor) -> int:
-    return shape[0] * shape[1] * like.num_bytes // like.num_parameters
+def leave(plan: Plan, left: dict[MoE, Left]) -> None:
+    for block in list(left):
+        if block.key in plan.condensed and not block.attention:
+            del left[block]
 
 
-def patch_dense(config: dict[str, Any], model: Model, plan: Plan, counts: dict[str, int]) -> None:
-    """Says in `config` (in place) which layers are dense now, and how wide. `counts`: experts of the other layers."""
+def count(model: Model, plan: Plan, counts: dict[str, int]) -> None:
+    """What stays, always on, is neither removed nor zero."""
+    for block in model.main:
+        if block.key in plan.condensed:
+            routed = sum(model.checkpoint.tensors[n].num_parameters for n in expert_names(block))
+            counts["experts"] += routed // block.num_experts * len(plan.condensed[block.key].experts)
+
+
+def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
+    """Which layers are dense now, and how wide."""
     wanted = widths(model, plan)
-    if not wanted:
-        return
-    if is_stock(model, plan):
+    if wanted and is_stock(model, plan):
         _say_dense(config, model, plan, next(iter(wanted.values())))
-        return
-    own_section(config, num_experts=counts, dense=own_layout(config).dense | wanted)
+    elif wanted:
+        rows = {block.key: left.rows for block, left in experts_left(model, plan).items() if not block.attention}
+        own_section(config, num_experts=rows, dense=own_layout(config).dense | wanted)
 
 
 def _say_dense(config: dict[str, Any], model: Model, plan: Plan, width: int) -> None:
@@ -171,7 +202,7 @@ def check_writable(model: Model, plan: Plan) -> None:
         )
 
 
-def check_dense(model: Model, plan: Plan) -> None:
+def check(model: Model, plan: Plan) -> None:
     """Raises: CoterieError for a condensed layer that has no experts, or a choice that does not fit it."""
     check_writable(model, plan)
     blocks = {b.key: b for b in model.main}
@@ -183,3 +214,21 @@ def check_dense(model: Model, plan: Plan) -> None:
         if key in plan.layers:
             raise CoterieError(f"plan: layer {key!r} is condensed, so it cannot keep a choice of routed experts too")
         check_condensed(model.checkpoint, blocks[key], condensed)
+
+
+def agree(blocks: tuple[MoE, ...], plan: Plan) -> None:
+    whole = next((block.key for block in blocks if block.key in plan.condensed and not block.attention), None)
+    if whole is not None:
+        raise CoterieError(f"layer {whole} has experts; the plan in coterie.json condenses it")
+
+
+def trace(plan: Plan, before: Outcome) -> Outcome:
+    if before.key not in plan.condensed:
+        return before
+    return replace(before, levels=dict.fromkeys(plan.condensed[before.key].experts, CONDENSED), routed=())
+
+
+KIND = Kind(
+    order=6, layer=Keys(("condensed",), read), check=check, leave=leave, outputs=outputs, patch=patch, count=count,
+    trace=trace, agree=agree,
+)  # fmt: skip
