@@ -23,8 +23,8 @@ BROKEN = "\ufffd"  # what a tokenizer makes of half a character
 OnText = Callable[[str], None]
 
 
-# Greedy unless a temperature is given, and then drawn from the whole distribution: neither top-k nor top-p, nor what the
-# checkpoint's own generation settings would add.
+# Greedy unless a temperature is given, and then drawn from the whole distribution: neither top-k nor top-p, nor what
+# the checkpoint's own generation settings would add.
 @public
 def generate(
     model: ModelPath,
