@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from coterie.decide.experts import decided
-from coterie.decide.pruning import Pruning, Remaining
+from coterie.decide import experts
+from coterie.decide.pruning import Lambda1, Lambda2, NoGuard, Pruning, Remaining, Statistics
 from coterie.decide.pruning import check_options as check_dropping
-from coterie.decide.zeros import Calibrated, Workers, Zeroing
+from coterie.decide.zeros import Calibrated, Scoring, Workers, Zeroing, idle
+from coterie.decide.zeros import check_options as check_zeroing
+from coterie.edits import beside
 from coterie.edits.budget import num_weights
 from coterie.edits.checks import fits_groups
 from coterie.edits.counts import count
+from coterie.edits.execution import Request
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import Decision
 from coterie.errors import CoterieError
+from coterie.methods import sparsify as methods
 from coterie.model.layer import Model
+from coterie.options import Help, flat
 from coterie.storage.record import Progress, no_progress
 
 PRESETS = ("recommended", "paper")
@@ -32,19 +37,103 @@ SPLITS_HERE = "--engine ray: the splits of --expert-ratio auto were tried on the
 HELD_OUT = 4  # one sample in so many judges the splits
 
 
-def _check(sparsity: float, expert_ratio: float | str | None, preset: str, also: str) -> None:
+def parse_ratio(text: float | str | None) -> float | str | None:
+    """A share from the command line as a number; "auto" as it is."""
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text
+
+
+@dataclass(frozen=True)
+class Stunning:
+    """What `stun` was asked for, with its defaults; recorded in coterie.json."""
+
+    sparsity: Annotated[float, Help("Share of expert weights to remove or zero, exactly.")] = 0.4
+    expert_ratio: Annotated[
+        float | str | None,
+        Help("Share of experts to remove, or auto [default: half of --sparsity].", given=str, read=parse_ratio),
+    ] = None
+    second: Annotated[str, Help(f"How weights are zeroed: {', '.join(methods.names())}.")] = "owl"
+    preset: Annotated[str, Help("recommended: expert matrices only; paper: every linear map, as published.")] = (
+        "recommended"
+    )
+    lambda1: Lambda1 = 1.0
+    lambda2: Lambda2 = 0.0
+    stats: Statistics = None
+    no_guard: NoGuard = False
+    scoring: Annotated[
+        Scoring,
+        {
+            "min_tokens": Help(
+                "Experts that fewer tokens reach are pruned by magnitude [default: 64; paper: 1].",
+                given=int,
+                default=None,
+            )
+        },
+    ] = field(default_factory=Scoring)
+
+    @property
+    def paper(self) -> bool:
+        """Whether all is to be as published."""
+        return self.preset == "paper"
+
+    @property
+    def min_tokens(self) -> int:
+        """Asked for, or what the preset takes."""
+        found = self.scoring.min_tokens
+        return (1 if self.paper else 64) if found is None else found
+
+    def zeroing(self) -> Zeroing:
+        """How the weights of the experts that stay are zeroed; how many follows later."""
+        scoring = replace(self.scoring, min_tokens=self.min_tokens)
+        scoring = replace(scoring, also=",".join(beside.KINDS)) if self.paper else scoring
+        return Zeroing(method=self.second, sparsity=Fraction(0), weighted=not self.paper, scoring=scoring)
+
+    def record(self) -> dict[str, object]:
+        """As they are spelled on the command line."""
+        return flat(self) | self.scoring.record() | {"min_tokens": self.min_tokens, "stats": self.stats or None}
+
+
+def check_options(options: Stunning) -> None:
+    """Raises: CoterieError for a value out of its range, or for two options that contradict or ignore each other."""
+    sparsity, expert_ratio, also = options.sparsity, options.expert_ratio, options.scoring.also
     if not 0 <= sparsity < 1:
         raise CoterieError(f"--sparsity {sparsity}: the share of weights to remove or zero must be in [0, 1)")
-    if preset not in PRESETS:
-        raise CoterieError(f"--preset {preset!r}: unknown; expected one of {', '.join(PRESETS)}")
-    if preset == "paper" and also:
+    if options.preset not in PRESETS:
+        raise CoterieError(f"--preset {options.preset!r}: unknown; expected one of {', '.join(PRESETS)}")
+    if options.paper and also:
         raise CoterieError("--also would be ignored: --preset paper prunes every linear map of a layer")
     if isinstance(expert_ratio, str) and expert_ratio != "auto":
         raise CoterieError(f"--expert-ratio {expert_ratio!r}: expected a share of experts in [0, 1), or auto")
-    if expert_ratio == "auto" and (also or preset == "paper"):
+    if expert_ratio == "auto" and (also or options.paper):
         raise CoterieError("--expert-ratio auto judges splits of the experts alone: drop --also and --preset paper")
     if isinstance(expert_ratio, int | float) and not 0 <= expert_ratio < 1:
         raise CoterieError(f"--expert-ratio {expert_ratio}: the share of experts to remove must be in [0, 1)")
+    check_zeroing(options.zeroing())
+    unused(options)
+
+
+def unused(options: Stunning) -> tuple[str, ...]:
+    """What to say of options that do nothing. Raises: CoterieError for data that do nothing."""
+    return idle(options.zeroing()) if options.expert_ratio != "auto" else ()  # auto judges on data, whatever zeroes
+
+
+def decided(source: Model, options: Stunning, request: Request) -> tuple[Decision, Zeroing]:
+    """Which experts go, and how the weights of the others are zeroed.
+
+    Raises: CoterieError where the experts removed are more than the total already.
+    """
+    recipe = StunRecipe(source, options, Fraction(str(options.sparsity)), request.writing.dry_run)
+    kept, splits = recipe.kept(), list[Split]()
+    if options.expert_ratio == "auto":
+        splits = search(recipe, kept, request.out.parent, request.on_progress)
+        kept = [min(splits, key=lambda split: split.loss).experts]
+    decision, zeroing = recipe.plan(kept[0], request.on_progress)
+    notes = (*decision.notes, *((SPLITS_HERE,) if splits and request.engine.spread else ()), *unused(options))
+    tried = {"splits": [vars(split) for split in splits]} if splits else {}
+    plan = replace(decision.plan, budget=decision.plan.budget | tried)
+    return replace(decision, plan=plan, notes=notes), zeroing
 
 
 @dataclass(frozen=True)
@@ -52,17 +141,13 @@ class StunRecipe:
     """What was asked for, from which a plan follows for any number of experts."""
 
     source: Model
+    options: Stunning
     sparsity: Fraction
-    preset: str
-    lambda1: float
-    lambda2: float
-    stats: str | None
-    no_guard: bool
-    zeroing: Zeroing
     dry_run: bool
 
-    def kept(self, expert_ratio: float | str | None) -> list[int]:
+    def kept(self) -> list[int]:
         """The numbers of experts per layer to try: one, unless the ratio is `auto`."""
+        expert_ratio = self.options.expert_ratio
         num_experts = self.source.family.num_experts(self.source.checkpoint.config)
         if expert_ratio is None:
             return [self._valid(num_experts, self.sparsity / 2)]
@@ -87,16 +172,16 @@ class StunRecipe:
 
         Raises: CoterieError where the experts removed are more than the total already.
         """
-        linkage = "official" if self.preset == "paper" else "complete"
+        options = self.options
         # Published, router distance mixed with co-activation is not normalised.
-        mixed = linkage == "official" and self.lambda1 and self.lambda2
+        mixed = options.paper and options.lambda1 and options.lambda2
         asked = Pruning(
-            remaining=Remaining(experts=kept), linkage=linkage, distance="raw" if mixed else "frobenius",
-            lambda1=self.lambda1, lambda2=self.lambda2, stats=self.stats,
-            no_guard=self.no_guard,
+            remaining=Remaining(experts=kept), linkage="official" if options.paper else "complete",
+            distance="raw" if mixed else "frobenius", lambda1=options.lambda1, lambda2=options.lambda2,
+            stats=options.stats or None, no_guard=options.no_guard,
         )  # fmt: skip
         check_dropping(asked)
-        decision = decided(self.source, asked, dry_run=self.dry_run, on_progress=on_progress)
+        decision = experts.decided(self.source, asked, dry_run=self.dry_run, on_progress=on_progress)
         plan = decision.plan
         view = planned(self.source, plan, plan_outputs(self.source, plan))
         before, after = (count(list(m.checkpoint.tensors.values()), m.roles)["experts"] for m in (self.source, view))
@@ -109,8 +194,7 @@ class StunRecipe:
             )
         share = Fraction(zeros, prunable)
         budget = plan.budget | {"kind": "stun", "removed": removed / before, "zeros": float(share)}
-        total = None if self.preset == "paper" else zeros
-        zeroing = replace(self.zeroing, sparsity=share, total=total)
+        zeroing = replace(options.zeroing(), sparsity=share, total=None if options.paper else zeros)
         return replace(decision, plan=replace(plan, budget=budget)), zeroing
 
 
