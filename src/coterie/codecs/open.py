@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
-from coterie.codecs import Codec, Place, codecs
+from coterie.codecs import Codec, Coded, Place, codecs
 from coterie.storage.checkpoint import BITS, Checkpoint
 from coterie.storage.planned import Planned, Shards, resolved, view
 from coterie.storage.shards import Made, Output, whole

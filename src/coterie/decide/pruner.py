@@ -139,7 +139,7 @@ class Pruner:
         if self._measured is None:
             norms = self._see(routed, expert, visitors, dense)
         else:
-            norms = self._measured.get(e)
+            norms = self._measured.get(e) if len(visitors.rows) else None
             run_expert(routed, expert, visitors, dense)
         if norms is None or norms.num_tokens < self.min_tokens:
             self.cold.append([block.key, e, norms.num_tokens if norms else 0])

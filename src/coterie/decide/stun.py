@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.decide.experts import decided as pruned
+from coterie.decide import experts
 from coterie.decide.pruning import Lambda1, Lambda2, NoGuard, Pruning, Remaining, Statistics
 from coterie.decide.pruning import check_options as check_dropping
 from coterie.decide.zeros import Calibrated, Scoring, Workers, Zeroing, idle
@@ -31,9 +31,6 @@ from coterie.model.layer import Model
 from coterie.options import Help, flat
 from coterie.storage.record import Progress, no_progress
 
-MIN_TOKENS = Help(
-    "Experts that fewer tokens reach are pruned by magnitude [default: 64; paper: 1].", given=int, default=None
-)
 PRESETS = ("recommended", "paper")
 SPLITS = (Fraction(0), Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(1))  # of S, tried by `auto`
 SPLITS_HERE = "--engine ray: the splits of --expert-ratio auto were tried on the driver's machine alone"
@@ -65,49 +62,78 @@ class Stunning:
     lambda2: Lambda2 = 0.0
     stats: Statistics = None
     no_guard: NoGuard = False
-    scoring: Annotated[Scoring, {"min_tokens": MIN_TOKENS}] = field(default_factory=Scoring)
+    scoring: Annotated[
+        Scoring,
+        {
+            "min_tokens": Help(
+                "Experts that fewer tokens reach are pruned by magnitude [default: 64; paper: 1].",
+                given=int,
+                default=None,
+            )
+        },
+    ] = field(default_factory=Scoring)
+
+    @property
+    def paper(self) -> bool:
+        """Whether all is to be as published."""
+        return self.preset == "paper"
+
+    @property
+    def min_tokens(self) -> int:
+        """Asked for, or what the preset takes."""
+        found = self.scoring.min_tokens
+        return (1 if self.paper else 64) if found is None else found
+
+    def zeroing(self) -> Zeroing:
+        """How the weights of the experts that stay are zeroed; how many follows later."""
+        scoring = replace(self.scoring, min_tokens=self.min_tokens)
+        scoring = replace(scoring, also=",".join(beside.KINDS)) if self.paper else scoring
+        return Zeroing(method=self.second, sparsity=Fraction(0), weighted=not self.paper, scoring=scoring)
 
     def record(self) -> dict[str, object]:
         """As they are spelled on the command line."""
-        return flat(self) | {"data": self.scoring.calibration.named}
-
-    @property
-    def zeroing(self) -> Zeroing:
-        """How the experts that stay lose weights; how many is not known yet."""
-        paper, scoring = self.preset == "paper", self.scoring
-        scoring = replace(scoring, also=",".join(beside.KINDS)) if paper else scoring
-        return Zeroing(method=self.second, sparsity=Fraction(0), weighted=not paper, scoring=scoring)
-
-
-def with_floor(options: Stunning) -> Stunning:
-    """The options, with the tokens that an expert needs to be calibrated: by the preset, unless asked for."""
-    if options.scoring.min_tokens is not None:
-        return options
-    return replace(options, scoring=replace(options.scoring, min_tokens=1 if options.preset == "paper" else 64))
+        return flat(self) | self.scoring.record() | {"min_tokens": self.min_tokens, "stats": self.stats or None}
 
 
 def check_options(options: Stunning) -> None:
-    """Raises: CoterieError for a value out of its range, or options that contradict or ignore each other."""
-    sparsity, expert_ratio, preset, also = options.sparsity, options.expert_ratio, options.preset, options.scoring.also
+    """Raises: CoterieError for a value out of its range, or for two options that contradict or ignore each other."""
+    sparsity, expert_ratio, also = options.sparsity, options.expert_ratio, options.scoring.also
     if not 0 <= sparsity < 1:
         raise CoterieError(f"--sparsity {sparsity}: the share of weights to remove or zero must be in [0, 1)")
-    if preset not in PRESETS:
-        raise CoterieError(f"--preset {preset!r}: unknown; expected one of {', '.join(PRESETS)}")
-    if preset == "paper" and also:
+    if options.preset not in PRESETS:
+        raise CoterieError(f"--preset {options.preset!r}: unknown; expected one of {', '.join(PRESETS)}")
+    if options.paper and also:
         raise CoterieError("--also would be ignored: --preset paper prunes every linear map of a layer")
     if isinstance(expert_ratio, str) and expert_ratio != "auto":
         raise CoterieError(f"--expert-ratio {expert_ratio!r}: expected a share of experts in [0, 1), or auto")
-    if expert_ratio == "auto" and (also or preset == "paper"):
+    if expert_ratio == "auto" and (also or options.paper):
         raise CoterieError("--expert-ratio auto judges splits of the experts alone: drop --also and --preset paper")
     if isinstance(expert_ratio, int | float) and not 0 <= expert_ratio < 1:
         raise CoterieError(f"--expert-ratio {expert_ratio}: the share of experts to remove must be in [0, 1)")
-    check_zeroing(options.zeroing)
+    check_zeroing(options.zeroing())
     unused(options)
 
 
 def unused(options: Stunning) -> tuple[str, ...]:
-    """What to say of options about data where nothing needs any. Raises: CoterieError for data themselves."""
-    return () if options.expert_ratio == "auto" else idle(options.zeroing)  # auto judges on data, whatever zeroes
+    """What to say of options that do nothing. Raises: CoterieError for data that do nothing."""
+    return idle(options.zeroing()) if options.expert_ratio != "auto" else ()  # auto judges on data, whatever zeroes
+
+
+def decided(source: Model, options: Stunning, request: Request) -> tuple[Decision, Zeroing]:
+    """Which experts go, and how the weights of the others are zeroed.
+
+    Raises: CoterieError where the experts removed are more than the total already.
+    """
+    recipe = StunRecipe(source, options, Fraction(str(options.sparsity)), request.writing.dry_run)
+    kept, splits = recipe.kept(), list[Split]()
+    if options.expert_ratio == "auto":
+        splits = search(recipe, kept, request.out.parent, request.on_progress)
+        kept = [min(splits, key=lambda split: split.loss).experts]
+    decision, zeroing = recipe.plan(kept[0], request.on_progress)
+    notes = (*decision.notes, *((SPLITS_HERE,) if splits and request.engine.spread else ()), *unused(options))
+    tried = {"splits": [vars(split) for split in splits]} if splits else {}
+    plan = replace(decision.plan, budget=decision.plan.budget | tried)
+    return replace(decision, plan=plan, notes=notes), zeroing
 
 
 @dataclass(frozen=True)
@@ -115,17 +141,13 @@ class StunRecipe:
     """What was asked for, from which a plan follows for any number of experts."""
 
     source: Model
-    asked: Stunning
+    options: Stunning
+    sparsity: Fraction
     dry_run: bool
-
-    @property
-    def sparsity(self) -> Fraction:
-        """The total, exactly as it was typed."""
-        return Fraction(str(self.asked.sparsity))
 
     def kept(self) -> list[int]:
         """The numbers of experts per layer to try: one, unless the ratio is `auto`."""
-        expert_ratio = self.asked.expert_ratio
+        expert_ratio = self.options.expert_ratio
         num_experts = self.source.family.num_experts(self.source.checkpoint.config)
         if expert_ratio is None:
             return [self._valid(num_experts, self.sparsity / 2)]
@@ -150,15 +172,16 @@ class StunRecipe:
 
         Raises: CoterieError where the experts removed are more than the total already.
         """
-        asked, linkage = self.asked, "official" if self.asked.preset == "paper" else "complete"
+        options = self.options
         # Published, router distance mixed with co-activation is not normalised.
-        mixed = linkage == "official" and asked.lambda1 and asked.lambda2
-        pruning = Pruning(
-            remaining=Remaining(experts=kept), linkage=linkage, distance="raw" if mixed else "frobenius",
-            lambda1=asked.lambda1, lambda2=asked.lambda2, stats=asked.stats, no_guard=asked.no_guard,
+        mixed = options.paper and options.lambda1 and options.lambda2
+        asked = Pruning(
+            remaining=Remaining(experts=kept), linkage="official" if options.paper else "complete",
+            distance="raw" if mixed else "frobenius", lambda1=options.lambda1, lambda2=options.lambda2,
+            stats=options.stats or None, no_guard=options.no_guard,
         )  # fmt: skip
-        check_dropping(pruning)
-        decision = pruned(self.source, pruning, dry_run=self.dry_run, on_progress=on_progress)
+        check_dropping(asked)
+        decision = experts.decided(self.source, asked, dry_run=self.dry_run, on_progress=on_progress)
         plan = decision.plan
         view = planned(self.source, plan, plan_outputs(self.source, plan))
         before, after = (count(list(m.checkpoint.tensors.values()), m.roles)["experts"] for m in (self.source, view))
@@ -171,22 +194,8 @@ class StunRecipe:
             )
         share = Fraction(zeros, prunable)
         budget = plan.budget | {"kind": "stun", "removed": removed / before, "zeros": float(share)}
-        total = None if asked.preset == "paper" else zeros
-        zeroing = replace(asked.zeroing, sparsity=share, total=total)
+        zeroing = replace(options.zeroing(), sparsity=share, total=None if options.paper else zeros)
         return replace(decision, plan=replace(plan, budget=budget)), zeroing
-
-
-def decided(recipe: StunRecipe, request: Request) -> tuple[Decision, Zeroing]:
-    """The decision which experts stay, and how their weights are to be zeroed; `auto` tries several numbers of them."""
-    kept, on_progress = recipe.kept(), request.on_progress
-    if recipe.asked.expert_ratio != "auto":
-        decision, zeroing = recipe.plan(kept[0], on_progress)
-        return replace(decision, notes=(*decision.notes, *unused(recipe.asked))), zeroing
-    splits = search(recipe, kept, request.out.parent, on_progress)
-    decision, zeroing = recipe.plan(min(splits, key=lambda split: split.loss).experts, on_progress)
-    budget = decision.plan.budget | {"splits": [vars(split) for split in splits]}
-    notes = (*decision.notes, SPLITS_HERE) if request.engine.spread else decision.notes
-    return replace(decision, plan=replace(decision.plan, budget=budget), notes=notes), zeroing
 
 
 @dataclass(frozen=True)

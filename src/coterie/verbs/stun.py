@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coterie.decide.stun import Stunning, StunRecipe, check_options, decided, with_floor
+from coterie.decide.stun import Stunning, check_options, decided
 from coterie.decide.zeros import prepared
 from coterie.edits.execution import Io, Request, Writing, execute
 from coterie.edits.saving import savable
@@ -49,13 +49,13 @@ def stun(
     and OUT under the driver's paths. Not recorded: the bytes are the same.
     Raises: CoterieError, before anything is written.
     """
-    engine, options = Engine.of(cluster), with_floor(stunning)
-    check_options(options)
+    engine = Engine.of(cluster)
+    check_options(stunning)
     source = Model.open(model)
     request = Request(
-        command="stun", path=model, out=Path(out), options=options.record() | {"save": writing.save}, writing=writing,
-        io=io, engine=engine, on_progress=on_progress,
+        command="stun", path=model, out=Path(out), options=stunning.record() | {"save": writing.save},
+        writing=writing, io=io, engine=engine, on_progress=on_progress,
     )  # fmt: skip
     request.check(source.checkpoint)
-    decision, zeroing = decided(StunRecipe(source, options, dry_run=writing.dry_run), request)
+    decision, zeroing = decided(source, stunning, request)
     return execute(source, decision, request, prepare=prepared(zeroing, source, decision.plan, request))
