@@ -32,14 +32,14 @@ from attacks.tables import sound_stats
 from coterie.codecs.open import opened
 from coterie.edits.checks import check_plan
 from coterie.edits.outputs import patched_config, plan_outputs
-from coterie.edits.pack import pack
 from coterie.edits.plan import read_plan
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.stats import Stats
 from coterie.storage.checkpoint import INDEX, Checkpoint, parse_json, read_header
-from coterie.storage.in_place import Recipe
+from coterie.storage.in_place import UsedUp
 from coterie.verbs.inspect_ import inspect
+from coterie.verbs.pack import pack
 from coterie.verbs.prune import prune
 from handmade import deepseek, qwen
 
@@ -180,15 +180,15 @@ def _record(model: Path) -> tuple[Target, list[bytes]]:
     report = prune(model, model.parent / "planned", dry_run=True)
     report = replace(report, source=report.source | {"hash": "0" * 64})
     outputs = plan_outputs(opened, read_plan(report.plan))
-    sound = Recipe.of(opened.checkpoint, outputs, report, model.parent / "out").as_dict()
+    sound = UsedUp.of(opened.checkpoint, outputs, report, model.parent / "out").as_dict()
 
     def target(raw: bytes) -> None:
         path.write_bytes(raw)
-        recipe = Recipe.read(path)
-        for shard in recipe.outputs:
-            recipe.cuts(shard, 4096)
-            assert Path(shard).name == shard
-        json.dumps([recipe.as_dict(), recipe.identity, recipe.note, recipe.room])
+        work = UsedUp.read(path)
+        for file in work.files.values():
+            file.cuts(4096)
+            assert Path(file.name).name == file.name
+        json.dumps([work.as_dict(), work.identity, work.note, work.room])
 
     return target, [json.dumps(sound).encode()]
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from coterie.edits.budget import row_zeros
+from coterie.methods.masks import choose, lowest_per_group, lowest_per_row, zero
 from coterie.methods.sparsify import magnitude, wanda
-from coterie.methods.sparsify.select import choose, lowest_per_group, lowest_per_row, zero
 from coterie.storage.numerics import decode, encode
 from tables import markdown
 

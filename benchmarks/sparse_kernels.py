@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from coterie.codecs.bits import encode
-from coterie.edits.pack import pack
 from coterie.kernels import run as kernels
 from coterie.kernels.cases import Case, dense_cases, interleaved, levels, processor, sparse_case, table
 from coterie.kernels.experts import SparseExperts, forward
 from coterie.kernels.memory import Arena, load
 from coterie.verbs.bench import bench
+from coterie.verbs.pack import pack
 from coterie.verbs.sparsify import sparsify
 from results import write_between
 from tables import markdown

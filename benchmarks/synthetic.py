@@ -23,7 +23,7 @@ import numpy as np
 
 from coterie.storage.checkpoint import BITS, INDEX
 from coterie.storage.numerics import round_to_bf16
-from coterie.storage.writer import Hole, Output, header_bytes
+from coterie.storage.shards import Hole, Output, header_bytes
 
 SHARD = 5_000_000_000  # bytes
 BLOCK = 2**22 - 3  # random numbers to repeat; a prime, so that equal rows do not stand below each other

@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import typer
-
-from coterie.cli import app
+from coterie.cli import application, commands
 from coterie.methods import merge, prune, sparsify
 from coterie.model.family import registry
 
@@ -19,10 +17,9 @@ def cli() -> str:
     from typer.testing import CliRunner
 
     runner = CliRunner(env={"COLUMNS": "110", "TERMINAL_WIDTH": "110"})
-    verbs = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     pages = [
-        runner.invoke(app, arguments, prog_name="coterie").output
-        for arguments in [["--help"], *([v, "--help"] for v in verbs)]
+        runner.invoke(application(verb), [*([verb] if verb else []), "--help"], prog_name="coterie").output
+        for verb in (None, *commands())
     ]
     return "# The command line\n\n" + "\n".join(f"```\n{page.strip()}\n```\n" for page in pages)
 

@@ -20,7 +20,7 @@ ORDER = """
 
 
 def rank_of(module):
-    """Of the reference model, only the package itself, which names its files, is near the ground: its recipe is a verb."""
+    """Of the reference model, the package itself, which names its files, is near the ground; its recipe is a verb."""
     return ORDER.index("verbs" if module.startswith("reference_model.") else module.partition(".")[0])
 
 
@@ -74,7 +74,8 @@ def test_the_order_names_every_room():
 
 
 LIGHT = """
-    storage.checkpoint model.family model.layer storage.numerics edits.plan verbs.apply storage.writer storage.record verbs.prune cli
+    storage.checkpoint model.family model.layer storage.numerics edits.plan verbs.apply storage.writer storage.record
+    verbs.prune cli
 """.split()
 
 

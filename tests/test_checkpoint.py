@@ -443,7 +443,10 @@ def test_a_snapshot_linking_out_of_its_cache_is_refused(cache, tmp_path):
 
 def test_a_hub_id_is_found_in_the_cache_without_network(cache, tmp_path):
     """`owner/name` opens from HF_HUB_CACHE with HF_HUB_OFFLINE=1, in a fresh process and without a word."""
-    code = "from coterie.storage.checkpoint import Checkpoint; c = Checkpoint.open('owner/name'); print(c.path, sorted(c.tensors))"
+    code = (
+        "from coterie.storage.checkpoint import Checkpoint; c = Checkpoint.open('owner/name'); "
+        "print(c.path, sorted(c.tensors))"
+    )
     env = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True

@@ -1,12 +1,16 @@
 """The command line: exit codes, one line per refusal, JSON alone on standard output, a quick start."""
 
+import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from coterie.cli import main
+import coterie as package
+from coterie.cli import application, commands, main
 from handmade import qwen
 
 
@@ -98,3 +102,33 @@ def test_every_public_name_is_there():
 
     for name in coterie.__all__:
         assert getattr(coterie, name) is not None
+
+
+@pytest.mark.parametrize("command", ["", *commands()])
+def test_help_is_what_the_documentation_shows(command):
+    """Every option, its default and its order, word by word."""
+    runner = CliRunner(env={"COLUMNS": "110", "TERMINAL_WIDTH": "110"})
+    shown = runner.invoke(application(command), [*command.split(), "--help"], prog_name="coterie").output
+    pages = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8").split("```\n")[1::2]
+    begins = f"Usage: coterie {command} [OPTIONS]" if command else "Usage: coterie [OPTIONS] COMMAND"
+    assert [page for page in pages if page.startswith(begins)] == [f"{shown.strip()}\n"]
+    assert len(pages) == 1 + len(commands())
+
+
+def spelled(signature):
+    """Positional parameters in order, and keyword-only ones with their defaults; functions by name."""
+    given = signature.parameters.values()
+    return {
+        "positional": [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty],
+        "keywords": {
+            p.name: getattr(p.default, "__name__", list(p.default) if isinstance(p.default, tuple) else p.default)
+            for p in given
+            if p.kind is p.KEYWORD_ONLY
+        },
+    }
+
+
+def test_public_signatures_stay_as_they_were():
+    """The parameters of every verb, their kinds and defaults."""
+    known = json.loads((Path(__file__).parent / "signatures.json").read_text())
+    assert {name: spelled(inspect.signature(getattr(package, name))) for name in commands()} == known

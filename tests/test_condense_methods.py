@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.decide.always_on import Moments
-from coterie.methods.condense import layers, least_squares, official, routing
+from coterie.decide.always_on import OutputSums
+from coterie.methods import layer_search as layers
+from coterie.methods.condense import least_squares, official, routing
 
 # --- as published -------------------------------------------------------------------------------------------------
 
@@ -44,13 +45,13 @@ def test_divergence_is_that_of_softmaxes_over_features():
 def test_greedy_adds_the_expert_whose_set_diverges_least():
     """Alone 2 is best; with 2, 0 is; ties (1 and 3) go to the lower id, and noise below 1e-12 is a tie."""
     table = {(): [3, 2.5, 1, 2.5], (2,): [0.5, 0.7, 9, 0.7 - 1e-14], (2, 0): [9, 0.2, 9, 0.2 - 1e-14]}
-    found = official.greedy([0, 1, 2, 3], 3, lambda chosen, left: [table[tuple(chosen)][e] for e in left])
+    found = official.choose([0, 1, 2, 3], 3, lambda chosen, left: [table[tuple(chosen)][e] for e in left])
     assert found == [2, 0, 1]
 
 
 def test_greedy_stops_where_candidates_end():
     """Asked for 3 of 2 candidates, it gives both."""
-    assert official.greedy([4, 1], 3, lambda chosen, left: [float(e) for e in left]) == [1, 4]
+    assert official.choose([4, 1], 3, lambda chosen, left: [float(e) for e in left]) == [1, 4]
 
 
 # --- least squares ------------------------------------------------------------------------------------------------
@@ -86,12 +87,12 @@ def test_pursuit_equals_solving_from_the_outputs(count, fixed, seed):
     """Experts, gates and error follow from the Gram matrix alone, with or without a shared expert."""
     outputs, target = problem(seed=seed, shared=bool(fixed))
     gram, products, total = outputs @ outputs.T, outputs @ target, float(target @ target)
-    chosen, gates = least_squares.pursue(gram, products, count, fixed)
+    chosen, gates = least_squares.choose(gram, products, count, fixed)
     expected, expected_gates, expected_error = slow_pursuit(outputs, target, count, fixed)
     assert chosen == expected
     np.testing.assert_allclose(gates, expected_gates, rtol=1e-9)
     members = [*chosen, *range(len(outputs) - fixed, len(outputs))]
-    share = Moments(gram, products, total).error(members, gates)
+    share = OutputSums(gram, products, total).error(members, gates)
     assert share * total == pytest.approx(expected_error, rel=1e-9)
 
 
@@ -100,7 +101,7 @@ def test_no_gates_are_better_than_the_least_squares_ones():
     outputs, target = problem()
     gram, products, total = outputs @ outputs.T, outputs @ target, float(target @ target)
     best = least_squares.solve(gram, products, [1, 4])
-    found = Moments(gram, products, total)
+    found = OutputSums(gram, products, total)
     for other in np.random.default_rng(1).normal(size=(50, 2)):
         assert found.error([1, 4], best) <= found.error([1, 4], other)
 
@@ -110,7 +111,7 @@ def test_an_expert_that_repeats_another_or_gives_nothing_is_no_trouble():
     outputs, target = problem()
     outputs[5], outputs[0] = outputs[4], 0.0
     gram, products = outputs @ outputs.T, outputs @ target
-    chosen, gates = least_squares.pursue(gram, products, 6)
+    chosen, gates = least_squares.choose(gram, products, 6)
     assert chosen.index(4) < chosen.index(5) and np.isfinite(gates).all()
     assert gates[chosen.index(0)] == 0.0
 
@@ -118,9 +119,9 @@ def test_an_expert_that_repeats_another_or_gives_nothing_is_no_trouble():
 def test_the_scale_of_an_expert_does_not_matter():
     """Times a million and its gate over a million: the same choice, the same sum."""
     outputs, target = problem()
-    small = least_squares.pursue(outputs @ outputs.T, outputs @ target, 3)
+    small = least_squares.choose(outputs @ outputs.T, outputs @ target, 3)
     outputs[4] *= 1e6
-    large = least_squares.pursue(outputs @ outputs.T, outputs @ target, 3)
+    large = least_squares.choose(outputs @ outputs.T, outputs @ target, 3)
     assert small[0] == large[0]
     np.testing.assert_allclose(large[1] * [1e6 if e == 4 else 1 for e in large[0]], small[1], rtol=1e-8)
 

@@ -14,7 +14,6 @@ import slow_criteria
 import tiny
 from coterie.decide import criteria, reconstruct
 from coterie.decide.guard import super_experts
-from coterie.decide.pruning import Pruning
 from coterie.errors import CoterieError
 from coterie.forward.measure import measure
 from coterie.methods import prune as methods
@@ -95,7 +94,7 @@ def test_a_criterion_says_what_it_reads():
     assert set(methods.names("stats")) == set(BY_STATS)
     assert all(set(methods.load(name).SUMS) <= set(SUMS) for name in BY_STATS)
     assert methods.names("base") == ["router-norm-change"] and methods.names("outputs") == ["naee", "naee-greedy"]
-    assert methods.names() == sorted(methods.names("router", "weights", "stats", "base", "outputs"))
+    assert methods.names() == sorted(methods.names("router", "weights", "stats", "base", "outputs", "clusters"))
 
 
 def test_means_of_nothing_are_zero():
@@ -425,7 +424,7 @@ def test_errors_equal_those_of_smaller_blocks(tiny_checkpoint, model_type):
     """Inner products and routing alone give what a block without the experts gives, to 1e-4 of the largest error."""
     folder, given = tiny_checkpoint(model_type), sequences()
     every_set = Every(task_of(folder))
-    reconstruct.measure(Model.open(folder), given, Pruning(dtype="float32"), every_set, lambda *_: None)
+    reconstruct.measure(Model.open(folder), given, every_set, torch.float32, lambda *_: None)
     expected = slow_criteria.errors(folder, every(given), 6)
     assert every_set.found.keys() == expected.keys()
     for key, errors in every_set.found.items():
@@ -451,7 +450,7 @@ def test_a_shared_expert_runs_once_for_all_sets(tiny_checkpoint, monkeypatch):
     )
     folder = tiny_checkpoint("qwen2_moe")
     every_set = Every(task_of(folder))
-    reconstruct.measure(Model.open(folder), sequences(), Pruning(dtype="float32"), every_set, lambda *_: None)
+    reconstruct.measure(Model.open(folder), sequences(), every_set, torch.float32, lambda *_: None)
     assert all(len(errors) == 28 for errors in every_set.found.values())
     assert len(ran) == len(set(ran)) > 0
 

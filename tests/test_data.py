@@ -140,7 +140,8 @@ def test_token_ids_need_no_tokenizer():
 def test_import_is_light():
     """The module imports neither torch nor transformers, so that the command line starts at once."""
     code = (
-        "import json, sys, coterie.data; print(json.dumps([m for m in ('torch', 'transformers') if m in sys.modules]))"
+        "import json, sys, coterie.forward.data; "
+        "print(json.dumps([m for m in ('torch', 'transformers') if m in sys.modules]))"
     )
     assert json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout) == []
 

@@ -210,7 +210,7 @@ def test_what_stays_on_one_machine_is_said(tiny_checkpoint, tmp_path, fake, data
 
 def test_the_split_search_is_said_to_stay_on_one_machine(model, tmp_path, fake, monkeypatch):
     """Trials of --expert-ratio auto write nothing, and are not spread."""
-    monkeypatch.setattr(sys.modules["coterie.stun"], "search", lambda *_: [{"experts": 6, "loss": 1.0}])
+    monkeypatch.setattr(sys.modules["coterie.verbs.stun"], "search", lambda *_: [{"experts": 6, "loss": 1.0}])
     asked = {"sparsity": 0.5, "expert_ratio": "auto", "second": "magnitude"}
     report = stun(model, tmp_path / "out", engine="ray", **asked).report
     assert any("splits of --expert-ratio auto" in note for note in report["warnings"])

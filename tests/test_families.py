@@ -1,6 +1,6 @@
 """The contract every family keeps, on a tiny checkpoint of each: nothing unclaimed, nothing lost, exact removal.
 
-The families come from the registry: a new file in `coterie/families` is tested without a change here.
+The families come from the registry: a new file in `coterie/model/families` is tested without a change here.
 """
 
 import json

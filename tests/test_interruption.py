@@ -17,7 +17,8 @@ from coterie.edits.plan import read_plan
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.journal import JOURNAL, Journal, entries_of, is_held
-from coterie.storage.writer import Hole, Output, Run, Writer
+from coterie.storage.shards import Hole, Output, Run
+from coterie.storage.writer import Writer
 from coterie.verbs.apply import apply
 from coterie.verbs.prune import prune
 from coterie.verbs.status import status
@@ -180,14 +181,14 @@ def fill(model, out, resume=False):
     outputs = {shard: [part_of(t) for t in source.tensors.values() if t.file == shard] for shard in source.shards}
     with Writer(out, {"command": "fill"}, resume=resume) as writer:
         writer.begin(source, outputs)
-        for shard, tensors in outputs.items():
-            writer.shard(shard, tensors, source.metadata[shard], source)
+        for shard in outputs:
+            writer.shard(shard)
         for layer in range(len(writer.units), 2):
             for name in (n for n in source.tensors if f"layers.{layer}." in n and "experts" in n):
                 writer.put(name, 0, source.raw(name)[::-1])
             writer.unit({"layer": layer}, 2)
         writer.text("coterie.json", "{}")
-        writer.finish({s: {o.name: o for o in tensors} for s, tensors in outputs.items()}, indexed=True)
+        writer.finish()
 
 
 def test_kill_9_at_every_step_of_filling_in(model, tmp_path):

@@ -18,8 +18,9 @@ from coterie.edits.members import Members
 from coterie.edits.plan import Choice, read_plan
 from coterie.errors import CoterieError
 from coterie.forward.measure import measure
+from coterie.methods import align
 from coterie.methods import merge as methods
-from coterie.methods.merge import align, hc_smoe, m_smoe
+from coterie.methods.merge import hc_smoe, m_smoe
 from coterie.model.experts import expert_biases, read_layer, store_expert
 from coterie.model.layer import Model
 from coterie.model.loading import load, load_stock

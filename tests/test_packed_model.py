@@ -16,7 +16,7 @@ from coterie.model.layer import Model
 from coterie.model.stats import Stats
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.planned import view
-from coterie.storage.writer import whole
+from coterie.storage.shards import whole
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["numbered", "fused"])

@@ -421,7 +421,8 @@ def test_stun_without_statistics_says_that_nothing_is_guarded(tmp_path):
 
 def test_more_super_experts_than_clusters_are_refused(tmp_path):
     """Both of two routing choices in one cluster cannot both stay."""
-    from coterie.decide import clusters
+    from coterie.decide.clusters import Clusterer
+    from coterie.decide.criteria import Task
     from coterie.decide.pruning import Pruning, Remaining
     from coterie.model.experts import read_layer
     from coterie.storage.record import no_progress
@@ -429,9 +430,10 @@ def test_more_super_experts_than_clusters_are_refused(tmp_path):
     source = Model.open(alike(tmp_path))
     layers = {b: read_layer(source.checkpoint, b) for b in source.main}
     guarded = {source.main[1]: [1, 2, 5]}
-    task = clusters.Task(layers, Pruning(remaining=Remaining(experts=2)), 2, 2, 1, True, guarded)
+    asked = Pruning(remaining=Remaining(experts=2))
+    clusterer = Clusterer(Task(layers, 2, 1), asked, guarded, floor=2, dry_run=True)
     with pytest.raises(CoterieError, match=r"layer 1: more super experts than the 2 experts that stay.*--no-guard"):
-        clusters.decide(task, None, no_progress)
+        clusterer.decide(None, no_progress)
 
 
 def test_the_verb_stun_guards_too(tiny_checkpoint, tmp_path):

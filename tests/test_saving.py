@@ -12,6 +12,7 @@ import coterie
 import tiny
 from coterie.cli import main
 from coterie.codecs.open import opened
+from coterie.edits import saving
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.status import status
@@ -179,7 +180,7 @@ def test_a_run_killed_before_it_tidied_up_is_finished_by_resume(tiny_checkpoint,
 
 def stopping_removal(patch, number):
     """Once packing is done, Ctrl-C comes instead of the removal of that number."""
-    pack, left = coterie.pack, [number]
+    pack, left = saving.pack, [number]
 
     def counted(remove):
         def act(*args, **kwargs):

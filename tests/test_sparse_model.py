@@ -12,13 +12,14 @@ import torch
 import tiny
 from coterie.codecs.bits import GROUP, quantise
 from coterie.codecs.open import coded, opened
-from coterie.edits.pack import pack, unpack
 from coterie.errors import CoterieError
 from coterie.kernels import run as kernels
 from coterie.kernels.experts import IMPLEMENTATION, SparseExperts
 from coterie.model.hook import install
 from coterie.storage.checkpoint import Checkpoint, read_header
+from coterie.verbs.pack import pack
 from coterie.verbs.sparsify import sparsify
+from coterie.verbs.unpack import unpack
 
 install()
 FAMILIES = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from coterie.edits.budget import row_zeros
 from coterie.errors import CoterieError
+from coterie.methods import masks as select
 from coterie.methods import sparsify
-from coterie.methods.sparsify import magnitude, moe_pruner, owl, select, sparsegpt, wanda
-from coterie.methods.sparsify.select import choose, lowest_per_group, lowest_per_row, zero
+from coterie.methods.masks import choose, lowest_per_group, lowest_per_row, zero
+from coterie.methods.sparsify import magnitude, moe_pruner, owl, sparsegpt, wanda
 
 # --- rules by name ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from coterie.cli import main
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.journal import JOURNAL
-from coterie.storage.writer import Output, Run, Writer
+from coterie.storage.shards import Output, Run
+from coterie.storage.writer import Writer
 from coterie.verbs.prune import prune
 from coterie.verbs.status import status
 from handmade import qwen
@@ -78,7 +79,7 @@ def test_a_run_that_lives(tmp_path):
     outputs = {"model.safetensors": [Output("x", "U8", (100,), (Run("model.safetensors", 0, 100),))]}
     with Writer(tmp_path / "out", {"command": "prune", "options": {"ratio": 0.5}}) as writer:
         writer.begin(model, outputs)
-        writer.shard("model.safetensors", outputs["model.safetensors"], {}, model)
+        writer.shard("model.safetensors")
         found = status(tmp_path / "out")
         assert found == status(tmp_path / "out.partial") | {"updated": found["updated"]}
         assert (found["state"], found["alive"], found["command"]) == ("running", True, "prune")
@@ -130,7 +131,7 @@ def test_on_the_command_line(tmp_path, capsys):
 
 def test_asking_is_cheap():
     """Neither torch nor transformers is imported to read a journal."""
-    code = "import sys, coterie.status; assert not {'torch', 'transformers', 'scipy'} & set(sys.modules)"
+    code = "import sys, coterie.verbs.status; assert not {'torch', 'transformers', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 import coterie
-from coterie.cli import app
+from coterie.cli import application
 from coterie.storage.record import typed
 from coterie.verbs.report import _command
 from test_collect import files, sequences
@@ -30,7 +30,7 @@ def parsed(text):
     """(command, its parameters) as the command line understands them; nothing is run."""
     words = shlex.split(text)
     assert words[0] == "coterie"
-    program = typer.main.get_command(app)
+    program = typer.main.get_command(application(words[1]))
     context = program.make_context("coterie", words[1:])
     name, command, rest = program.resolve_command(context, words[1:])
     return name, command.make_context(name, rest, parent=context).params
@@ -58,13 +58,14 @@ def paths(tiny_checkpoint, tmp_path_factory):
 def test_what_a_card_prints_is_parsed_as_what_was_recorded(paths, tmp_path, verb, given):
     """Every option of the record, in the command line's own spelling; and those that were given are among them."""
     options = {name: paths.get(value, value) if isinstance(value, str) else value for name, value in given.items()}
-    model = paths[{"recover": "C", "pack": "Z", "unpack": "O"}.get(verb, "M")]
+    source = paths[{"recover": "C", "pack": "Z", "unpack": "O"}.get(verb, "M")]
     plan = [options.pop("plan")] if verb == "apply" else []
     calibrated = {"samples": 4, "seq_len": 32} if "data" in options else {}
-    report = getattr(coterie, verb)(model, *plan, tmp_path / "out", **options, **calibrated, dry_run=True)
+    report = getattr(coterie, verb)(source, *plan, tmp_path / "out", **options, **calibrated, dry_run=True)
     assert report.command == verb
     name, params = parsed(typed(verb, report.options))
-    assert name == verb and (params["model"], str(params["out"])) == ("MODEL", "OUT")
+    model, out = {"pack": ("dense", "out"), "unpack": ("packed", "dense")}.get(verb, ("model", "out"))
+    assert name == verb and (params[model], str(params[out])) == ("MODEL", "OUT")
     for key, value in report.options.items():
         found = params[key]
         if key == "data":

@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import INDEX, Checkpoint, read_header
 from coterie.storage.record import to_json
-from coterie.storage.writer import Layout, Made, Output, Run, Writer, header_bytes
+from coterie.storage.shards import FileLayout, Made, Output, Run, header_bytes
+from coterie.storage.writer import Writer
 from coterie.verbs.prune import prune
 from handmade import file_bytes, qwen, qwen_config, read_all, save
 
@@ -452,7 +453,7 @@ def test_parts_follow_each_other(parts):
             Made(length, lambda piece=piece: piece) if made else Run("source", start, start + len(piece))
             for (start, length, made), piece in zip(parts, pieces, strict=True)
         ]
-        layout = Layout.of([Output("x", "U8", (sum(map(len, pieces)),), tuple(asked))], {}, Path(folder))
+        layout = FileLayout.of([Output("x", "U8", (sum(map(len, pieces)),), tuple(asked))], {}, Path(folder))
         written = bytearray(layout.num_bytes)
         written[: len(layout.header)] = layout.header
         for position, part in layout.made:

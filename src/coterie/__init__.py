@@ -6,39 +6,25 @@ Every command of the program is a function here, with the same options. Names lo
 
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from coterie.model.hook import install
 
+VERBS = {  # name: file; one underscore at its end is not of the name
+    file.stem.removesuffix("_"): file
+    for file in sorted((Path(__file__).parent / "verbs").glob("*.py"))
+    if file.stem != "__init__"
+}
 _HOMES = {
     "Checkpoint": "coterie.storage.checkpoint",
     "CoterieError": "coterie.errors",
     "Family": "coterie.model.family",
     "Plan": "coterie.edits.plan",
     "Report": "coterie.storage.record",
-    "analyze": "coterie.verbs.analyze",
-    "apply": "coterie.verbs.apply",
-    "bench": "coterie.verbs.bench",
-    "collect": "coterie.verbs.collect",
-    "compare": "coterie.verbs.compare",
-    "condense": "coterie.verbs.condense",
-    "drop": "coterie.verbs.drop",
-    "eval": "coterie.verbs.eval",
-    "generate": "coterie.verbs.generate",
-    "inspect": "coterie.verbs.inspect_",
     "load": "coterie.model.loading",
-    "merge": "coterie.verbs.merge",
-    "pack": "coterie.edits.pack",
-    "prune": "coterie.verbs.prune",
-    "recover": "coterie.verbs.recover",
-    "report": "coterie.verbs.report",
-    "sparsify": "coterie.verbs.sparsify",
-    "status": "coterie.verbs.status",
-    "stun": "coterie.verbs.stun",
-    "unpack": "coterie.edits.pack",
-    "verify": "coterie.verbs.verify",
-}
+} | {name: f"coterie.verbs.{file.stem}" for name, file in VERBS.items()}
 __all__ = [*sorted(_HOMES), "__version__"]
 __version__ = "0.1.0"
 

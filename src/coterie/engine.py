@@ -20,9 +20,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from coterie.errors import CoterieError, guarded
+from coterie.errors import CoterieError, writing
+from coterie.options import Help
 
 NAMES = ("local", "ray")
 SCRATCH = "work"  # folder in OUT.partial for what units tell each other in files; never part of a result
@@ -39,7 +40,7 @@ class Unit:
     """One idempotent piece of work: `function` is "module:name", whose arguments and result are JSON."""
 
     function: str
-    arguments: dict[str, Any]
+    arguments: dict[str, object]
     disk: float = 1.0  # of a node's resource `disk`
     cpus: int = 1
 
@@ -48,12 +49,18 @@ class Unit:
 class Cluster:
     """Where units of work run: the engine's name, and HOST:PORT of a Ray cluster, or auto."""
 
-    engine: str = "local"
-    ray_address: str | None = None
+    engine: Annotated[str, Help(f"Where work is done: {', '.join(NAMES)} (ray: on many machines).")] = "local"
+    ray_address: Annotated[
+        str | None, Help("Of a Ray cluster [default: one is started on this machine].", "HOST:PORT")
+    ] = None
 
 
 class Engine:
     """`local`: the caller does its work as ever, and no unit is made. `ray`: `run` carries units out elsewhere."""
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> Engine:
+        return cls(cluster.engine, cluster.ray_address)
 
     def __init__(self, name: str = "local", address: str | None = None) -> None:
         """address: HOST:PORT of a Ray cluster, or auto; without it one is started on this machine.
@@ -96,9 +103,11 @@ class Engine:
             return
         self.scratch = folder.absolute() / SCRATCH / uuid.uuid4().hex
         try:
-            guarded(folder, lambda: self.scratch.mkdir(parents=True))
+            with writing(folder):
+                self.scratch.mkdir(parents=True)
             yield
-            guarded(folder, lambda: shutil.rmtree(folder / SCRATCH))
+            with writing(folder):
+                shutil.rmtree(folder / SCRATCH)
         finally:
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 
@@ -119,7 +128,7 @@ class Engine:
         return True
 
     def _init(self) -> None:
-        quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        quiet = {"log_to_driver": False, "configure_logging": False}
         if self.address:
             if self.address != "auto":
                 _answers(self.address)
@@ -165,13 +174,17 @@ class Engine:
                 waiting.append((unit, self._submit(unit)))
                 self._count["units"] += 1
                 if len(waiting) >= self._ahead:
-                    yield self._result(*waiting[0])
-                    waiting.popleft()
+                    yield self._oldest(waiting)
             while waiting:
-                yield self._result(*waiting[0])
-                waiting.popleft()
+                yield self._oldest(waiting)
         finally:
             self._cancel([reference for _, reference in waiting])
+
+    def _oldest(self, waiting: deque[tuple[Unit, Any]]) -> Any:
+        """The result of the unit that waited longest, which leaves once it is there."""
+        found = self._result(*waiting[0])
+        waiting.popleft()
+        return found
 
     def _submit(self, unit: Unit) -> Any:
         task = self._ray.remote(perform).options(
@@ -212,7 +225,7 @@ class Engine:
                 self._ray.wait(references, num_returns=len(references), timeout=CANCELLING)
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """For the report."""
         return {"name": self.name, "nodes": self._nodes, **self._count}
 
@@ -222,22 +235,21 @@ def perform(version: str, scratch: str, function: str, arguments: str) -> str:
 
     Refuses where the scratch folder is not to be seen, which also stops units of a run that has ended.
     """
-    node = os.uname().nodename
     if version != _version():
-        return _refusal(f"node {node}: has coterie {_version()}, the driver {version}; install the same everywhere")
+        return _refusal(f"has coterie {_version()}, the driver {version}; install the same everywhere")
     if not os.path.isdir(scratch):  # noqa: PTH112 - Path.is_dir raises for some names
-        return _refusal(f"node {node}: does not see {scratch}; MODEL and OUT must lie where all nodes see them")
+        return _refusal(f"does not see {scratch}; MODEL and OUT must lie where all nodes see them")
     module, _, name = function.partition(":")
     try:
         return json.dumps({"result": getattr(importlib.import_module(module), name)(**json.loads(arguments))})
     except CoterieError as error:
-        return _refusal(f"node {node}: {error}")
+        return _refusal(str(error))
     except OSError as error:
-        return _refusal(f"node {node}: {error.filename or scratch}: {error.strerror or error}; see to it, add --resume")
+        return _refusal(f"{error.filename or scratch}: {error.strerror or error}; see to it, add --resume")
 
 
-def _refusal(text: str) -> str:
-    return json.dumps({"refused": text})
+def _refusal(reason: str) -> str:
+    return json.dumps({"refused": f"node {os.uname().nodename}: {reason}"})
 
 
 def _answers(address: str) -> None:

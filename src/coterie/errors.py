@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 LONGEST = 2000  # characters of a message; names and values come from files, and may be of any length
 
@@ -28,11 +28,26 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def guarded(folder: Path, action: Callable[[], Any]) -> Any:
-    """Runs a file operation in `folder`; a full or read-only disk becomes a CoterieError."""
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """While entered, a failing file operation is a CoterieError: the folder is on a full or read-only disk."""
     try:
-        return action()
+        yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "free some space and add --resume" if full else "check permissions, or choose another OUT"
         raise CoterieError(f"{folder}: cannot be written ({error.strerror or error}); {hint}") from error
+
+
+@contextmanager
+def reading(path: Path, hint: str = "", passing: Collection[int | None] = ()) -> Iterator[None]:
+    """While entered, a failing file operation is a CoterieError: `path` cannot be read. The hint ends the message.
+
+    passing: error numbers that stay what they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in passing:
+            raise
+        raise CoterieError(f"{path}: cannot be read ({error.strerror or error}){hint}") from error

@@ -1,15 +1,139 @@
-"""Options as records: frozen dataclasses, whose fields are options or groups of options, which are such records too."""
+"""An option is said once: `name: Annotated[type, Help("text")] = default`, as a field of a record or a parameter of a
+verb.
+
+A record is a frozen dataclass of options, and of groups, which are records too. `public` makes a verb of a function
+that takes records: their options expand in place into keyword arguments, and the command line (`cli.py`) is built from
+those. Fields without a `Help` are no options.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+Result = TypeVar("Result")
 
 
-def flat(record: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Help:
+    """How an option is shown, typed and read.
+
+    text, metavar, flags: of the command line's help; without flags it is typed as --NAME. given: its type there, if not
+    the annotated one. read: makes of what a caller gives what the record holds. default: what a caller may leave out,
+    where that is not the field's default. stdin: whether `-` stands for standard input.
+    """
+
+    text: str
+    metavar: str | None = None
+    flags: tuple[str, ...] = ()
+    given: Any = None
+    read: Callable[[Any], Any] | None = None
+    default: Any = ...
+    stdin: bool = False
+
+
+Changes = Mapping[str, Help | None]  # other helps for options of a group; None leaves one out
+
+
+def as_text(value: object) -> str | None:
+    """A path or a name as text."""
+    return None if value is None else str(value)
+
+
+ModelPath = Annotated[str | Path, Help("A folder of safetensors, or a hub id.", "MODEL", given=str)]
+OutPath = Annotated[str | Path, Help("The folder to write; must not exist.", "OUT", given=Path)]
+
+
+def flat(record: Any) -> dict[str, object]:
     """The values of a record by name, in order; groups expand in place, and a name declared earlier stays."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for field in fields(record):
         value = getattr(record, field.name)
         found = found | (flat(value) | found if is_dataclass(value) else {field.name: value})
     return found
+
+
+def help_of(parameter: Parameter) -> Help | None:
+    """The help of a public function's parameter; None where it is not of the command line."""
+    return _split(parameter.annotation, Help)[1]
+
+
+def public(body: Callable[..., Result]) -> Callable[..., Result]:
+    """The function with its records expanded into keyword arguments; `body` is called with records."""
+    hints = get_type_hints(body, include_extras=True)
+    parameters: dict[str, Parameter] = {}
+    for parameter in inspect.signature(body).parameters.values():
+        hint = hints[parameter.name]
+        if _is_group(hint):
+            for option in _expanded(hint, {}):
+                parameters.setdefault(option.name, option)
+        else:
+            shown = _split(hint, Help)[1]
+            default = parameter.default if shown is None or shown.default is ... else shown.default
+            parameters[parameter.name] = parameter.replace(annotation=hint, default=default)
+    signature = inspect.Signature(list(parameters.values()))
+
+    @wraps(body)
+    def verb(*args: Any, **kwargs: Any) -> Result:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = {name: _read(parameters[name], value) for name, value in bound.arguments.items()}
+        return body(**{n: _built(hints[n], given) if _is_group(hints[n]) else given[n] for n in hints if n != "return"})
+
+    verb.__signature__ = signature  # type: ignore[attr-defined]
+    return verb
+
+
+def _expanded(hint: Any, changes: Changes) -> Iterator[Parameter]:
+    """The options of a group, as keyword-only parameters."""
+    group, own = _split(hint, dict)
+    hints, changes = get_type_hints(group, include_extras=True), {**(own or {}), **changes}
+    for field in fields(group):
+        annotation = hints[field.name]
+        if _is_group(annotation):
+            yield from _expanded(annotation, changes)
+            continue
+        base, found = _split(annotation, Help)
+        shown = changes.get(field.name, found)
+        if shown is not None:
+            default = _default(field) if shown.default is ... else shown.default
+            kind = Parameter.KEYWORD_ONLY
+            yield Parameter(field.name, kind, default=default, annotation=Annotated[base, shown])
+
+
+def _built(hint: Any, given: Mapping[str, Any]) -> Any:
+    """The record of what was given; what was not asked keeps its default."""
+    group = _split(hint, dict)[0]
+    hints, found = get_type_hints(group, include_extras=True), {}
+    for field in fields(group):
+        if _is_group(hints[field.name]):
+            found[field.name] = _built(hints[field.name], given)
+        elif field.name in given and _split(hints[field.name], Help)[1]:
+            found[field.name] = given[field.name]
+    return group(**found)
+
+
+def _read(parameter: Parameter, value: Any) -> Any:
+    shown = help_of(parameter)
+    return shown.read(value) if shown and shown.read else value
+
+
+def _split(hint: Any, kind: type) -> tuple[Any, Any]:
+    """The type in an annotation, and what of a kind stands beside it."""
+    if get_origin(hint) is not Annotated:
+        return hint, None
+    base, *beside = get_args(hint)
+    return base, next((found for found in beside if isinstance(found, kind)), None)
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(base := _split(hint, dict)[0], type) and is_dataclass(base)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()

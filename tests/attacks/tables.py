@@ -11,9 +11,9 @@ import numpy as np
 
 from attacks.corpus import ESCAPE, JSON_BOMBS, TB, Make, add_all, alone, pipe, shard
 from coterie.codecs import bits as fmt
-from coterie.edits.pack import pack
 from coterie.model.stats import FORMAT, SUMS, Stats
 from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.pack import pack
 from handmade import HIDDEN, WIDTH, qwen, read_all, save
 
 SIZES = {"E": 8, "D": HIDDEN, "F": WIDTH}

@@ -34,7 +34,7 @@ from functools import cache
 
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.planned import Coded
-from coterie.storage.writer import Output
+from coterie.storage.shards import Output
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from coterie.codecs import Codec, Coded, Place
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import BITS, Checkpoint
 from coterie.storage.numerics import decode as values_of
-from coterie.storage.writer import Hole, Made, Output
+from coterie.storage.shards import Hole, Made, Output
 
 FORMAT = 1
 METHOD = "coterie"  # quant_method in config.json

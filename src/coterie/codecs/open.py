@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 from coterie.codecs import Codec, Coded, Place, codecs
 from coterie.storage.checkpoint import BITS, Checkpoint
 from coterie.storage.planned import Planned, Shards, resolved, view
-from coterie.storage.writer import Made, Output, whole
+from coterie.storage.shards import Made, Output, whole
 
 
 def matrices_at(checkpoint: Checkpoint, place: Place) -> Coded | None:

@@ -7,7 +7,7 @@ import numpy as np
 from coterie.codecs import Codec, Coded, Place
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.writer import Made, Output
+from coterie.storage.shards import Made, Output
 
 
 def read(checkpoint: Checkpoint, place: Place) -> Coded | None:

@@ -19,6 +19,7 @@ from coterie.edits.folding import DOWN, GATE, UP, folded, natural_width, parts, 
 from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
 from coterie.forward.stream import Batch, Routed, Stream, Walk, advance, plain_walk
+from coterie.methods.condense.official import fixed_gates
 from coterie.model import moe
 from coterie.model.layer import Model
 from coterie.model.standin import block_of
@@ -177,25 +178,12 @@ class Tap:
         self.x.append(x[some])
         self.y.append(y[some])
 
-    def values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat(self.x), torch.cat(self.y)
-
 
 def spread(num_tokens: int, most: int = MOST_TOKENS) -> torch.Tensor:
     """Rows of at most so many tokens, spread evenly."""
     if num_tokens <= most:
         return torch.arange(num_tokens)
     return torch.arange(most) * num_tokens // most
-
-
-@contextmanager
-def tapped(module: torch.nn.Module, num_tokens: int) -> Iterator[Tap]:
-    tap = Tap(spread(num_tokens))
-    handle = module.register_forward_hook(tap.hook)
-    try:
-        yield tap
-    finally:
-        handle.remove()
 
 
 @dataclass
@@ -205,6 +193,11 @@ class Routing:
     sums: np.ndarray
     counts: np.ndarray
     shared: float = 1.0
+
+    @property
+    def gates(self) -> np.ndarray:
+        """(E,) the published gates; NaN for experts that no token chose."""
+        return fixed_gates(self.sums, self.counts)
 
 
 def routing_walk(blocks: Blocks, found: dict[int, Routing]) -> Walk:
@@ -223,7 +216,7 @@ def routing_walk(blocks: Blocks, found: dict[int, Routing]) -> Walk:
 
 
 @dataclass(frozen=True)
-class Moments:
+class OutputSums:
     """Sums over tokens: G_ij = <E_i, E_j> (n, n), b_i = <E_i, y> (n,), |y|^2; the shared expert, if any, is last."""
 
     gram: np.ndarray
@@ -237,7 +230,9 @@ class Moments:
         return float(max(left, 0.0) / self.total) if self.total else 0.0
 
 
-def moments(blocks: Blocks, index: int, x: torch.Tensor, y: torch.Tensor, members: list[int] | None = None) -> Moments:
+def moments(
+    blocks: Blocks, index: int, x: torch.Tensor, y: torch.Tensor, members: list[int] | None = None
+) -> OutputSums:
     """The sums for inputs x (T, D) and the output y (T, D) to reproduce, of all experts or of some.
 
     Every expert runs on every token. One expert is in memory at a time, and the outputs of all for as many tokens as
@@ -259,7 +254,7 @@ def moments(blocks: Blocks, index: int, x: torch.Tensor, y: torch.Tensor, member
         raise CoterieError(
             f"layer {index}: the experts' outputs are NaN or infinite; expected finite (--dtype float32)"
         )
-    return Moments(gram, target, total)
+    return OutputSums(gram, target, total)
 
 
 def check_sum(blocks: Blocks, index: int, x: torch.Tensor, y: torch.Tensor, routed: torch.Tensor) -> None:
@@ -301,15 +296,19 @@ def observe(
     """
     module, _ = blocks.module(index)
     sums: list[torch.Tensor] = []
-    with tapped(module, sum(batch.num_tokens for batch in batches)) as tap:
+    tap = Tap(spread(sum(batch.num_tokens for batch in batches)))
+    handle = module.register_forward_hook(tap.hook)
 
-        def noted(routed: Routed) -> torch.Tensor:
-            total = (walk or blocks.walk)(routed)
-            sums.append(total[tap.rows])
-            return total
+    def noted(routed: Routed) -> torch.Tensor:
+        total = (walk or blocks.walk)(routed)
+        sums.append(total[tap.rows])
+        return total
 
+    try:
         go(batches, noted, keep)
-    x, y = tap.values()
+    finally:
+        handle.remove()
+    x, y = torch.cat(tap.x), torch.cat(tap.y)
     check_sum(blocks, index, x, y, sums[0])
     return x, y
 

@@ -1,8 +1,8 @@
 """Experts and gates for condensed layers, measured in the streaming forward and chosen by `methods/condense`.
 
-Least squares and routing need one pass of the model as it is; the published search measures gates on whole samples and
-then tries every expert on their beginnings. Fitted in order, each condensed layer follows what its original computes
-on the activations that the condensed layers before it produce.
+Moments and routing need one pass of the model as it is; the published search measures gates on whole samples and then
+tries every expert on their beginnings. Fitted in order, each condensed layer follows what its original computes on the
+activations that the condensed layers before it produce.
 """
 
 from __future__ import annotations
@@ -11,109 +11,142 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from coterie.decide.always_on import Blocks, Moments, Routing, Work, leave, moments, observe, routing_walk
+from coterie.decide.always_on import Blocks, Routing, Work, leave, moments, observe, routing_walk
 from coterie.edits.folding import shared_names
 from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
 from coterie.forward.stream import Batch, advance
-from coterie.methods.condense import least_squares, official, routing
+from coterie.methods.condense import official
 from coterie.storage.record import Progress
 
 ROWS = 4096  # tokens whose divergence is computed at once
 CACHE = 2**31  # bytes of experts' outputs kept between the rounds of the published search
 
+Divergences = Callable[[list[int], list[int]], list[float]]  # (experts chosen, candidates) -> one a candidate
+
 
 @dataclass
-class Choice:
+class Fits:
     """What each layer would be condensed to, and the share of its output's square that is lost thereby."""
 
     condensed: dict[int, Condensed] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
 
 
-# --- least squares ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Chooser:
+    """A selection (a module of `methods/condense`) at work on a model: `keep` experts of each layer and their gates."""
+
+    blocks: Blocks
+    method: ModuleType
+    keep: int
+    work: Work
+    on_progress: Progress
+
+    def by_moments(self, batches: list[Batch], indices: list[int], *, in_order: bool) -> Fits:
+        """Each layer fitted to what its block computes on what reaches it.
+
+        in_order: layers are condensed as the pass goes on; else all are measured in the model as it is.
+        """
+        result = Fits()
+
+        def fit(go: Any, index: int) -> None:
+            x, y = observe(self.blocks, go, index, batches, leave if in_order else advance)
+            found, num_experts = moments(self.blocks, index, x, y), self.blocks.by_index[index].num_experts
+            num_shared = len(found.target) - num_experts
+            chosen, gates = self.method.choose(found.gram, found.target, self.keep, num_shared)
+            shared = float(gates[-1]) if num_shared else 1.0
+            condensed = Condensed(tuple(chosen), tuple(map(float, gates[: len(chosen)])), shared)
+            result.condensed[index] = condensed
+            result.errors[index] = found.error([*chosen, *range(num_experts, num_experts + num_shared)], gates)
+            if in_order:
+                self.blocks.run(go, index, batches, condensed, self.work)
+
+        self._each("fitting layers" if in_order else "measuring layers", batches, indices, fit)
+        return result
+
+    def by_routing(self, batches: list[Batch], indices: list[int]) -> Fits:
+        """By the router's weights in the model as it is, under the published gates."""
+        result = Fits()
+
+        def choose(index: int, found: Routing, x: torch.Tensor, y: torch.Tensor) -> None:
+            self._add(result, index, self.method.choose(found.sums, self.keep), found, x, y)
+
+        self._routings(batches, indices, choose)
+        return result
+
+    def gates(self, batches: list[Batch], indices: list[int]) -> dict[int, Routing]:
+        """The routing weights of those layers in the model as it is."""
+        return self._routings(batches, indices, lambda *_: None)
+
+    def by_divergence(self, batches: list[Batch], gates: dict[int, Routing]) -> Fits:
+        """The published search: experts whose layer alone, condensed, leaves hidden states that diverge least."""
+        result, weights = Fits(), text_weights(batches)
+
+        def search(go: Any, index: int) -> None:
+            parts = list[Around]()
+            surroundings(self.blocks, go, index, batches, parts.append)
+            around = Around(*map(torch.cat, zip(*parts, strict=True)))
+            tried = _divergences(self.blocks, index, around, weights, gates[index])
+
+            def divergences(chosen: list[int], left: list[int]) -> list[float]:
+                self.work.add(batches, len(left))
+                return tried(chosen, left)
+
+            chosen = self.method.choose(official.candidates(gates[index].gates), self.keep, divergences)
+            self._add(result, index, chosen, gates[index], around.x, around.y)
+
+        self._each("searching experts", batches, list(gates), search)
+        return result
+
+    def _each(self, stage: str, batches: list[Batch], indices: list[int], run: Callable[[Any, int], None]) -> None:
+        """One pass: `run(go, index)` runs each of those layers, loaded; the others run as they are."""
+        last = max(indices)
+        for index in range(last + 1):
+            with self.blocks.stream.loaded(index) as go:
+                if index in indices:
+                    self.work.add(batches)
+                    run(go, index)
+                else:
+                    self.blocks.run(go, index, batches, None, self.work)
+            self.on_progress(stage, index + 1, last + 1)
+
+    def _routings(
+        self,
+        batches: list[Batch],
+        indices: list[int],
+        use: Callable[[int, Routing, torch.Tensor, torch.Tensor], None],
+    ) -> dict[int, Routing]:
+        """Routing weights of those layers; `use` is given each, with some inputs and outputs (T, D) of its block."""
+        found: dict[int, Routing] = {}
+        walk = routing_walk(self.blocks, found)
+
+        def measure(go: Any, index: int) -> None:
+            x, y = observe(self.blocks, go, index, batches, walk=walk)
+            use(index, found[index], x, y)
+
+        self._each("measuring gates", batches, indices, measure)
+        return found
+
+    def _add(
+        self, result: Fits, index: int, chosen: list[int], found: Routing, x: torch.Tensor, y: torch.Tensor
+    ) -> None:
+        """Those experts under the published gates, and the share of |y|^2 that they lose on inputs x (T, D)."""
+        condensed = Condensed(tuple(chosen), tuple(float(found.gates[e]) for e in chosen), found.shared)
+        gates = [*condensed.gates, *([found.shared] if shared_names(self.blocks.by_index[index]) else [])]
+        sums = moments(self.blocks, index, x, y, chosen)
+        result.condensed[index] = condensed
+        result.errors[index] = sums.error(list(range(len(gates))), np.array(gates))
 
 
-def by_least_squares(
-    blocks: Blocks,
-    batches: list[Batch],
-    indices: list[int],
-    keep: int,
-    work: Work,
-    on_progress: Progress,
-    *,
-    in_order: bool,
-) -> Choice:
-    """One pass, each layer fitted to what its block computes on what reaches it.
-
-    in_order: layers are condensed as the pass goes on; else all are measured in the model as it is.
-    """
-    result, last = Choice(), max(indices)
-    for index in range(last + 1):
-        with blocks.stream.loaded(index) as go:
-            if index in indices:
-                work.add(batches)
-                x, y = observe(blocks, go, index, batches, leave if in_order else advance)
-                found = moments(blocks, index, x, y)
-                result.condensed[index], result.errors[index] = fit(found, blocks.by_index[index].num_experts, keep)
-            if in_order or index not in indices:
-                blocks.run(go, index, batches, result.condensed.get(index), work)
-        on_progress("fitting layers" if in_order else "measuring layers", index + 1, last + 1)
-    return result
-
-
-def fit(found: Moments, num_experts: int, keep: int) -> tuple[Condensed, float]:
-    """The least-squares choice from a layer's sums, and its error."""
-    num_shared = len(found.target) - num_experts
-    chosen, gates = least_squares.pursue(found.gram, found.target, keep, num_shared)
-    error = found.error([*chosen, *range(num_experts, num_experts + num_shared)], gates)
-    shared = float(gates[-1]) if num_shared else 1.0
-    return Condensed(tuple(chosen), tuple(map(float, gates[: len(chosen)])), shared), error
-
-
-# --- by the router's weights -----------------------------------------------------------------------------------
-
-
-def by_routing(
-    blocks: Blocks, batches: list[Batch], indices: list[int], keep: int, work: Work, on_progress: Progress
-) -> tuple[Choice, dict[int, Routing]]:
-    """One pass of the model as it is: the experts with most routing mass, under the published gates; and all gates."""
-    result, found = Choice(), dict[int, Routing]()
-    walk, last = routing_walk(blocks, found), max(indices)
-    for index in range(last + 1):
-        with blocks.stream.loaded(index) as go:
-            work.add(batches)
-            if index in indices:
-                x, y = observe(blocks, go, index, batches, walk=walk)
-                chosen = routing.choose(found[index].sums, keep)
-                result.condensed[index] = with_fixed_gates(found[index], chosen)
-                result.errors[index] = error_of(blocks, index, result.condensed[index], x, y)
-            else:
-                go(batches, blocks.walk, advance)
-        on_progress("measuring gates", index + 1, last + 1)
-    return result, found
-
-
-def with_fixed_gates(found: Routing, chosen: list[int]) -> Condensed:
-    gates = official.fixed_gates(found.sums, found.counts)
-    return Condensed(tuple(chosen), tuple(float(gates[e]) for e in chosen), found.shared)
-
-
-def error_of(blocks: Blocks, index: int, condensed: Condensed, x: torch.Tensor, y: torch.Tensor) -> float:
-    """The share of |y|^2 that a condensed block loses on inputs x (T, D)."""
-    found = moments(blocks, index, x, y, list(condensed.experts))
-    gates = [*condensed.gates, *([condensed.shared_gate] if shared_names(blocks.by_index[index]) else [])]
-    return found.error(list(range(len(gates))), np.array(gates))
-
-
-# --- as published ----------------------------------------------------------------------------------------------
+# --- the divergences of the published search ---------------------------------------------------------------------
 
 
 class Around(NamedTuple):
@@ -123,33 +156,6 @@ class Around(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
     after: torch.Tensor
-
-
-def by_divergence(
-    blocks: Blocks,
-    batches: list[Batch],
-    gates: dict[int, Routing],
-    keep: int,
-    work: Work,
-    on_progress: Progress,
-) -> Choice:
-    """The published search: experts whose layer alone, condensed, leaves hidden states that diverge least."""
-    result, last = Choice(), max(gates)
-    weights = text_weights(batches)
-    for index in range(last + 1):
-        with blocks.stream.loaded(index) as go:
-            if index in gates:
-                work.add(batches)
-                parts = list[Around]()
-                surroundings(blocks, go, index, batches, parts.append)
-                around = Around(*map(torch.cat, zip(*parts, strict=True)))
-                chosen = _search(blocks, index, around, weights, gates[index], keep, partial(work.add, batches))
-                result.condensed[index] = with_fixed_gates(gates[index], chosen)
-                result.errors[index] = error_of(blocks, index, result.condensed[index], around.x, around.y)
-            else:
-                blocks.run(go, index, batches, None, work)
-        on_progress("searching experts", index + 1, last + 1)
-    return result
 
 
 def text_weights(batches: list[Batch]) -> torch.Tensor:
@@ -169,25 +175,15 @@ def divergence(expected: Iterator[torch.Tensor], found: Iterator[torch.Tensor], 
     return total
 
 
-def _search(
-    blocks: Blocks,
-    index: int,
-    around: Around,
-    weights: torch.Tensor,
-    found: Routing,
-    keep: int,
-    count: Callable[[int], None],
-) -> list[int]:
-    """Greedy over the experts that have a gate; `count` is told how often the layer was tried."""
-    gates = official.fixed_gates(found.sums, found.counts)
-    outputs = _cached(blocks, index, around.x)
+def _divergences(blocks: Blocks, index: int, around: Around, weights: torch.Tensor, found: Routing) -> Divergences:
+    """How far the layer's output is from its own with each candidate added to the experts chosen."""
+    outputs, gates = _cached(blocks, index, around.x), found.gates
     shared = blocks.shared(index)
     base = torch.zeros_like(around.x)
     if shared:
         base += found.shared * blocks.shared_output(blocks.module(index)[1], shared, around.x)
 
     def divergences(chosen: list[int], left: list[int]) -> list[float]:
-        count(len(left))
         fixed = base.clone()
         for e, y in outputs(chosen):
             fixed += gates[e] * y
@@ -197,7 +193,7 @@ def _search(
             scores[e] = divergence(iter(around.after.split(ROWS)), iter(states.split(ROWS)), weights)
         return [scores[e] for e in left]
 
-    return official.greedy(official.candidates(gates), keep, divergences)
+    return divergences
 
 
 def _cached(blocks: Blocks, index: int, x: torch.Tensor) -> Callable[[list[int]], Iterator[tuple[int, torch.Tensor]]]:

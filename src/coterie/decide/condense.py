@@ -1,208 +1,48 @@
-"""`coterie condense`: chosen MoE layers become small dense ones, the same for every token.
+"""`coterie condense`: from what was asked to a decision, before anything is written.
 
-Measures the experts, chooses those that stay on and their gates, chooses the layers (unless they are named), and
-executes the plan. Everything is decided before anything is written.
+The experts are measured, those that stay on and their gates are chosen, and the layers, unless they are named.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
-from coterie.codecs.open import coded
-from coterie.edits.convert import CONVERSIONS, conversion
-from coterie.edits.dense import check_writable, is_stock, num_layers
-from coterie.edits.folding import check_foldable, shared_names
+from coterie.decide.condensing import (
+    Condensing,
+    announce,
+    calibration_of,
+    check_model,
+    plan_of,
+    unused,
+)
+from coterie.edits.execution import Request
 from coterie.edits.plan import Condensed, Decision, Plan
-from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, read_samples
-from coterie.methods.condense import LAYER_SEARCH, SELECT
+from coterie.forward.samples import read_samples
 from coterie.model.layer import Model
-from coterie.options import flat
-from coterie.storage.planned import Planned
-from coterie.storage.record import Progress
 
-logger = logging.getLogger("coterie")
-logger.addHandler(logging.NullHandler())  # a library says nothing unless it is asked to
-
-SAMPLES, OFFICIAL_SAMPLES = 128, 100
+SIZE_ONLY = "a dry run computes sizes; which layers, experts and gates comes from data"
 
 
-@dataclass(frozen=True)
-class Condensing:
-    """What `condense` was asked for, with its defaults; recorded in coterie.json."""
+def decided(original: Model, source: Model, target: str | None, options: Condensing, request: Request) -> Decision:
+    """The layers, experts and gates; of a dry run, only how many.
 
-    layers: int | None = None
-    layer_ids: list[int] | None = None
-    keep: int | None = None
-    select: str = "least-squares"
-    layer_search: str | None = None
-    calibration: Calibration = field(default_factory=lambda: Calibration(samples=None))
-    dtype: str = "auto"
-
-
-# --- what was asked for ----------------------------------------------------------------------------------------
-
-
-def parse_ids(given: list[int] | str | None) -> list[int] | None:
-    """Layer numbers from a list, or from text as in "3,5,11"."""
-    if given is None:
-        return None
-    parts = given.split(",") if isinstance(given, str) else list(given)
-    try:
-        return [part if type(part) is int else int(str(part)) for part in parts]
-    except ValueError as error:
-        raise CoterieError(f"--layer-ids {given!r}: expected decoder layer numbers such as 3,5,11") from error
-
-
-def check_options(options: Condensing) -> None:
-    """Raises: CoterieError for a value out of its range, or for two options that contradict or ignore each other."""
-    if (options.layers is None) == (options.layer_ids is None):
-        found = "neither" if options.layers is None else "both"
-        raise CoterieError(f"--layers N or --layer-ids A,B,...: found {found}; give one of them")
-    if options.select not in SELECT:
-        raise CoterieError(f"--select {options.select!r}: unknown; expected one of {', '.join(SELECT)}")
-    if options.layer_search is not None and options.layer_search not in LAYER_SEARCH:
-        raise CoterieError(
-            f"--layer-search {options.layer_search!r}: unknown; expected one of {', '.join(LAYER_SEARCH)}"
-        )
-    if options.layer_search is not None and options.layer_ids is not None:
-        raise CoterieError("--layer-search would be ignored: --layer-ids names the layers")
-    if options.layers is not None and options.layers < 0:
-        raise CoterieError(f"--layers {options.layers}: expected a number of layers, 0 or more")
-    if options.keep is not None and options.keep < 0:
-        raise CoterieError(f"--keep {options.keep}: expected a number of experts, 0 or more")
-
-
-def _unused(options: Condensing) -> list[str]:
-    """What to say of options that shape what `--layers 0` does not do."""
-    default = flat(Condensing())
-    given = [name for name, value in flat(options).items() if value != default[name] and name != "layers"]
-    idle = given if options.layers == 0 else []
-    return [f"--{name.replace('_', '-')} had no effect: --layers 0 condenses none, it repackages" for name in idle]
-
-
-def target_type(model: Model, layers: int | None, layer_ids: list[int] | None = None) -> str | None:
-    """The model type to convert to, so that a stock config can say what is condensed; None where none is needed."""
-    config = model.checkpoint.config
-    found = CONVERSIONS.get(str(config.get("model_type")))
-    if found is None:
-        return None
-    if not model.family.stock:
-        obstacle = found.obstacle(config)
-        if obstacle:
-            raise CoterieError(
-                f"{model.checkpoint.path}: transformers has no class for {config['model_type']!r}, and it cannot be "
-                f"repackaged as {found.target} ({obstacle})"
-            )
-        return found.target
-    fits = layer_ids is not None and is_stock(model, _plan_of(layer_ids))
-    everything = layers == len(model.main) and model.family.dense is not None
-    return None if fits or everything or layers == 0 or conversion(config) is None else found.target
-
-
-def _plan_of(layer_ids: list[int], condensed: Condensed | None = None, target: str | None = None) -> Plan:
-    condensed = condensed or Condensed((), ())
-    return Plan({}, condensed={str(index): condensed for index in layer_ids}, converted=target)
-
-
-def check_model(model: Model, options: Condensing) -> tuple[int, list[str]]:
-    """The experts to keep, and what should be said aloud. Raises: CoterieError where model and options do not fit."""
-    path, indices = model.checkpoint.path, [int(block.key) for block in model.main]
-    wanted = options.layer_ids if options.layer_ids is not None else []
-    for index in wanted:
-        if index not in indices:
-            total = num_layers(model)
-            fault = (
-                f"the model's {total} layers end at {total - 1}" if not 0 <= index < total else "it is dense already"
-            )
-            raise CoterieError(f"--layer-ids {index}: {fault}; layers with experts: {', '.join(map(str, indices))}")
-    if len(set(wanted)) != len(wanted) or (options.layer_ids is not None and not wanted):
-        raise CoterieError(f"--layer-ids {wanted}: expected distinct layers, one at least")
-    count = len(wanted) if options.layers is None else options.layers
-    if count > len(indices):
-        raise CoterieError(f"--layers {count}: {path} has {len(indices)} layers with experts; expected at most those")
-    if count == 0 and (coded(model.checkpoint) or not isinstance(model.checkpoint, Planned)):
-        raise CoterieError("--layers 0: there is nothing to do; it only serves types that need repackaging (deepseek)")
-    keep = _kept(model, options)
-    check_writable(model, _plan_of(wanted or indices[:count]))
-    for block in model.main if count else ():
-        check_foldable(model.checkpoint, block)
-        if keep == 0 and shared_names(block) is None:
-            raise CoterieError(
-                f"--keep 0: {block.name} of family {model.family.name} has no shared expert, so nothing would be left; "
-                "keep at least 1"
-            )
-    said = (
-        [f"all {count} layers with experts are condensed: the result is a dense model"] if count == len(indices) else []
-    )
-    return keep, said
-
-
-def _kept(model: Model, options: Condensing) -> int:
-    num_experts = min(block.num_experts for block in model.main)
-    if options.keep is None:
-        return min(model.family.num_experts_per_token(model.checkpoint.config), num_experts)
-    if options.keep > num_experts:
-        raise CoterieError(f"--keep {options.keep}: the layers have {num_experts} experts; keep at most those")
-    return options.keep
-
-
-def _size_plan(model: Model, options: Condensing, keep: int, target: str | None) -> Plan:
-    """A plan of the right size; which layers and experts it names means nothing."""
-    ids = options.layer_ids or [int(block.key) for block in model.main][: options.layers]
-    return _plan_of(ids, Condensed(tuple(range(keep)), (1.0,) * keep), target)
-
-
-def _announce(original: Model, source: Model, options: Condensing) -> None:
-    """Says before the work starts what the result will be, where that is not the model's own type."""
-    kind, target = original.checkpoint.config.get("model_type"), source.checkpoint.config.get("model_type")
-    if kind != target:
-        logger.warning("converted to %s: %s has no stock config that says which layers are dense", target, kind)
-        return
-    if options.layer_ids is not None and is_stock(source, _plan_of(options.layer_ids)):
-        return
-    dense = source.family.dense
-    if dense is None or options.layer_ids is not None:
-        logger.warning("no stock config of %s says this: written in a layout that `coterie.load` reads", kind)
-    elif dense.kind == "prefix":
-        logger.warning(
-            "stock configs of %s can only say that the first layers are dense: unless those are chosen, the result is "
-            "written in a layout that `coterie.load` reads", kind,
-        )  # fmt: skip
-
-
-# --- what is decided from data ---------------------------------------------------------------------------------
-
-
-def _samples(model: Model, options: Condensing) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
-    """The calibration data by domain, and what should be said aloud about it."""
-    usual = OFFICIAL_SAMPLES if options.select == "official" else SAMPLES
-    number = usual if options.calibration.samples is None else options.calibration.samples
-    return read_samples(model, replace(options.calibration, samples=number))
-
-
-def decide(
-    model: Model,
-    options: Condensing,
-    keep: int,
-    target: str | None,
-    by_domain: dict[str, list[tuple[int, ...]]],
-    spill: Path,
-    on_progress: Progress,
-) -> Decision:
-    """The plan, and what was measured on the way: see `Condenser.findings`.
-
-    spill: the folder for activations that are too large for memory.
+    source: the original as the model type `target`, where it is converted to another.
+    Raises: CoterieError where model, options and data do not fit.
     """
-    if options.layers == 0:
-        return Decision(Plan({}, converted=target))
-    from coterie.decide.condensed import Condenser
+    keep, notes = check_model(source, options)
+    idle = request.writing.dry_run or options.layers == 0
+    by_domain, said = ({}, []) if idle else read_samples(source, calibration_of(options))
+    announce(original, source, options)
+    if request.writing.dry_run:
+        ids = options.layer_ids or [int(block.key) for block in source.main][: options.layers]
+        size = Condensed(tuple(range(keep)), (1.0,) * keep)  # of the right size; which, means nothing
+        found = Decision(plan_of(ids, size, target), (SIZE_ONLY,))
+    elif options.layers == 0:
+        found = Decision(Plan({}, converted=target))
+    else:
+        from coterie.decide.condensed import searched  # imports torch
 
-    given = [s for samples in by_domain.values() for s in samples]
-    decision = Condenser(model, options, keep, given, spill, on_progress)
-    condensed, findings = decision.make()
-    findings["calibration"] = {"samples": {name: len(given) for name, given in by_domain.items()}}
-    plan = Plan({}, condensed={str(i): condensed[i] for i in sorted(condensed)}, converted=target)
-    return Decision(plan, tuple(findings.pop("notes")), findings)
+        found = searched(source, options, keep, target, by_domain, request)
+    converted = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}} if target else {}
+    notes = [*notes, *said, *unused(options), *found.notes]
+    return replace(found, notes=tuple(notes), findings=found.findings | converted)

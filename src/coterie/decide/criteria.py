@@ -1,12 +1,12 @@
 """A criterion on a whole model: what each layer's experts score, which are guarded, and how stable the choice is.
 
-Between the verbs (`verbs/prune.py`, `verbs/compare.py`), which say how many experts stay, and the methods (`methods/prune/`), which
+Between `experts.py` and `verbs/compare.py`, which say how many experts stay, and the methods (`methods/prune/`), which
 are about one layer's arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from coterie.methods import prune as methods
 from coterie.methods.prune import router_norm
 from coterie.model.experts import Layer, read_layer
 from coterie.model.layer import Model, MoE
-from coterie.model.stats import Stats, stability
+from coterie.model.stats import KNOWN, Stats, stability
 from coterie.storage.record import Progress, no_progress
 
 UNMEASURED = (
@@ -56,6 +56,9 @@ Scores = dict[MoE, np.ndarray]
 Guarded = dict[MoE, list[int]]
 
 
+# --- statistics --------------------------------------------------------------------------------------------
+
+
 def read_stats(model: Model, path: str, names: Iterable[str]) -> Stats:
     """Of the statistics at a path, what these methods and the guard read.
 
@@ -65,6 +68,40 @@ def read_stats(model: Model, path: str, names: Iterable[str]) -> Stats:
     stats = Stats.load(path, only=sums)
     stats.check_model(model.checkpoint.hash, path)
     return stats
+
+
+def total(stats: Stats, block: MoE, name: str, weights: Mapping[str, float] | None = None) -> np.ndarray:
+    """A sum over the weighted domains, of the axes that it has. Raises: CoterieError for other numbers of experts."""
+    found = stats.get(block.key, name, weights)
+    if any(n != block.num_experts for axis, n in zip(KNOWN[name][0], found.shape, strict=True) if axis == "E"):
+        raise CoterieError(
+            f"{block.name}: {name!r} has shape {found.shape} in the statistics; the layer has {block.num_experts} "
+            "experts: collect them again on this model"
+        )
+    return found
+
+
+def tokens_of(stats: Stats, block: MoE, weights: Mapping[str, float]) -> np.ndarray:
+    """Tokens routed to each expert (E,). Raises: CoterieError where there are none at all."""
+    found = total(stats, block, "tokens", weights)
+    if not found.any():
+        raise CoterieError(f"{block.name}: the statistics, as weighted, hold no token; collect more samples")
+    return found
+
+
+def origin(stats: Stats, path: str | None) -> dict[str, object]:
+    """For a plan's budget: which statistics decided."""
+    return {"stats": {"path": path, "model": stats.model, "samples": stats.samples}}
+
+
+def how_stable(
+    stats: Stats, what: str, choose: Callable[[Stats], dict[str, Collection[int]]]
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """What halves of the data choose in common, as `stats.stability` has it; or None, and what to say of it."""
+    try:
+        return stability(stats, choose), ()
+    except CoterieError as error:
+        return None, (f"how stable {what} was not measured: from half of the data, {error}",)
 
 
 # --- scores ------------------------------------------------------------------------------------------------
@@ -80,11 +117,12 @@ def by_weights(task: Task, method: str, seed: int, on_progress: Progress = no_pr
     return found
 
 
-def by_base(task: Task, method: str, model: Model, base: Model, where: str) -> Scores:
-    """Scores of a criterion that compares with an earlier checkpoint of the same model.
+def by_base(task: Task, method: str, model: Model, where: str) -> Scores:
+    """Scores of a criterion that compares with an earlier checkpoint of the same model, in the folder `where`.
 
     Raises: CoterieError for a checkpoint of another model type, or one that lacks a layer.
     """
+    base = Model.open(where)
     kinds = [m.checkpoint.config.get("model_type") for m in (model, base)]
     if kinds[0] != kinds[1]:
         raise CoterieError(f"--base {where}: is {kinds[1]!r}, not {kinds[0]!r}; expected this model before fine-tuning")
@@ -104,22 +142,10 @@ def by_stats(task: Task, method: str, stats: Stats) -> Scores:
     found = {}
     for block, layer in task.layers.items():
         if block in task.measured:
-            if not total(stats, block, "tokens", task.weights).any():
-                raise CoterieError(f"{block.name}: the statistics, as weighted, hold no token; collect more samples")
+            tokens_of(stats, block, task.weights)
             found[block] = module.score(*(total(stats, block, name, task.weights) for name in module.SUMS))
         else:
             found[block] = router_norm.score(layer, generator)
-    return found
-
-
-def total(stats: Stats, block: MoE, name: str, weights: Mapping[str, float] | None = None) -> np.ndarray:
-    """A sum over the weighted domains, one row an expert. Raises: CoterieError for other numbers of experts."""
-    found = stats.get(block.key, name, weights)
-    if found.shape[:1] != (block.num_experts,):
-        raise CoterieError(
-            f"{block.name}: {name!r} has shape {found.shape} in the statistics; the layer has {block.num_experts} "
-            "experts: collect them again on this model"
-        )
     return found
 
 
@@ -167,22 +193,19 @@ def listed(guarded: Guarded, stats: Stats | None) -> list[list[Any]]:
     return [[b.key, e, float(total(stats, b, "output_max")[e])] for b, ids in guarded.items() for e in ids]
 
 
-def decide_by_stats(task: Task, method: str, stats: Stats, path: str, *, no_guard: bool = False) -> Selected:
-    """The choices of a criterion of statistics."""
-    guarded = guard(task, None if no_guard else stats)
+def decide_by_stats(task: Task, method: str, stats: Stats, path: str, guarded: Guarded) -> Selected:
+    """The choices of a criterion of statistics, which are those of that path."""
     scores = by_stats(task, method, stats)
-    choices = keep(task, scores, guarded)
-    budget: dict[str, Any] = {"stats": {"path": path, "model": stats.model, "samples": stats.samples}}
-    notes = list(saved(guarded, keep(task, scores)))
-    notes += [UNMEASURED] if len(task.measured) < len(task.layers) else []
-    try:
-        budget["stability"] = stability(
-            stats, lambda half: kept_of(task, keep(task, by_stats(task, method, half), guarded))
-        )
-    except CoterieError as error:
-        notes.append(f"how stable the choice is was not measured: from half of the data, {error}")
-    findings = {"guarded": listed(guarded, stats), "scores": {b.key: scores[b].tolist() for b in task.measured}}
-    return Selected(choices, budget, findings, tuple(notes))
+    stable, unstable = how_stable(
+        stats, "the choice is", lambda half: kept_of(task, keep(task, by_stats(task, method, half), guarded))
+    )
+    unmeasured = (UNMEASURED,) if len(task.measured) < len(task.layers) else ()
+    return Selected(
+        keep(task, scores, guarded),
+        origin(stats, path) | ({"stability": stable} if stable else {}),
+        {"scores": {b.key: scores[b].tolist() for b in task.measured}},
+        (*saved(guarded, keep(task, scores)), *unmeasured, *unstable),
+    )
 
 
 def kept_of(task: Task, choices: dict[MoE, Choice]) -> dict[str, Collection[int]]:

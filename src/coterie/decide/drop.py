@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.edits.dense import check_writable, num_layers
 from coterie.edits.drop import check_dropped
+from coterie.edits.execution import Request
 from coterie.edits.folding import check_foldable
 from coterie.edits.outputs import patched_config
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.model.layer import Model
+from coterie.options import Help
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import existing
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ UNITS = ("layer", "block")
 NOTHING = Condensed((), (), 0.0)  # a dense MLP that gives zero
 NUMBERS = ("layer_idx", "layer_number", "layer_id", "training")  # of a module: what a layer's place changes by itself
 SETTINGS = (bool, int, float, str, type(None), tuple)
+SIZE_ONLY = "a dry run computes sizes; which layers go comes from data"
 DIGITS = 12  # of a similarity that count: less is rounding
 
 
@@ -39,10 +41,10 @@ DIGITS = 12  # of a similarity that count: less is rounding
 class Dropping:
     """What `drop` was asked for, with its defaults; recorded in coterie.json."""
 
-    unit: str = "layer"
-    count: int = 1
+    unit: Annotated[str, Help("layer: the MoE inside a decoder layer; block: all of it.")] = "layer"
+    count: Annotated[int, Help("How many, by the similarity of what enters and leaves.")] = 1
     calibration: Calibration = field(default_factory=Calibration)
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
 
 
 def check_options(options: Dropping) -> None:
@@ -121,24 +123,32 @@ def _anatomy(layer: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-# --- ranking ---------------------------------------------------------------------------------------------------
+def decided(original: Model, source: Model, target: str | None, options: Dropping, request: Request) -> Decision:
+    """Which layers go, as one pass of the model shows; of a dry run, only how many.
 
-
-def decided(
-    model: Model, options: Dropping, candidates: list[int], target: str | None, spill: Path, on_progress: Progress
-) -> Decision:
-    """The layers that change least go, as one pass of the model shows.
-
-    spill: the folder for activations that are too large for memory.
+    source: the original as the model type `target`, where it is converted to another.
+    Raises: CoterieError where model, options and data do not fit.
     """
+    candidates = check_model(source, options)
+    converted = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}} if target else {}
+    if request.writing.dry_run:
+        found = Decision(make_plan(source, options, candidates, target), (SIZE_ONLY,))
+    else:
+        found = ranked(source, options, candidates, target, request)
+    check_kinds(source, found.plan)
+    return replace(found, findings=converted | found.findings)
+
+
+def ranked(model: Model, options: Dropping, candidates: list[int], target: str | None, request: Request) -> Decision:
+    """The layers that change hidden states least go."""
     from coterie.decide.always_on import Blocks, Work
 
     by_domain, notes = read_samples(model, options.calibration)
     samples = [sample for given in by_domain.values() for sample in given]
     began, blocks = time.monotonic(), Blocks(model, compute_dtype(model, options.dtype))
     work = Work(sum(map(len, samples)), blocks.num_layers)
-    batches = blocks.stream.embed(samples, spill=existing(spill))
-    found = similarities(blocks, batches, options.unit, candidates, work, on_progress)
+    batches = blocks.stream.embed(samples, spill=existing(request.out.parent))
+    found = similarities(blocks, batches, options.unit, candidates, work, request.on_progress)
     order = sorted(found, key=lambda i: (-round(found[i], DIGITS), i))
     plan = make_plan(model, options, order, target)
     findings = {

@@ -1,20 +1,22 @@
-"""`coterie prune`: choose the experts that stay, write the plan, execute it."""
+"""`coterie prune`: from what was asked to a decision, which experts stay."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from coterie.decide import clusters, criteria
-from coterie.decide.criteria import Selected
+from coterie.decide import criteria
+from coterie.decide.clusters import Clusterer
+from coterie.decide.criteria import Guarded, Selected, Task
 from coterie.decide.pruning import OURS, READ_BY, Pruning, Remaining
 from coterie.edits.checks import check_count, fits_groups
 from coterie.edits.plan import Choice, Decision, Plan
 from coterie.errors import CoterieError
-from coterie.model.experts import Layer, read_layer
-from coterie.model.family import Groups
+from coterie.methods import prune as methods
+from coterie.model.experts import read_layer
 from coterie.model.layer import Model, MoE, mtp_names
 from coterie.model.stats import Stats
 from coterie.storage.record import Progress, no_progress
@@ -60,84 +62,41 @@ def decided(
     Reads routers, and weights only where a method needs them.
     spill: the folder for activations that are too large for memory (default: the system's temporary folder).
     """
-    family, config = model.family, model.checkpoint.config
-    groups, top_k, total = family.groups(config), family.num_experts_per_token(config), family.num_experts(config)
     if options.drop_mtp and not mtp_names(model):
         raise CoterieError("--drop-mtp: the model has no multi-token-prediction layers to leave out")
-    remove = options.fate == "remove"
-    chosen = [b for b in model.moe if not (b.mtp and options.drop_mtp)] if remove else model.main
-    uniform = count_kept(model, options.remaining, chosen, routers_cut=remove)
-    num_groups = groups.num_groups if remove else 1
-    layers = {b: read_layer(model.checkpoint, b) for b in chosen}
-    budget: dict[str, Any] = {"kind": options.budget, "experts": uniform}
-    if options.method == "stun":
-        floor = _floor(options, uniform, top_k, groups)
-        task = clusters.Task(layers, options, uniform, floor, num_groups, dry_run)
-        decision = _by_clusters(model, task, on_progress)
-    else:
-        decision = _by_criterion(model, layers, options, uniform, num_groups, spill, on_progress)
-    warnings = (*(_awkward(uniform, total) if remove else ()), *decision.notes)
-    choices = decision.choices if remove else _routed(decision.choices, options.fate)
+    family, config, cut = model.family, model.checkpoint.config, options.fate == "remove"
+    blocks = [b for b in model.moe if not (b.mtp and options.drop_mtp)] if cut else model.main
+    kept = count_kept(model, options.remaining, blocks, routers_cut=cut)
+    num_groups = family.groups(config).num_groups if cut else 1
+    task = Task({b: read_layer(model.checkpoint, b) for b in blocks}, kept, num_groups, options.weights)
+    stats = criteria.read_stats(model, options.stats, [options.method]) if options.stats else None
+    guarded, unknown = _guarded(task, options, stats)
+    question = Question(model, options, task, stats, guarded, dry_run, spill, on_progress)
+    found = DECIDE[options.needs](question)
+    notes = [*_awkward(kept, family.num_experts(config))] if cut else []
+    notes += [*found.notes, *([f"no super expert is guarded: {unknown}"] if unknown else [])]
+    if any(b.mtp for b in model.moe):
+        fate = f"cut to {kept} experts by the same rule" if cut else "kept whole"
+        notes.append(f"multi-token-prediction layers are {'left out' if options.drop_mtp else fate}")
+    choices = found.choices if cut else _routed(found.choices, options.fate)
     plan = Plan(
         layers={b.key: c for b, c in choices.items() if not b.attention},
         attention={b.key: c for b, c in choices.items() if b.attention},
-        budget=budget | decision.budget,
+        budget={"kind": options.budget, "experts": kept} | found.budget,
         drop_mtp=options.drop_mtp,
         constants={"stats": options.stats, "weights": options.weights} if options.fate == "constant" else {},
     )
-    if any(b.mtp for b in model.moe):
-        cut = f"cut to {uniform} experts by the same rule" if remove else "kept whole"
-        warnings = (*warnings, f"multi-token-prediction layers are {'left out' if options.drop_mtp else cut}")
-    said: dict[str, Any] = {"guard": _guard(options), "guarded": [], "stability": decision.budget.get("stability")}
-    announced = OURS if options.fate != "remove" else ""
-    return Decision(plan, warnings, said | decision.findings, announced)
+    said: dict[str, Any] = {
+        "guard": f"off: {unknown}" if unknown else _guard(options),
+        "guarded": criteria.listed(guarded, stats),
+        "stability": found.budget.get("stability"),
+    }
+    return Decision(plan, tuple(notes), said | found.findings, "" if cut else OURS)
 
 
 def _routed(choices: dict[MoE, Choice], fate: str) -> dict[MoE, Choice]:
     """The choices for routers that stay as they are."""
     return {b: replace(c, removed=fate) if len(c.kept) < b.num_experts else c for b, c in choices.items()}
-
-
-def _guard(options: Pruning) -> str:
-    """Whether super experts are guarded, and why not."""
-    if options.no_guard:
-        return "off: --no-guard"
-    if options.needs not in READ_BY["no_guard"] and options.method != "stun":
-        return f"off: {options.method} reads no statistics, from which super experts are known"
-    return "on" if options.stats else "off: without --stats no super experts are known"
-
-
-def _by_clusters(model: Model, task: clusters.Task, on_progress: Progress) -> Selected:
-    """STUN's choices; where there are statistics, around the super experts."""
-    options = task.options
-    stats = clusters.read_stats(model, options.stats)
-    guarded, unknown = criteria.Guarded(), ""
-    if stats and not options.no_guard:
-        try:
-            guarded = criteria.guard(criteria.Task(task.layers, task.uniform, task.num_groups), stats)
-        except CoterieError as error:  # clusters need less of the statistics, and say themselves what they miss
-            unknown = str(error.__cause__)
-    choices, found, notes = clusters.decide(replace(task, guarded=guarded), stats, on_progress)
-    if unknown:
-        return Selected(
-            choices, found, {"guard": f"off: {unknown}"}, (*notes, f"no super expert is guarded: {unknown}")
-        )
-    listed = criteria.listed(guarded, stats)
-    if listed:
-        names = ", ".join(f"layer {key} expert {e}" for key, e, _ in listed)
-        notes += (f"super experts are clusters of their own, whatever they are near: {names} (--no-guard)",)
-    return Selected(choices, found, {"guarded": listed}, notes)
-
-
-def _floor(options: Pruning, uniform: int, top_k: int, groups: Groups) -> int:
-    """The fewest experts that a global budget may leave in a layer."""
-    least = top_k if options.min_experts is None else options.min_experts
-    if least < top_k:
-        raise CoterieError(f"--min-experts {least}: {top_k} are chosen per token; ask for at least those")
-    floor = next((n for n in range(least, uniform + 1) if fits_groups(n, top_k, groups)), None)
-    if floor is None:
-        raise CoterieError(f"--min-experts {least}: the budget keeps {uniform} experts on average; ask for fewer")
-    return floor
 
 
 def _awkward(count: int, before: int) -> tuple[str, ...]:
@@ -146,35 +105,62 @@ def _awkward(count: int, before: int) -> tuple[str, ...]:
     return ()
 
 
-def _by_criterion(
-    model: Model,
-    layers: dict[MoE, Layer],
-    options: Pruning,
-    uniform: int,
-    num_groups: int,
-    spill: Path | None,
-    on_progress: Progress,
-) -> Selected:
-    """The choices of any method but stun, by what it needs."""
-    task = criteria.Task(layers, uniform, num_groups, options.weights)
-    stats = criteria.read_stats(model, options.stats, [options.method]) if options.stats else None
-    if options.needs == "outputs":
-        from coterie.decide import reconstruct
-
-        return reconstruct.decide(model, task, options, stats, spill, on_progress)
-    if options.needs == "stats":
-        assert stats and options.stats, "checked"
-        decision = criteria.decide_by_stats(task, options.method, stats, options.stats, no_guard=options.no_guard)
-        said = _never_chosen(decision.choices, task, stats) if options.fate == "constant" else ()
-        return replace(decision, notes=(*decision.notes, *said))
-    if options.base:
-        scores = criteria.by_base(task, options.method, model, Model.open(options.base), options.base)
-        guarded = criteria.guard(task, None if options.no_guard else stats)
-        return Selected(criteria.keep(task, scores, guarded), findings={"guarded": criteria.listed(guarded, stats)})
-    return Selected(criteria.keep(task, criteria.by_weights(task, options.method, options.seed, on_progress)))
+def _guard(options: Pruning) -> str:
+    """Whether super experts are guarded, and why not."""
+    if options.no_guard:
+        return "off: --no-guard"
+    if options.needs not in READ_BY["no_guard"]:
+        return f"off: {options.method} reads no statistics, from which super experts are known"
+    return "on" if options.stats else "off: without --stats no super experts are known"
 
 
-def _never_chosen(choices: dict[MoE, Choice], task: criteria.Task, stats: Stats) -> tuple[str, ...]:
+def _guarded(task: Task, options: Pruning, stats: Stats | None) -> tuple[Guarded, str]:
+    """The super experts; where clustering, which needs less of the statistics, can do without, why none is known."""
+    try:
+        return criteria.guard(task, None if options.no_guard else stats), ""
+    except CoterieError as error:
+        if options.needs != "clusters":
+            raise
+        return {}, str(error.__cause__)
+
+
+# --- by what a method needs --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a method is asked, and all that it may decide from."""
+
+    model: Model
+    options: Pruning
+    task: Task
+    stats: Stats | None
+    guarded: Guarded
+    dry_run: bool
+    spill: Path | None
+    on_progress: Progress
+
+
+def _by_weights(asked: Question) -> Selected:
+    scores = criteria.by_weights(asked.task, asked.options.method, asked.options.seed, asked.on_progress)
+    return Selected(criteria.keep(asked.task, scores))
+
+
+def _by_base(asked: Question) -> Selected:
+    assert asked.options.base, "checked"
+    scores = criteria.by_base(asked.task, asked.options.method, asked.model, asked.options.base)
+    return Selected(criteria.keep(asked.task, scores, asked.guarded))
+
+
+def _by_stats(asked: Question) -> Selected:
+    options, stats = asked.options, asked.stats
+    assert stats and options.stats, "checked"
+    found = criteria.decide_by_stats(asked.task, options.method, stats, options.stats, asked.guarded)
+    said = _never_chosen(found.choices, asked.task, stats) if options.fate == "constant" else ()
+    return replace(found, notes=(*found.notes, *said))
+
+
+def _never_chosen(choices: dict[MoE, Choice], task: Task, stats: Stats) -> tuple[str, ...]:
     """What to say of removed experts without a mean output."""
     number = 0
     for block, choice in choices.items():
@@ -182,3 +168,49 @@ def _never_chosen(choices: dict[MoE, Choice], task: criteria.Task, stats: Stats)
         number += int((criteria.total(stats, block, "tokens", task.weights)[gone] == 0).sum())
     said = f"{number} removed experts were chosen by no calibration token: their constants are zero"
     return (said,) if number else ()
+
+
+def _by_outputs(asked: Question) -> Selected:
+    from coterie.decide import reconstruct  # imports torch
+
+    options = asked.options
+    trial = reconstruct.Trial(asked.task, methods.load(options.method), asked.guarded)
+    found = reconstruct.decide(asked.model, trial, options.calibration, options.dtype, asked.spill, asked.on_progress)
+    said = () if asked.stats else ("super experts are known from --stats alone: none is guarded",)
+    return replace(found, notes=(*found.notes, *said))
+
+
+def _by_clusters(asked: Question) -> Selected:
+    """STUN's choices; where there are statistics, around the super experts."""
+    clusterer = Clusterer(asked.task, asked.options, asked.guarded, _floor(asked), asked.dry_run)
+    found = clusterer.decide(asked.stats, asked.on_progress)
+    listed = criteria.listed(asked.guarded, asked.stats)
+    names = ", ".join(f"layer {key} expert {e}" for key, e, _ in listed)
+    said = f"super experts are clusters of their own, whatever they are near: {names} (--no-guard)"
+    return replace(found, notes=(*found.notes, said)) if listed else found
+
+
+def _floor(asked: Question) -> int:
+    """The fewest experts that a global budget may leave in a layer."""
+    family, config = asked.model.family, asked.model.checkpoint.config
+    top_k, least = family.num_experts_per_token(config), asked.options.min_experts
+    least = top_k if least is None else least
+    if least < top_k:
+        raise CoterieError(f"--min-experts {least}: {top_k} are chosen per token; ask for at least those")
+    allowed = range(least, asked.task.kept + 1)
+    floor = next((n for n in allowed if fits_groups(n, top_k, family.groups(config))), None)
+    if floor is None:
+        raise CoterieError(
+            f"--min-experts {least}: the budget keeps {asked.task.kept} experts on average; ask for fewer"
+        )
+    return floor
+
+
+DECIDE: dict[str, Callable[[Question], Selected]] = {
+    "router": _by_weights,
+    "weights": _by_weights,
+    "stats": _by_stats,
+    "base": _by_base,
+    "outputs": _by_outputs,
+    "clusters": _by_clusters,
+}

@@ -18,7 +18,7 @@ import numpy as np
 
 from coterie.edits.beside import by_layer
 from coterie.errors import CoterieError
-from coterie.methods.sparsify.select import choose
+from coterie.methods.masks import choose
 from coterie.model.experts import zeroed
 from coterie.model.layer import LAYER, Model
 
@@ -39,12 +39,12 @@ class Linears:
     put: Callable[[str, int, bytes], None]
     zeros: Counter[tuple[str, str]] = field(default_factory=Counter)  # (layer, kind) -> zeros
 
-    def prune(self, name: str, kind: str, norms: np.ndarray) -> np.ndarray:
-        """Writes one matrix with its zeros, and returns where they are; norms (I,) of what it multiplies."""
+    def prune(self, name: str, kind: str, norms: np.ndarray | None) -> np.ndarray:
+        """Writes one matrix with its zeros, and returns where they are; norms (I,) of what it multiplies, if known."""
         checkpoint = self.model.checkpoint
         weight = checkpoint.read(name).astype(np.float32, copy=False)
         layer = LAYER.fullmatch(name)["index"]  # type: ignore[index]
-        if not (np.isfinite(weight).all() and np.isfinite(norms).all()):
+        if not (np.isfinite(weight).all() and (norms is None or np.isfinite(norms).all())):
             raise CoterieError(f"tensor {name!r}: weights or activations are NaN or infinite; expected finite")
         rows, columns = weight.shape
         count = int(self.shares[layer] * columns)
@@ -57,7 +57,7 @@ class Linears:
         """All of them, without data."""
         for layer in by_layer(self.model, self.also).values():
             for name, kind in layer.items():
-                self.prune(name, kind, np.ones(self.model.checkpoint.tensors[name].shape[1]))
+                self.prune(name, kind, None)
 
     def rehearse(self, stream: Stream, walk: Walk) -> Callable[..., None]:
         """For `Stream.run`: measures a layer's matrices while it runs densely, then prunes them in it and on disk."""
@@ -67,12 +67,26 @@ class Linears:
             import torch
 
             wanted = parameters(stream, index, layer, chosen.get(index, {}))
-            norms = measured(layer, wanted, lambda: forward(walk))
+            watch = Watch(layer, wanted)
+            try:
+                forward(walk)
+            finally:
+                watch.stop()
+            norms = watch.norms()
             for parameter, name in wanted.items():
                 mask = self.prune(name, chosen[index][name], norms[parameter])
                 layer.get_parameter(parameter).data[torch.from_numpy(mask)] = 0
 
         return run
+
+
+def sizes(model: Model, also: tuple[str, ...]) -> Counter[tuple[str, str]]:
+    """How many weights such matrices have, by layer and kind."""
+    found: Counter[tuple[str, str]] = Counter()
+    for index, names in by_layer(model, also).items():
+        for name, kind in names.items():
+            found[str(index), kind] += model.checkpoint.tensors[name].num_parameters
+    return found
 
 
 def parameters(stream: Stream, index: int, layer: torch.nn.Module, names: dict[str, str]) -> dict[str, str]:
@@ -88,16 +102,6 @@ def parameters(stream: Stream, index: int, layer: torch.nn.Module, names: dict[s
             f"own; leave {names[missing[0]]!r} out of --also"
         )
     return {stored[n]: n for n in names}
-
-
-def measured(layer: torch.nn.Module, wanted: dict[str, str], forward: Callable[[], None]) -> dict[str, np.ndarray]:
-    """||X_j|| (I,) of what each parameter multiplies while `forward` runs."""
-    watch = Watch(layer, wanted)
-    try:
-        forward()
-    finally:
-        watch.stop()
-    return watch.norms()
 
 
 class Watch:

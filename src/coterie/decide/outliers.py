@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from coterie.decide import linears
-from coterie.decide.pruner import Norms, Seen, as_expert, read_finite, run_expert
+from coterie.decide.pruner import InputSums, Norms, Visitors, as_expert, read_finite, run_expert
 from coterie.edits import beside
 from coterie.edits.budget import PARTS
 from coterie.forward.activations import Batch, Routed, Walk
@@ -56,9 +56,9 @@ class Outliers:
         total, self._block = routed.zeros(), routed.block
         for e, rows, gates in routed.by_expert():
             matrices = read_finite(self.checkpoint, routed.block, e)
-            seen = Seen(owl.NEEDS)
+            seen = InputSums(owl.NEEDS)
             expert = as_expert(self.checkpoint, routed.block, e, matrices, self.stream.dtype)
-            run_expert(routed, expert, rows, gates, total, seen.add)
+            run_expert(routed, expert, Visitors(e, rows, gates), total, seen.add)
             self._norms[e] = seen.norms(f"{routed.block.name}, expert {e}")
             for part, weight in zip(PARTS, matrices, strict=True):
                 if weight is not None:

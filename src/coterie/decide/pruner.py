@@ -7,11 +7,11 @@ produce, pruned, and its pruned output feeds the next. One-pass scores every lay
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from coterie.edits.budget import PARTS, Counts, row_zeros
 from coterie.edits.kurtosis import Moments
 from coterie.errors import CoterieError
 from coterie.forward.activations import Piece, Routed, weighted_sums
+from coterie.methods.masks import choose, zero
 from coterie.methods.sparsify import magnitude
-from coterie.methods.sparsify.select import choose, zero
 from coterie.model import moe
 from coterie.model.experts import expert_biases, expert_matrices, expert_weights, store_expert, zero_expert
 from coterie.model.layer import Model, MoE
@@ -50,10 +50,10 @@ class Norms:
         return self.hessians[part == "down"]
 
 
-class Seen:
+class InputSums:
     """Sums over one expert's tokens, given in pieces.
 
-    needs: "norms", "gated norms" (tokens times the router's weight), or "hessian" (norms and sum x x^T).
+    needs: what the rule wants to know, as `methods/sparsify/__init__.py` has it.
     """
 
     def __init__(self, needs: str) -> None:
@@ -63,9 +63,8 @@ class Seen:
 
     def add(self, piece: Piece) -> None:
         self.num_tokens += len(piece.rows)
-        weights = (
-            piece.weights.float()[None].square() if self.needs == "gated norms" else torch.ones(1, len(piece.rows))
-        )
+        gated = self.needs == "gated norms"
+        weights = piece.weights.float()[None].square() if gated else torch.ones(1, len(piece.rows))
         for i, values in enumerate((piece.x, piece.hidden)):
             self._squares[i] = self._squares[i] + weighted_sums(weights, values, squared=True)[0]
             if self.needs == "hessian":
@@ -78,6 +77,14 @@ class Seen:
             raise CoterieError(f"{where}: activations are NaN or infinite; the weights are damaged, or need float32")
         hessians = (self._hessians[0].numpy(), self._hessians[1].numpy()) if self.needs == "hessian" else None
         return Norms(inputs, hidden, self.num_tokens, hessians)
+
+
+class Visitors(NamedTuple):
+    """The tokens that chose an expert: their rows, and the weights that its output is multiplied by, (T,) each."""
+
+    expert: int
+    rows: torch.Tensor
+    gates: torch.Tensor
 
 
 @dataclass
@@ -99,127 +106,108 @@ class Pruner:
     num_judged: int | None = None  # only the first so many tokens are measured; the rest pass through
     _measured: dict[int, Norms] | None = None  # of the experts of a rehearsed layer
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """What a resumed run has to know of the layers done."""
         moments = [self.before.sums, self.after.sums]
         return {"cold": self.cold, "zeros": dict(self.num_zeros), "moments": moments}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.cold, self.num_zeros = state["cold"], Counter(state["zeros"])
-        self.before, self.after = (Moments(sums) for sums in state["moments"])
-
-    def absorb(self, state: dict[str, Any]) -> None:
-        """Adds what another pruner did, by its `state`."""
+    def absorb(self, state: Mapping[str, Any]) -> None:
+        """Adds what another pruner did, or an earlier run, by its `state`."""
         self.cold += state["cold"]
         self.num_zeros.update(state["zeros"])
         before, after = (Moments(sums) for sums in state["moments"])
         self.before, self.after = self.before + before, self.after + after
 
+    @property
+    def corrects(self) -> bool:
+        """Whether the rule also changes the weights that stay."""
+        return bool(self.method.NEEDS == "hessian")
+
     def walk(self, routed: Routed) -> torch.Tensor:
         """Prunes all experts of a block, chosen or not; returns the weighted sum of the pruned ones (sequential),
         or of the dense ones."""
         total = routed.zeros()
-        for e, rows, gates in every_expert(routed):
-            self.visit(routed, e, rows, gates, total)
+        for visitors in every_expert(routed):
+            self.visit(routed, visitors, total)
         self._measured = None
         return total
 
-    def visit(self, routed: Routed, e: int, rows: torch.Tensor, gates: torch.Tensor, total: torch.Tensor) -> None:
+    def visit(self, routed: Routed, visitors: Visitors, total: torch.Tensor) -> None:
         """Prunes one expert, and adds its weighted outputs to `total`."""
-        matrices, expert = self._read(routed.block, e)
-        norms = self._norms(routed, e, expert, rows, gates, None if self.sequential else total)
+        block, e, dense = routed.block, visitors.expert, None if self.sequential else total
+        matrices, expert = self._read(block, e)
+        if self._measured is None:
+            norms = self._see(routed, expert, visitors, dense)
+        else:
+            norms = self._measured.get(e)
+            run_expert(routed, expert, visitors, dense)
         if norms is None or norms.num_tokens < self.min_tokens:
-            self.cold.append([routed.block.key, e, norms.num_tokens if norms else 0])
+            self.cold.append([block.key, e, norms.num_tokens if norms else 0])
             norms = None
-        pruned = self.prune(routed.block, e, matrices, norms)
+        pruned = self.prune(block, e, matrices, norms)
         if self.sequential:
             for part, matrix in zip(PARTS, pruned, strict=True):
                 if matrix is not None:
                     expert.matrices[part].copy_(torch.from_numpy(matrix))
-            run_expert(routed, expert, rows, gates, total)
+            run_expert(routed, expert, visitors, total)
 
     def rehearse(self, routed: Routed) -> torch.Tensor:
         """Measures the experts on the dense layer's activations, for the next `walk`; returns the dense sum."""
         total, self._measured = routed.zeros(), {}
-        for e, rows, gates in every_expert(routed):
-            if len(rows):
-                _, expert = self._read(routed.block, e)
-                norms = self._see(routed, e, expert, rows, gates, total)
-                self._measured |= {e: norms} if norms else {}
+        for visitors in every_expert(routed):
+            if len(visitors.rows):
+                _, expert = self._read(routed.block, visitors.expert)
+                norms = self._see(routed, expert, visitors, total)
+                self._measured |= {visitors.expert: norms} if norms else {}
         return total
 
     def _read(self, block: MoE, e: int) -> tuple[Matrices, moe.Expert]:
         matrices = read_finite(self.checkpoint, block, e)
         return matrices, as_expert(self.checkpoint, block, e, matrices, self.dtype)
 
-    def _norms(
-        self,
-        routed: Routed,
-        e: int,
-        expert: moe.Expert,
-        rows: torch.Tensor,
-        gates: torch.Tensor,
-        total: torch.Tensor | None,
-    ) -> Norms | None:
-        """The expert's norms, measured now or in a rehearsal; adds its dense outputs to `total` if there is one."""
-        if not len(rows):
-            return None
-        if self._measured is None:
-            return self._see(routed, e, expert, rows, gates, total)
-        if total is not None:
-            run_expert(routed, expert, rows, gates, total)
-        return self._measured.get(e)
-
-    def _see(
-        self,
-        routed: Routed,
-        e: int,
-        expert: moe.Expert,
-        rows: torch.Tensor,
-        gates: torch.Tensor,
-        total: torch.Tensor | None,
-    ) -> Norms | None:
-        seen = Seen(self.method.NEEDS)
+    def _see(self, routed: Routed, expert: moe.Expert, visitors: Visitors, total: torch.Tensor | None) -> Norms | None:
+        """The norms of those tokens that are to be judged by; adds the expert's outputs to `total` if there is one."""
+        e, rows, gates = visitors
+        seen = InputSums(self.method.NEEDS)
         judged = len(rows) if self.num_judged is None else int((rows < self.num_judged).sum())  # rows ascend
-        run_expert(routed, expert, rows[:judged], gates[:judged], total, seen.add)
-        if total is not None:
-            run_expert(routed, expert, rows[judged:], gates[judged:], total)
+        run_expert(routed, expert, Visitors(e, rows[:judged], gates[:judged]), total, seen.add)
+        run_expert(routed, expert, Visitors(e, rows[judged:], gates[judged:]), total)
         return seen.norms(f"{routed.block.name}, expert {e}") if judged else None
 
     def prune(self, block: MoE, e: int, matrices: Matrices, norms: Norms | None) -> Matrices:
-        """Writes one expert with its zeros, and returns it so; no norms: by magnitude."""
-        pruned: list[np.ndarray | None] = []
-        masks: list[np.ndarray | None] = []
+        """Writes one expert with its zeros, and returns it so. No norms: by magnitude, or a rule that needs no data."""
+        pruned: list[Any] = [None, None, None]
+        masks: list[Any] = [None, None, None]
         before, after = Moments(), Moments()  # of this expert: sums do not depend on who pruned the others
-        for part, weight in zip(PARTS, matrices, strict=True):
-            kept, mask = (None, None) if weight is None else self._prune_matrix(block, e, part, weight, norms)
-            pruned.append(kept)
-            masks.append(mask)
-            if weight is not None and kept is not None:
-                left = int(np.count_nonzero(kept))
-                self.num_zeros[block.key] += kept.size - left
+        for i, (part, weight) in enumerate(zip(PARTS, matrices, strict=True)):
+            if weight is not None:
+                pruned[i], masks[i] = self._prune_matrix(block, e, part, weight, norms)
+                left = int(np.count_nonzero(pruned[i]))
+                self.num_zeros[block.key] += weight.size - left
                 before.add(weight)
-                after.add(kept, left)
+                after.add(pruned[i], left)
         self.before, self.after = self.before + before, self.after + after
-        if norms and self.method.NEEDS == "hessian":
-            stored = store_expert(self.checkpoint, block, e, _three(pruned))
+        gate, up, down = pruned
+        if norms and self.corrects:
+            stored = store_expert(self.checkpoint, block, e, (gate, up, down))
         else:
-            stored = zero_expert(self.checkpoint, block, e, _three(masks))
+            stored = zero_expert(self.checkpoint, block, e, (masks[0], masks[1], masks[2]))
         for name, offset, raw in stored:
             self.put(name, offset, raw)
-        return _three(pruned)
+        return gate, up, down
 
     def _prune_matrix(
         self, block: MoE, e: int, part: str, weight: np.ndarray, norms: Norms | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The matrix with its zeros, and where they are; by magnitude where too few tokens came to say more."""
         num_zeros = self.zeros[block.key, e, part]
-        if norms and self.method.NEEDS == "hessian":
+        if norms and self.corrects:
             kept = self.method.prune(weight, norms.hessian(part), num_zeros, pattern=self.pattern)
             name = expert_weights(self.checkpoint, block)[0]
             dtype = self.checkpoint.tensors[name].dtype  # what computes from here on is what is written
             return decode(encode(kept, dtype, name), dtype, name).astype(np.float32).reshape(kept.shape), None
-        score = partial(self.method.score, norms=norms.of(part)) if norms else magnitude.score
+        rule = self.method if norms or self.method.NEEDS == "nothing" else magnitude
+        score = partial(rule.score, norms=norms.of(part) if norms else None)
         mask = choose(weight, score, row_zeros(len(weight), num_zeros), self.pattern)
         kept = weight.copy()
         zero(kept, mask)
@@ -246,25 +234,25 @@ def as_expert(checkpoint: Checkpoint, block: MoE, e: int, matrices: Matrices, dt
 def run_expert(
     routed: Routed,
     expert: moe.Expert,
-    rows: torch.Tensor,
-    gates: torch.Tensor,
+    visitors: Visitors,
     total: torch.Tensor | None,
     see: Callable[[Piece], None] | None = None,
 ) -> None:
     """Adds the expert's weighted outputs to `total`, if there is one, and shows `see` what passed, in pieces."""
-    for piece in routed.pieces(expert, rows, gates):
+    if total is None and see is None:
+        return
+    for piece in routed.pieces(expert, visitors.rows, visitors.gates) if len(visitors.rows) else ():
         if see:
             see(piece)
         if total is not None:
             routed.add(total, piece)
 
 
-def every_expert(routed: Routed) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(expert, its tokens' rows, their weights), ascending, also for experts that no token chose."""
-    chosen = {e: (rows, gates) for e, rows, gates in routed.by_expert()}
-    none = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+def every_expert(routed: Routed) -> Iterator[Visitors]:
+    """Each expert's tokens, ascending, also of experts that no token chose."""
+    chosen = {e: Visitors(e, rows, gates) for e, rows, gates in routed.by_expert()}
     for e in range(routed.block.num_experts):
-        yield e, *chosen.get(e, none)
+        yield chosen.get(e) or Visitors(e, torch.zeros(0, dtype=torch.long), torch.zeros(0))
 
 
 def read_finite(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
@@ -274,8 +262,3 @@ def read_finite(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
         if weight is not None and not np.isfinite(weight).all():
             raise CoterieError(f"{block.name}, expert {e}, {part}: weights are NaN or infinite; expected finite")
     return matrices
-
-
-def _three(found: list[Any]) -> Any:
-    gate, up, down = found
-    return gate, up, down

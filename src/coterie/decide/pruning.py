@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration
+from coterie.forward.samples import Calibration, Dtype
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
-from coterie.options import flat
+from coterie.model.stats import parse_weights
+from coterie.options import Help, as_text, flat
 
 CHOICES = {
     "budget": ("uniform", "global"),
@@ -23,10 +25,11 @@ OURS = (
     "routers keep the rows of removed experts, which no stock config can say: written in a layout that `coterie.load` "
     "reads (--removed remove writes a stock checkpoint)"
 )
+SHAPING = ("budget", "linkage", "distance", "kappa", "min_experts", "non_uniform", "threshold", "lambda1", "lambda2")
 READ_BY = {  # option: the NEEDS of the methods that read it
-    "stats": ("stats", "outputs", "base"),
-    "weights": ("stats", "outputs"),
-    "no_guard": ("stats", "outputs", "base"),
+    "stats": ("clusters", "stats", "outputs", "base"),
+    "weights": ("clusters", "stats", "outputs"),
+    "no_guard": ("clusters", "stats", "outputs", "base"),
     "base": ("base",),
     "data": ("outputs",),
     "samples": ("outputs",),
@@ -35,12 +38,27 @@ READ_BY = {  # option: the NEEDS of the methods that read it
 }
 
 
+Lambda1 = Annotated[float, Help("Weight of the router rows' distance.")]
+Lambda2 = Annotated[float, Help("Weight of co-activation; needs --stats.")]
+Statistics = Annotated[
+    str | None,
+    Help("What `coterie collect` measured on MODEL: criteria need it, and stun's ties.", "STATS", given=Path,
+         read=as_text),
+]  # fmt: skip
+Weights = Annotated[  # of domains; those not named count 1
+    dict[str, float],
+    Help("How often each domain of STATS counts [default: 1 each].", "NAME=W,...", given=str, read=parse_weights,
+         default=None),
+]  # fmt: skip
+NoGuard = Annotated[bool, Help("Let experts with extreme outputs be removed too.")]
+
+
 @dataclass(frozen=True)
 class Remaining:
     """How many experts of a layer remain: all but a share of them (None: a quarter), or a count."""
 
-    ratio: float | None = None
-    experts: int | None = None
+    ratio: Annotated[float | None, Help("Share of experts to remove per layer [default: 0.25].")] = None
+    experts: Annotated[int | None, Help("Experts to keep per layer, instead of --ratio.")] = None
 
     def check(self) -> None:
         """Raises: CoterieError where both are given, or the share is none."""
@@ -54,31 +72,39 @@ class Remaining:
 class Pruning:
     """What `prune` was asked for, with its defaults; recorded in coterie.json."""
 
-    method: str = "stun"
-    remaining: Remaining = Remaining()
-    budget: str = "uniform"
-    linkage: str = "complete"
-    distance: str = "frobenius"
-    kappa: int = stun.MERGE_BELOW
-    min_experts: int | None = None
-    non_uniform: str = "round"
-    threshold: float = 0.5
-    seed: int = 0
-    drop_mtp: bool = False
-    lambda1: float = 1.0
-    lambda2: float = 0.0
-    stats: str | None = None
-    weights: dict[str, float] = field(default_factory=dict)  # of domains; those not named count 1
-    no_guard: bool = False
-    base: str | None = None
+    method: Annotated[str, Help(f"How experts are chosen: {', '.join(methods.names())}.")] = "stun"
+    remaining: Remaining = field(default_factory=Remaining)
+    budget: Annotated[str, Help("uniform: every layer alike; global: one height cuts all.")] = "uniform"
+    linkage: Annotated[str, Help("complete, or official: the published program's rules.")] = "complete"
+    distance: Annotated[str, Help("frobenius: over the router's norm; or raw.")] = "frobenius"
+    kappa: Annotated[int, Help("Average clusters in layers left with fewer than this many.")] = stun.MERGE_BELOW
+    min_experts: Annotated[int | None, Help("Floor of a global budget [default: top-k].")] = None
+    non_uniform: Annotated[str, Help("Unequal counts: round, refuse, or coterie (our layout).")] = "round"
+    threshold: Annotated[float, Help("Where the official global search starts.")] = 0.5
+    seed: Annotated[int, Help("Of the methods random and naee.")] = 0
+    drop_mtp: Annotated[bool, Help("Leave multi-token-prediction layers out.")] = False
+    lambda1: Lambda1 = 1.0
+    lambda2: Lambda2 = 0.0
+    stats: Statistics = None
+    weights: Weights = field(default_factory=dict)
+    no_guard: NoGuard = False
+    base: Annotated[
+        str | None, Help("The checkpoint before training, for router-norm-change.", "MODEL0", read=as_text)
+    ] = None
     calibration: Calibration = field(default_factory=Calibration)
-    dtype: str = "auto"
-    removed: str | None = None
+    dtype: Dtype = "auto"
+    removed: Annotated[
+        str | None,
+        Help(
+            "What becomes of removed experts' router rows: remove; or, in our layout, null or constant: they stay, and "
+            "give zero or a mean output [default: remove; mone: constant]."
+        ),
+    ] = None
 
     @property
     def fate(self) -> str:
         """What becomes of removed experts' router rows: asked for, or the method's own way."""
-        return self.removed or ("constant" if self.method == "mone" else "remove")
+        return self.removed or str(getattr(methods.load(self.method), "REMOVED", "remove"))
 
     @property
     def needs(self) -> str:
@@ -88,9 +114,8 @@ class Pruning:
     def record(self) -> dict[str, Any]:
         """As they are spelled on the command line, without those that only other kinds of methods read."""
         weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
-        data = {name: str(file) for name, file in self.calibration.data.items()}
         others = [n for n in ("base", "data", "samples", "seq_len", "dtype") if self.needs not in READ_BY[n]]
-        found = flat(self) | {"weights": weights or None, "data": data, "removed": self.fate}
+        found = flat(self) | {"weights": weights or None, "data": self.calibration.named, "removed": self.fate}
         return {n: v for n, v in found.items() if n not in others}
 
 
@@ -106,21 +131,20 @@ def check_options(options: Pruning) -> None:
         raise CoterieError(f"--kappa {options.kappa}: expected a number of clusters, 0 or more")
     if options.min_experts is not None and options.min_experts < 1:
         raise CoterieError(f"--min-experts {options.min_experts}: expected at least 1")
-    default = Pruning()
-    shaping: tuple[str, ...] = ("budget", "linkage", "distance", "kappa", "min_experts", "non_uniform", "threshold")
-    shaping += ("lambda1", "lambda2")
-    given = [n for n in shaping if getattr(options, n) != getattr(default, n)]
-    if options.method != "stun" and given:
+    default, readers = Pruning(), ", ".join(methods.names("clusters"))
+    given = [n for n in SHAPING if getattr(options, n) != getattr(default, n)]
+    if options.needs != "clusters" and given:
         flag = f"--{given[0].replace('_', '-')}"
-        raise CoterieError(f"{flag} shapes the method stun and would be ignored by {options.method}")
+        raise CoterieError(f"{flag} shapes the method {readers} and would be ignored by {options.method}")
     if options.min_experts is not None and options.budget != "global":
         raise CoterieError("--min-experts is the floor of a global budget and would be ignored; add --budget global")
     if options.non_uniform != default.non_uniform and options.budget != "global":
         raise CoterieError("--non-uniform is about a global budget and would be ignored; add --budget global")
     if options.threshold != default.threshold and (options.linkage, options.budget) != ("official", "global"):
         raise CoterieError("--threshold would be ignored; it belongs to --linkage official --budget global")
-    if options.seed != default.seed and options.method != "random" and options.needs != "outputs":
-        raise CoterieError(f"--seed is of the method random and would be ignored by {options.method}")
+    seeded = [name for name in methods.names() if getattr(methods.load(name), "SEEDED", False)]
+    if options.seed != default.seed and options.method not in seeded and options.needs != "outputs":
+        raise CoterieError(f"--seed is of the method {', '.join(seeded)} and would be ignored by {options.method}")
     if options.min_experts is not None and options.linkage == "official":
         raise CoterieError("--min-experts: the published program knows no floor; use --linkage complete")
     _check_distance(options)
@@ -132,11 +156,10 @@ def _check_needs(options: Pruning) -> None:
     given, default, method = flat(options), flat(Pruning()), options.method
     _check_removed(options)
     for name, needs in READ_BY.items():
-        of_stun = name in ("stats", "weights", "no_guard")
-        if given[name] != default[name] and not (of_stun and method == "stun"):
-            if options.needs not in needs:
-                readers = ", ".join([*(("stun",) if of_stun else ()), *methods.names(*needs)])
-                raise CoterieError(f"--{name.replace('_', '-')} would be ignored by {method}; it is of {readers}")
+        if given[name] != default[name] and options.needs not in needs:
+            readers = sorted(methods.names(*needs), key=lambda n: methods.load(n).NEEDS != "clusters")  # those first
+            flag = f"--{name.replace('_', '-')}"
+            raise CoterieError(f"{flag} would be ignored by {method}; it is of {', '.join(readers)}")
     if options.needs == "stats" and not options.stats:
         raise CoterieError(
             f"--method {method} decides by statistics; add --stats FILE, which `coterie collect MODEL FILE` writes"
@@ -153,7 +176,7 @@ def _check_removed(options: Pruning) -> None:
     """Whether the method's choice is one for routers that stay as they are."""
     if options.fate not in REMOVED:
         raise CoterieError(f"--removed {options.fate!r}: unknown; expected one of {', '.join(REMOVED)}")
-    if options.fate != "remove" and (options.method == "stun" or options.needs == "outputs"):
+    if options.fate != "remove" and options.needs in ("clusters", "outputs"):
         raise CoterieError(
             f"--removed {options.fate}: {options.method} chooses experts that take over for those that go, which a "
             "router that still chooses these does not let them; use --removed remove, or another method"

@@ -11,7 +11,7 @@ token; sets then cost a routing each. Importing this module imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,21 +22,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from coterie.decide.criteria import UNMEASURED, Guarded, Selected, Task, by_weights, guard, keep, listed
-from coterie.decide.pruning import Pruning
+from coterie.decide.criteria import UNMEASURED, Guarded, Selected, Task, by_weights, keep
 from coterie.edits.masked import MaskedRouting, twin
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
 from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk
-from coterie.forward.samples import compute_dtype, read_samples
+from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.forward.stream import Stream, advance
-from coterie.methods import prune as methods
 from coterie.model import moe
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
-from coterie.model.stats import HALVES, Stats, agreement
+from coterie.model.stats import HALVES, agreement
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import existing
 
 MOST_PRODUCTS = 2**30  # bytes of G in memory: 4 T E^2 of one layer
 MOST_OUTPUTS = 2**26  # numbers: the outputs of all experts on some tokens
@@ -47,29 +45,26 @@ Kept = tuple[int, ...]
 
 
 def decide(
-    model: Model, task: Task, options: Pruning, stats: Stats | None, spill: Path | None, on_progress: Progress
+    model: Model, trial: Trial, calibration: Calibration, dtype: str, spill: Path | None, on_progress: Progress
 ) -> Selected:
     """The choices of a criterion of outputs, layer by layer, on the model as it is.
 
     spill: the folder for activations that are too large for memory.
     Raises: CoterieError for more sets than the criterion tries, and for a model or data that cannot be measured.
     """
-    method, num_groups = methods.load(options.method), task.num_groups
+    task = trial.task
     for block in task.measured:
-        method.check([block.num_experts // num_groups] * num_groups, [task.kept // num_groups] * num_groups)
-    guarded = guard(task, None if options.no_guard else stats)
-    rest = keep(task, by_weights(task, "router-norm", 0), guarded)
-    samples, notes = read_samples(model, options.calibration)
-    trial = Trial(task, method, guarded)
-    measure(model, samples, options, trial, on_progress, spill)
+        size, kept = block.num_experts // task.num_groups, task.kept // task.num_groups
+        trial.method.check([size] * task.num_groups, [kept] * task.num_groups)
+    rest = keep(task, by_weights(task, "router-norm", 0), trial.guarded)
+    samples, notes = read_samples(model, calibration)
+    measure(model, samples, trial, compute_dtype(model, dtype), on_progress, spill)
     notes += [UNMEASURED] if len(task.measured) < len(task.layers) else []
-    notes += [] if stats else ["super experts are known from --stats alone: none is guarded"]
     budget = {
         "samples": {name: len(given) for name, given in samples.items()},
         "stability": agreement(*trial.halves),
     }
-    findings = {"guarded": listed(guarded, stats), "reconstruction_error": trial.errors}
-    return Selected({**rest, **trial.choices}, budget, findings, tuple(notes))
+    return Selected({**rest, **trial.choices}, budget, {"reconstruction_error": trial.errors}, tuple(notes))
 
 
 @dataclass
@@ -104,18 +99,17 @@ class Trial:
 def measure(
     model: Model,
     samples: dict[str, list[tuple[int, ...]]],
-    options: Pruning,
     trial: Trial,
+    dtype: torch.dtype,
     on_progress: Progress,
     spill: Path | None = None,
 ) -> None:
     """Runs the model as it is over the samples; each MoE layer chooses once it is through."""
-    dtype = compute_dtype(model, options.dtype)
     stream, blocks = Stream(model, dtype), {int(b.key): b for b in model.main}
     _check_size(model, sum(len(s) for given in samples.values() for s in given))
     given = [s for given in samples.values() for s in given]
     batches = stream.embed(given, spill=None if spill is None else existing(spill))
-    tokens = Tokens.of(batches, samples, options.weights)
+    tokens = TokenWeights.of(batches, samples, trial.task.weights)
     for index, layer in enumerate(stream.layers):
         with stream.loaded(index) as go:
             block = blocks.get(index)
@@ -141,14 +135,16 @@ def _check_size(model: Model, num_tokens: int) -> None:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenWeights:
     """Of every row that a layer routes: the half that its sample is in, and its domain's weight; (T,) each."""
 
     halves: torch.Tensor
     weights: torch.Tensor
 
     @classmethod
-    def of(cls, batches: list[Batch], samples: dict[str, list[tuple[int, ...]]], weights: dict[str, float]) -> Tokens:
+    def of(
+        cls, batches: list[Batch], samples: dict[str, list[tuple[int, ...]]], weights: Mapping[str, float]
+    ) -> TokenWeights:
         """Raises: CoterieError for a weight of a domain that is not there."""
         unknown = set(weights) - set(samples)
         if unknown:
@@ -168,7 +164,7 @@ class _Asked(Exception):
 class Sets:
     """Errors of sets of experts in one loaded layer, from one run of it with `seen` entered and `walk` for experts."""
 
-    def __init__(self, stream: Stream, layer: torch.nn.Module, block: MoE, tokens: Tokens) -> None:
+    def __init__(self, stream: Stream, layer: torch.nn.Module, block: MoE, tokens: TokenWeights) -> None:
         """Raises: CoterieError for a block whose experts are named by a table."""
         if block.tables:
             raise CoterieError(f"{block.name}: a table names its experts, so there is no routing to try sets with")

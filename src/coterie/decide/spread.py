@@ -1,8 +1,8 @@
 """Pruning experts as units of work: what `pruner.py` does in one process, one expert per unit on any node.
 
-Called by `job.py` where the engine spreads work. A unit reads its expert from MODEL, writes it with its zeros into its
-place in OUT.partial, and answers with counts. Where data decide, a layer's inputs lie in a file that units read their
-tokens from, and each leaves its expert's outputs in a file, which the driver adds in the experts' order: sums of
+Called by `zeros.py` where the engine spreads work. A unit reads its expert from MODEL, writes it with its zeros into
+its place in OUT.partial, and answers with counts. Where data decide, a layer's inputs lie in a file that units read
+their tokens from, and each leaves its expert's outputs in a file, which the driver adds in the experts' order: sums of
 floats depend on it.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from coterie.decide.pruner import Pruner, every_expert, read_finite
+from coterie.decide.pruner import Pruner, Visitors, every_expert, read_finite
 from coterie.edits.budget import zeros_of
 from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import plan_outputs, planned
 from coterie.edits.plan import read_plan
 from coterie.engine import Engine, Unit
-from coterie.errors import guarded
+from coterie.errors import writing
 from coterie.forward.activations import Batch, Routed, save
 from coterie.forward.stream import Stream
 from coterie.methods import sparsify as methods
@@ -53,10 +53,11 @@ class Spread:
     writer: Writer
     pruner: Pruner
 
-    def describe(self, job: dict[str, Any]) -> None:
+    def describe(self, job: Mapping[str, object]) -> None:
         """Says to the units what all of them need to know: plan, method, shares, total, pattern, and so on."""
-        job = job | {"threads": torch.get_num_threads()}  # the last bits of products depend on it
-        guarded(self.engine.scratch, lambda: (self.engine.scratch / JOB).write_text(json.dumps(job)))
+        text = json.dumps({**job, "threads": torch.get_num_threads()})  # the last bits of products depend on it
+        with writing(self.engine.scratch):
+            (self.engine.scratch / JOB).write_text(text)
 
     def prune_all(self, model: Model, on_progress: Progress) -> None:
         """Every expert of every block, without data."""
@@ -75,40 +76,47 @@ class Spread:
         folder = self.engine.scratch
         inputs = folder / f"inputs-{routed.block.key}.safetensors"
         _save_inputs(routed, experts, inputs)
-        ends = list(accumulate(len(rows) for _, rows, _ in experts))
-        outputs = [folder / f"outputs-{routed.block.key}-{e}.safetensors" for e, _, _ in experts]
-        tokens: list[dict[str, Any] | None] = [
-            {"inputs": str(inputs), "first": end - len(rows), "last": end, "outputs": str(out)}
-            for end, (_, rows, _), out in zip(ends, experts, outputs, strict=True)
+        ends = accumulate(len(visitors.rows) for visitors in experts)
+        tokens: list[TokenFile | None] = [
+            TokenFile(str(inputs), end - len(rows), end, str(folder / f"outputs-{routed.block.key}-{e}.safetensors"))
+            for end, (e, rows, _) in zip(ends, experts, strict=True)
         ]
         total = routed.zeros()
         states = self.engine.run(self._units(routed.block, tokens))
-        for (_, rows, _), out, state in zip(experts, outputs, states, strict=True):
+        for visitors, some, state in zip(experts, tokens, states, strict=True):
             self.pruner.absorb(state)
-            if len(rows):
-                routed.add_rows(total, rows, _load(out))
-                out.unlink()
+            if some and len(visitors.rows):
+                routed.add_rows(total, visitors.rows, _load(some.outputs))
+                Path(some.outputs).unlink()
         inputs.unlink()
         return total
 
-    def _units(self, block: MoE, tokens: list[dict[str, Any] | None]) -> Iterator[Unit]:
+    def _units(self, block: MoE, tokens: list[TokenFile | None]) -> Iterator[Unit]:
+        """One for each expert, with its tokens where data decide."""
         names = expert_weights(self.pruner.checkpoint, block)
         known = set(names)
         for e, some in enumerate(tokens):
             own = [name for name in block.experts[e].values() if name in known] if block.experts else names
-            places = {name: [str(path.absolute()), *span] for name, (path, *span) in self._where(own)}
+            where = ((name, self.writer.where(name)) for name in own)
+            places = {name: [str(path.absolute()), *span] for name, (path, *span) in where}
             arguments = {"scratch": str(self.engine.scratch), "layer": block.key, "expert": e, "places": places}
             if some is None:
                 yield Unit(UNIT, arguments, DATA_FREE_DISK)
             else:
-                yield Unit(UNIT, arguments | {"tokens": some}, CALIBRATED_DISK, torch.get_num_threads())
-
-    def _where(self, names: list[str]) -> Iterator[tuple[str, tuple[Path, int, int]]]:
-        for name in names:
-            yield name, self.writer.where(name)
+                yield Unit(UNIT, arguments | {"tokens": asdict(some)}, CALIBRATED_DISK, torch.get_num_threads())
 
 
-def _save_inputs(routed: Routed, experts: list[tuple[int, torch.Tensor, torch.Tensor]], path: Path) -> None:
+@dataclass(frozen=True)
+class TokenFile:
+    """Where an expert's tokens are, numbers `first` to `last` of those in a file, and where its outputs go."""
+
+    inputs: str
+    first: int
+    last: int
+    outputs: str
+
+
+def _save_inputs(routed: Routed, experts: list[Visitors], path: Path) -> None:
     """The file that units read their tokens from: inputs (T, D); rows and weights, expert after expert."""
     inputs = Batch(routed.x, [])
     inputs.maps = routed.maps
@@ -117,7 +125,7 @@ def _save_inputs(routed: Routed, experts: list[tuple[int, torch.Tensor, torch.Te
     save([inputs, Batch(rows, []), Batch(gates, [])], path, sync=False)
 
 
-def _load(path: Path) -> torch.Tensor:
+def _load(path: str) -> torch.Tensor:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -128,7 +136,7 @@ def _load(path: Path) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Task:
+class Worker:
     """What a process keeps between units of one run: the model as planned, and a pruner that has pruned nothing."""
 
     view: Model
@@ -145,7 +153,7 @@ class Task:
 
 
 @lru_cache(maxsize=1)
-def task_of(scratch: str) -> Task:
+def worker_of(scratch: str) -> Worker:
     """Opens what a run works on. Raises: CoterieError where this node has another MODEL."""
     check_source(scratch)
     job = load_json(Path(scratch) / JOB)
@@ -158,7 +166,7 @@ def task_of(scratch: str) -> Task:
         view.checkpoint, methods.load(job["method"]), zeros, _nowhere, getattr(torch, job["dtype"]), pattern,
         job["min_tokens"], sequential=not job["one_pass"],
     )  # fmt: skip
-    return Task(view, pruner)
+    return Worker(view, pruner)
 
 
 def _nowhere(name: str, offset: int, data: bytes) -> None:
@@ -166,20 +174,20 @@ def _nowhere(name: str, offset: int, data: bytes) -> None:
 
 
 def prune_expert(
-    scratch: str, layer: str, expert: int, places: dict[str, list[Any]], tokens: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    scratch: str, layer: str, expert: int, places: dict[str, list[Any]], tokens: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
     """The unit: prunes one expert into its places (tensor -> file, first and last byte), and gives its counts.
 
-    tokens: where its inputs are, and where its outputs go; without, by magnitude.
+    tokens: a `TokenFile`, where data decide.
     """
-    task, files = task_of(scratch), Places(places)
-    block = task.blocks[layer]
-    pruner = replace(task.pruner, put=files.put, cold=[], num_zeros=Counter(), before=Moments(), after=Moments())
+    worker, files = worker_of(scratch), Places(places)
+    block = worker.blocks[layer]
+    pruner = replace(worker.pruner, put=files.put, cold=[], num_zeros=Counter(), before=Moments(), after=Moments())
     try:
         if tokens is None:
             pruner.prune(block, expert, read_finite(pruner.checkpoint, block, expert), None)
         else:
-            _on_tokens(task, pruner, block, expert, **tokens)
+            _on_tokens(worker, pruner, block, expert, TokenFile(**tokens))
         files.sync()
     finally:
         files.close()
@@ -187,22 +195,20 @@ def prune_expert(
 
 
 @torch.no_grad()
-def _on_tokens(
-    task: Task, pruner: Pruner, block: MoE, expert: int, inputs: str, first: int, last: int, outputs: str
-) -> None:
-    """Prunes an expert by its tokens, numbers `first:last` of those in the file, and leaves its weighted outputs."""
+def _on_tokens(worker: Worker, pruner: Pruner, block: MoE, expert: int, tokens: TokenFile) -> None:
+    """Prunes an expert by its tokens, and leaves its weighted outputs."""
     from safetensors import safe_open
 
-    with safe_open(inputs, "pt") as file:
-        rows, gates = (file.get_slice(name)[first:last] for name in ("1", "2"))
+    with safe_open(tokens.inputs, "pt") as file:
+        rows, gates = (file.get_slice(name)[tokens.first : tokens.last] for name in ("1", "2"))
         x = file.get_tensor("0")[rows]
-    (module,) = moe.experts_modules(task.stream.layers[int(block.key)])
+    (module,) = moe.experts_modules(worker.stream.layers[int(block.key)])
     chosen = torch.full((len(rows), 1), expert)
     routed = Routed(block, module, x, chosen, gates[:, None])
     total = routed.zeros()
-    pruner.visit(routed, expert, torch.arange(len(rows)), gates, total)
+    pruner.visit(routed, Visitors(expert, torch.arange(len(rows)), gates), total)
     if len(rows):
-        save([Batch(total, [])], Path(outputs), sync=False)
+        save([Batch(total, [])], Path(tokens.outputs), sync=False)
 
 
 class Places:

@@ -16,7 +16,7 @@ from typing import Any
 from coterie.decide.experts import decided
 from coterie.decide.pruning import Pruning, Remaining
 from coterie.decide.pruning import check_options as check_dropping
-from coterie.decide.zeros import Calibrated, Zeroing, prune_layers, workers
+from coterie.decide.zeros import Calibrated, Workers, Zeroing
 from coterie.edits.budget import num_weights
 from coterie.edits.checks import fits_groups
 from coterie.edits.counts import count
@@ -48,7 +48,7 @@ def _check(sparsity: float, expert_ratio: float | str | None, preset: str, also:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StunRecipe:
     """What was asked for, from which a plan follows for any number of experts."""
 
     source: Model
@@ -114,7 +114,7 @@ class Recipe:
         return replace(decision, plan=replace(plan, budget=budget)), zeroing
 
 
-def search(recipe: Recipe, kept: list[int], spill: Path, on_progress: Progress) -> list[dict[str, Any]]:
+def search(recipe: StunRecipe, kept: list[int], spill: Path, on_progress: Progress) -> list[dict[str, Any]]:
     """Prunes on three quarters of the samples, without writing, for each number of experts; judges on the rest.
 
     -> experts per layer, shares removed and zeroed, and the mean negative log-likelihood of a held-out token.
@@ -146,10 +146,10 @@ def held_out_loss(calibration: Calibrated, on_progress: Progress) -> float:
         )
     calibration.use([s for i, s in enumerate(samples) if i % HELD_OUT != HELD_OUT - 1])
     shares = calibration.shares(on_progress)
-    pruner, others = workers(calibration.view, calibration.options, shares, _discard, calibration.dtype)
-    pruner.num_judged = sum(map(len, calibration.samples))
+    workers = Workers.of(calibration.view, calibration.options, shares, _discard, calibration.dtype)
+    workers.pruner.num_judged = sum(map(len, calibration.samples))
     taught, held = calibration.batches(), calibration.embed(judges)
-    for index in prune_layers(stream, [*taught, *held], pruner, others):
+    for index in workers.layers(stream, [*taught, *held]):
         on_progress("pruning layers", index + 1, len(stream.layers))
     return loss(stream.logits, held, judges)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.decide import linears
 from coterie.edits import beside, budget
@@ -20,23 +21,26 @@ from coterie.edits.execution import Fill, Filled, Prepare, Request
 from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import prunable
 from coterie.edits.plan import Plan
-from coterie.engine import Engine
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, compute_dtype, read_samples
+from coterie.forward.samples import DATA, Calibration, Dtype, compute_dtype, read_samples
 from coterie.methods import sparsify as methods
-from coterie.methods.sparsify.select import check_pattern
+from coterie.methods.masks import check_pattern
 from coterie.model.experts import Experts, expert_shapes
 from coterie.model.layer import Model
-from coterie.options import flat
+from coterie.options import Help, flat
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress
-from coterie.storage.writer import Writer, existing
+from coterie.storage.writer import Writer
 
 if TYPE_CHECKING:
+    import torch
+
     from coterie.decide.linears import Linears
     from coterie.decide.pruner import Pruner
     from coterie.decide.spread import Spread
     from coterie.forward.stream import Stream, Walk
 
+Put = Callable[[str, int, bytes], None]  # (tensor, offset in it, bytes)
 Shares = dict[str, Fraction]  # sparsity by layer
 OF_SAMPLING = ("samples", "seq_len", "seed", "dtype")
 ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated on the driver's machine alone"
@@ -46,12 +50,16 @@ ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated
 class Scoring:
     """How weights are scored and on what, whichever the rule; recorded in coterie.json."""
 
-    one_pass: bool = False  # score every layer on the dense model's activations
-    also: str = ""  # kinds of further matrices to prune, comma-separated
-    calibration: Calibration = field(default_factory=Calibration)
-    min_tokens: int = 64  # experts that fewer reach are pruned by magnitude
-    outliers: float = 3.0  # OWL's M
-    dtype: str = "auto"
+    one_pass: Annotated[bool, Help("Score all layers on the dense model, not on layers pruned before them.")] = False
+    also: Annotated[str, Help("Prune these too, comma-separated: attention, shared, dense, router.", "KINDS")] = ""
+    calibration: Annotated[Calibration, {"data": replace(DATA, default=None)}] = field(default_factory=Calibration)
+    min_tokens: Annotated[int, Help("Experts that fewer tokens reach are pruned by magnitude.")] = 64
+    outliers: Annotated[float, Help("OWL's M: outliers score so many times the mean.")] = 3.0
+    dtype: Dtype = "auto"
+
+    def record(self) -> dict[str, Any]:
+        """As they are spelled on the command line."""
+        return flat(self) | {"data": self.calibration.named}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -77,38 +85,27 @@ class Zeroing:
 
 def idle(options: Zeroing) -> tuple[str, ...]:
     """What to say of options about data where the rule needs none. Raises: CoterieError for data themselves."""
-    if options.method != "magnitude":
+    if methods.load(options.method).NEEDS != "nothing":
         return ()
     if options.scoring.calibration.data or options.scoring.one_pass:
-        raise CoterieError("--data and --one-pass would be ignored: magnitude needs no data")
+        raise CoterieError(f"--data and --one-pass would be ignored: {options.method} needs no data")
     asked, default = flat(options.scoring), flat(Scoring())
     given = [name for name in OF_SAMPLING if asked[name] != default[name]]
-    return tuple(f"--{name.replace('_', '-')} had no effect: magnitude needs no data" for name in given)
+    return tuple(f"--{name.replace('_', '-')} had no effect: {options.method} needs no data" for name in given)
 
 
 def check_options(options: Zeroing) -> None:
     """Raises: CoterieError for a value out of its range, or options that contradict or ignore each other."""
-    methods.load(options.method)
-    if options.pattern and options.method == "owl":
-        raise CoterieError("--pattern fixes every layer's sparsity, which owl wants to choose; use wanda")
-    scoring = options.scoring
-    if scoring.kinds and (options.method == "sparsegpt" or options.pattern):
-        raise CoterieError("--also prunes by rows of scores: it takes neither --method sparsegpt nor --pattern")
+    method, scoring = options.method, options.scoring
+    if methods.chooses_shares(method) and options.pattern:
+        raise CoterieError(f"--pattern fixes every layer's sparsity, which {method} wants to choose; use wanda")
+    if scoring.kinds and (methods.corrects(method) or options.pattern):
+        correcting = " or ".join(methods.names("hessian"))
+        raise CoterieError(f"--also prunes by rows of scores: it takes neither --method {correcting} nor --pattern")
     if scoring.min_tokens < 1:
         raise CoterieError(f"--min-tokens {scoring.min_tokens}: expected at least 1")
-    if scoring.outliers <= 0 or (scoring.outliers != Scoring().outliers and options.method != "owl"):
+    if scoring.outliers <= 0 or (scoring.outliers != Scoring().outliers and not methods.chooses_shares(method)):
         raise CoterieError(f"--outliers {scoring.outliers} is OWL's M, a positive number; other methods have none")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be pruned, and how: the model as planned, and as it was."""
-
-    options: Zeroing
-    source: Model
-    plan: Plan
-    view: Model
-    engine: Engine
 
 
 def prepared(options: Zeroing, source: Model, plan: Plan, request: Request) -> Prepare:
@@ -116,11 +113,10 @@ def prepared(options: Zeroing, source: Model, plan: Plan, request: Request) -> P
 
     def prepare(view: Model) -> Fill:
         check_writable(view, options)
-        job = Job(options, source, plan, view, request.engine)
-        if options.method == "magnitude":
-            return lambda writer: _by_magnitude(job, writer, request.on_progress)
-        calibration = Calibrated(view, options, request.out.parent)
-        return lambda writer: _calibrated(job, calibration, writer, request.on_progress)
+        run = ZeroingRun(options, source, plan, view, request)
+        if methods.load(options.method).NEEDS == "nothing":
+            return run.without_data
+        return partial(run.calibrated, Calibrated(view, options, request.out.parent))
 
     return prepare
 
@@ -131,7 +127,7 @@ def check_writable(view: Model, options: Zeroing) -> None:
         tensor = view.checkpoint.tensors.get(name)
         if tensor is None or tensor.num_bytes < tensor.num_parameters:
             raise CoterieError(f"tensor {name!r}: several weights share a byte; dequantise the checkpoint first")
-    if options.method == "sparsegpt" and (one := view.checkpoint.tensors[prunable(view)[0]]).dtype.startswith("F8"):
+    if methods.corrects(options.method) and (one := view.checkpoint.tensors[prunable(view)[0]]).dtype.startswith("F8"):
         raise CoterieError(f"tensor {one.name!r}: {one.dtype} weights cannot be corrected; use wanda, or dequantise")
     for block in view.main if options.pattern else ():
         for _, columns in expert_shapes(view.checkpoint, block).values():
@@ -168,12 +164,12 @@ class Calibrated:
 
     def shares(self, on_progress: Progress) -> Shares:
         """Sparsity by layer; OWL's takes a forward of the dense model."""
-        if self.options.method != "owl":
+        if not methods.chooses_shares(self.options.method):
             return uniform(self.view, self.options)
         from coterie.decide.outliers import Outliers
 
         outliers = Outliers(self.stream, self.options.scoring.outliers, self.options.scoring.kinds)
-        return owl_shares(self.view, self.options, outliers.shares(self.batches(), on_progress))
+        return chosen_shares(self.view, self.options, outliers.shares(self.batches(), on_progress))
 
     def summary(self) -> dict[str, dict[str, int]]:
         return {k: {"samples": len(given), "tokens": sum(map(len, given))} for k, given in self.by_domain.items()}
@@ -184,16 +180,14 @@ def uniform(view: Model, options: Zeroing) -> Shares:
     return dict.fromkeys(layers, options.sparsity)
 
 
-def owl_shares(view: Model, options: Zeroing, outliers: dict[str, float]) -> Shares:
-    """OWL's sparsity of each layer, as fractions that JSON can hold exactly."""
+def chosen_shares(view: Model, options: Zeroing, outliers: dict[str, float]) -> Shares:
+    """The sparsity of each layer that the rule chooses, as fractions that JSON can hold exactly."""
     import numpy as np
 
-    from coterie.methods.sparsify import owl
-
     sizes: Counter[str] = Counter({b.key: budget.num_weights(view.checkpoint, b) for b in view.main})
-    for index, names in beside.by_layer(view, options.scoring.kinds).items():
-        sizes[str(index)] += sum(view.checkpoint.tensors[n].num_parameters for n in names)
-    shares = owl.layer_sparsities(
+    for (layer, _), size in linears.sizes(view, options.scoring.kinds).items():
+        sizes[layer] += size
+    shares = methods.load(options.method).layer_sparsities(
         np.array([outliers[k] for k in sizes]),
         float(options.sparsity),
         np.array(list(sizes.values())),
@@ -202,118 +196,130 @@ def owl_shares(view: Model, options: Zeroing, outliers: dict[str, float]) -> Sha
     return {key: Fraction(repr(float(value))) for key, value in zip(sizes, shares, strict=True)}
 
 
-def counts(view: Model, options: Zeroing, shares: Shares) -> budget.Counts:
-    """Zeros of every expert matrix."""
-    return budget.zeros_of(view, shares, options.total)
+@dataclass(frozen=True)
+class Workers:
+    """What prunes the experts of a model as planned, and what prunes the matrices beside them."""
+
+    shares: Shares
+    pruner: Pruner
+    others: Linears
+
+    @classmethod
+    def of(cls, view: Model, options: Zeroing, shares: Shares, put: Put, dtype: torch.dtype | None = None) -> Workers:
+        """Workers that write with `put` and compute in `dtype` (float32 unless given)."""
+        import torch
+
+        from coterie.decide.pruner import Pruner
+
+        method, scoring = methods.load(options.method), options.scoring
+        zeros = budget.zeros_of(view, shares, options.total)
+        pruner = Pruner(
+            view.checkpoint, method, zeros, put, dtype or torch.float32, options.pattern, scoring.min_tokens,
+            sequential=not scoring.one_pass,
+        )  # fmt: skip
+        return cls(shares, pruner, linears.Linears(view, method, scoring.kinds, shares, put))
+
+    def layers(self, stream: Stream, batches: Any, first: int = 0, walk: Walk | None = None) -> Iterator[int]:
+        """Each layer's index once it is pruned; with other linears, a layer runs densely first, to be measured."""
+        rehearse = self.others.rehearse(stream, self.pruner.rehearse) if self.others.also else None
+        return stream.run(batches, walk or self.pruner.walk, first, rehearse)
+
+    def state(self) -> dict[str, object]:
+        """What a resumed run has to know of the layers done."""
+        others = [[*key, n] for key, n in self.others.zeros.items()]
+        return {**self.pruner.state(), "others": others, "shares": {k: str(share) for k, share in self.shares.items()}}
 
 
-def workers(view: Model, options: Zeroing, shares: Shares, put: Any, dtype: Any = None) -> tuple[Pruner, Linears]:
-    """What prunes the experts, and what prunes the matrices beside them."""
-    import torch
+@dataclass(frozen=True)
+class ZeroingRun:
+    """What is to be pruned, and how: the model as it was, and as planned."""
 
-    from coterie.decide.pruner import Pruner
+    options: Zeroing
+    source: Model
+    plan: Plan
+    view: Model
+    request: Request
 
-    method = methods.load(options.method)
-    pruner = Pruner(
-        view.checkpoint, method, counts(view, options, shares), put, dtype or torch.float32, options.pattern,
-        options.scoring.min_tokens, sequential=not options.scoring.one_pass,
-    )  # fmt: skip
-    return pruner, linears.Linears(view, method, options.scoring.kinds, shares, put)
+    def without_data(self, writer: Writer) -> Filled:
+        """Zeroes by a rule that needs no data."""
+        workers = Workers.of(self.view, self.options, uniform(self.view, self.options), writer.put)
+        by = self._spread(writer, workers) if self.request.engine.spread else workers.pruner
+        by.prune_all(self.view, self.request.on_progress)
+        workers.others.prune_all()
+        return self._filled(workers, {}, [])
 
+    def calibrated(self, calibration: Calibrated, writer: Writer) -> Filled:
+        """One streaming forward (two for OWL, whose first measures the dense model), pruning each expert on the way.
 
-def _by_magnitude(job: Job, writer: Writer, on_progress: Progress) -> Filled:
-    shares = uniform(job.view, job.options)
-    pruner, others = workers(job.view, job.options, shares, writer.put)
-    prune_all = spread(job, writer, pruner, shares).prune_all if job.engine.spread else pruner.prune_all
-    prune_all(job.view, on_progress)
-    others.prune_all()
-    return filled(job, pruner, others, shares, {}, [])
+        After each layer the hidden states and what was counted are saved, so that a killed run goes on from there.
+        """
+        from coterie.forward.activations import restore, save
 
+        done, on_progress = writer.units[-1] if writer.units else None, self.request.on_progress
+        if done and done["samples"] != calibration.digest:
+            raise CoterieError(
+                f"{writer.partial}: was begun on other data; give the same, or start anew with --overwrite"
+            )
+        shares = {k: Fraction(v) for k, v in done["shares"].items()} if done else calibration.shares(on_progress)
+        workers = Workers.of(self.view, self.options, shares, writer.put, calibration.dtype)
+        batches, first = calibration.batches(), 0
+        if done:
+            first = done["layer"] + 1
+            workers.pruner.absorb(done)
+            workers.others.zeros.update({(layer, kind): n for layer, kind, n in done["others"]})
+            restore(batches, writer.partial / f"hidden-{done['layer']}.safetensors")
+        engine, also = self.request.engine, workers.others.also
+        walk = self._spread(writer, workers).walk if engine.spread and not also else None
+        num_layers = len(calibration.stream.layers)
+        for index in workers.layers(calibration.stream, batches, first, walk):
+            save(batches, writer.partial / f"hidden-{index}.safetensors")
+            writer.unit({"layer": index, "samples": calibration.digest, **workers.state()}, num_layers)
+            (writer.partial / f"hidden-{index - 1}.safetensors").unlink(missing_ok=True)
+            on_progress("pruning layers", index + 1, num_layers)
+        for path in writer.partial.glob("hidden-*.safetensors"):
+            path.unlink()
+        notes = [*calibration.notes, *([ALSO_HERE] if engine.spread and also else [])]
+        return self._filled(workers, {"calibration": calibration.summary()}, notes)
 
-def spread(job: Job, writer: Writer, pruner: Pruner, shares: Shares) -> Spread:
-    """What prunes experts on the engine's nodes, in place of the pruner."""
-    from coterie.decide.spread import Spread
+    def _spread(self, writer: Writer, workers: Workers) -> Spread:
+        """What prunes experts on the engine's nodes, in place of the pruner."""
+        from coterie.decide.spread import Spread
 
-    found, options = Spread(job.engine, writer, pruner), job.options
-    found.describe({
-        "plan": job.plan.as_dict(), "method": options.method, "total": options.total, "pattern": options.pattern,
-        "one_pass": options.scoring.one_pass, "min_tokens": options.scoring.min_tokens, "dtype": str(pruner.dtype).partition(".")[2],
-        "shares": {key: str(share) for key, share in shares.items()},
-    })  # fmt: skip
-    return found
+        found, options, scoring = (
+            Spread(self.request.engine, writer, workers.pruner),
+            self.options,
+            self.options.scoring,
+        )
+        found.describe({
+            "plan": self.plan.as_dict(), "method": options.method, "total": options.total, "pattern": options.pattern,
+            "one_pass": scoring.one_pass, "min_tokens": scoring.min_tokens,
+            "dtype": str(workers.pruner.dtype).partition(".")[2],
+            "shares": {key: str(share) for key, share in workers.shares.items()},
+        })  # fmt: skip
+        return found
 
-
-def _calibrated(job: Job, calibration: Calibrated, writer: Writer, on_progress: Progress) -> Filled:
-    """One streaming forward (two for OWL, whose first measures the dense model), pruning each expert on the way.
-
-    After each layer the hidden states and what was counted are saved, so that a killed run goes on from there.
-    """
-    from coterie.forward.activations import restore, save
-
-    stream = calibration.stream
-    done = writer.units[-1] if writer.units else None
-    if done and done["samples"] != calibration.digest:
-        raise CoterieError(f"{writer.partial}: was begun on other data; give the same, or start anew with --overwrite")
-    shares = {k: Fraction(v) for k, v in done["shares"].items()} if done else calibration.shares(on_progress)
-    pruner, others = workers(job.view, job.options, shares, writer.put, calibration.dtype)
-    batches, first = calibration.batches(), 0
-    if done:
-        first = done["layer"] + 1
-        pruner.restore(done)
-        others.zeros = Counter({(layer, kind): n for layer, kind, n in done["others"]})
-        restore(batches, writer.partial / f"hidden-{done['layer']}.safetensors")
-    apart = job.engine.spread and not others.also
-    walk = spread(job, writer, pruner, shares).walk if apart else pruner.walk
-    for index in prune_layers(stream, batches, pruner, others, first, walk):
-        save(batches, writer.partial / f"hidden-{index}.safetensors")
-        kept = {"layer": index, "others": [[*key, n] for key, n in others.zeros.items()], **pruner.state()}
-        kept["samples"] = calibration.digest
-        writer.unit(kept | {"shares": {key: str(share) for key, share in shares.items()}}, len(stream.layers))
-        (writer.partial / f"hidden-{index - 1}.safetensors").unlink(missing_ok=True)
-        on_progress("pruning layers", index + 1, len(stream.layers))
-    for path in writer.partial.glob("hidden-*.safetensors"):
-        path.unlink()
-    notes = [*calibration.notes, *([ALSO_HERE] if job.engine.spread and others.also else [])]
-    return filled(job, pruner, others, shares, {"calibration": calibration.summary()}, notes)
-
-
-def prune_layers(
-    stream: Stream, batches: Any, pruner: Pruner, others: Linears, first: int = 0, walk: Walk | None = None
-) -> Any:
-    """Yields each layer's index once it is pruned; with other linears, a layer runs densely first, to be measured."""
-    rehearse = others.rehearse(stream, pruner.rehearse) if others.also else None
-    return stream.run(batches, walk or pruner.walk, first, rehearse)
-
-
-def filled(job: Job, pruner: Pruner, others: Linears, shares: Shares, more: dict[str, Any], notes: list[str]) -> Filled:
-    """What was done, in the numbers of the report."""
-    view = job.view
-    zeros: dict[str, dict[str, float]] = {}
-    for block in view.main:
-        share = pruner.num_zeros[block.key] / budget.num_weights(view.checkpoint, block)
-        zeros.setdefault(block.key, {})["expert"] = share
-    for index, names in beside.by_layer(view, others.also).items():
-        for kind in dict.fromkeys(names.values()):
-            size = sum(view.checkpoint.tensors[n].num_parameters for n, k in names.items() if k == kind)
-            zeros.setdefault(str(index), {})[kind] = others.zeros[str(index), kind] / size
-    experts = sum(pruner.num_zeros.values())
-    everything = experts + sum(others.zeros.values())
-    return Filled(
-        zeros,
-        {"experts": experts, "linears": everything, "all": everything},
-        {
+    def _filled(self, workers: Workers, more: dict[str, Any], notes: list[str]) -> Filled:
+        """What was done, in the numbers of the report."""
+        view, pruner, others = self.view, workers.pruner, workers.others
+        zeros: dict[str, dict[str, float]] = {}
+        for block in view.main:
+            share = pruner.num_zeros[block.key] / budget.num_weights(view.checkpoint, block)
+            zeros.setdefault(block.key, {})["expert"] = share
+        for (layer, kind), size in linears.sizes(view, others.also).items():
+            zeros.setdefault(layer, {})[kind] = others.zeros[layer, kind] / size
+        experts = sum(pruner.num_zeros.values())
+        everything = experts + sum(others.zeros.values())
+        report = {
             "cold_experts": pruner.cold,
-            "layer_sparsity": {key: float(share) for key, share in shares.items()},
+            "layer_sparsity": {key: float(share) for key, share in workers.shares.items()},
             "expert_zeros": experts,
             "kurtosis": {
-                "before": before_dropping(job.source, job.plan, pruner.before).kurtosis,
+                "before": before_dropping(self.source, self.plan, pruner.before).kurtosis,
                 "between": pruner.before.kurtosis,
                 "after": pruner.after.kurtosis,
             },
-            **more,
-        },
-        notes,
-    )
+        }
+        return Filled(zeros, {"experts": experts, "linears": everything, "all": everything}, report | more, notes)
 
 
 def before_dropping(source: Model, plan: Plan, kept: Moments) -> Moments:

@@ -20,7 +20,8 @@ from coterie.model.layer import LAYER, Model
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import decode
 from coterie.storage.record import Progress
-from coterie.storage.writer import Output, Writer
+from coterie.storage.shards import Output
+from coterie.storage.writer import Writer
 
 
 @dataclass(frozen=True)

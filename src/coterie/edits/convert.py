@@ -21,7 +21,7 @@ from coterie.model.family import registry
 from coterie.model.layer import LAYER, Model, find_blocks
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.planned import resolved, view
-from coterie.storage.writer import Made, Output, whole
+from coterie.storage.shards import Made, Output, whole
 
 Config = dict[str, Any]
 

@@ -20,7 +20,7 @@ from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.own import is_own, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import encode
-from coterie.storage.writer import Made, Output, whole
+from coterie.storage.shards import Made, Output, whole
 
 
 def num_layers(model: Model) -> int:

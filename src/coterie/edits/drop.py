@@ -10,7 +10,7 @@ from coterie.errors import CoterieError
 from coterie.model.family import NUM_LAYERS, lookup
 from coterie.model.layer import LAYER, Model, stack_of
 from coterie.model.own import renumber
-from coterie.storage.writer import Output, whole
+from coterie.storage.shards import Output, whole
 
 INDICES = ("mlp_only_layers",)  # lists of layer numbers
 LEADING = ("first_k_dense_replace", "num_dense_layers")  # how many of the first layers are of a kind

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.codecs.open import opened
 from coterie.edits.checks import check_plan
@@ -22,14 +22,16 @@ from coterie.edits.routes import constants_name, routed_blocks, sealed
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model, expert_names
+from coterie.options import Help
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
-from coterie.storage.copying import check_io
-from coterie.storage.in_place import Recipe, check_in_place, consume, went_on
+from coterie.storage.copying import IO, check_io
+from coterie.storage.folders import check_out, left_over, partial_of, tidy
+from coterie.storage.in_place import UsedUp, check_in_place, consume, went_on
 from coterie.storage.movers import mover
 from coterie.storage.planned import root
 from coterie.storage.record import Progress, Report, Stopwatch, model_card, no_progress, to_json, versions
-from coterie.storage.steps import left_over
-from coterie.storage.writer import Output, Writer, check_out, num_copied, partial_of, tidy
+from coterie.storage.shards import Output, num_copied
+from coterie.storage.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +45,14 @@ OURS = ("coterie.json", "coterie.log", "README.md", "report.html")
 class Writing:
     """How OUT is written: dense or with zeros as bits, only planned, gone on with, or in place of an earlier one."""
 
-    save: str = "dense"
-    dry_run: bool = False
-    resume: bool = False
-    overwrite: bool = False
+    save: Annotated[str, Help("dense, or sparse: zeros take one bit each, as `coterie pack` stores them.")] = "dense"
+    dry_run: Annotated[bool, Help("Decide and show sizes from headers and routers; write nothing.")] = False
+    resume: Annotated[bool, Help("Go on where an interrupted run stopped.")] = False
+    overwrite: Annotated[bool, Help("Replace OUT, if coterie wrote it.")] = False
+
+
+Io = Annotated[str, Help(f"How bytes are copied, instead of the first way that works: {', '.join(IO)}.")]
+InPlace = Annotated[bool, Help("Make OUT of MODEL's own files: no second copy, and MODEL is no more.")]
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ def _begun(checkpoint: Checkpoint, plan: Plan, request: Request) -> Report:
 def _consumed(execution: Execution, request: Request) -> Report:
     """Makes OUT of the model's own files."""
     checkpoint = execution.model.checkpoint
-    recipe = Recipe.of(checkpoint, execution.outputs, execution.report, request.out)
+    recipe = UsedUp.of(checkpoint, execution.outputs, execution.report, request.out)
     execution.notes.append(recipe.note)
     if request.writing.dry_run:
         return execution.report
@@ -214,7 +220,7 @@ def _written(execution: Execution, request: Request) -> Report:
         if filled:
             _add_filled(execution, filled, outputs)
         report.report.update(request.clock.read())
-        _finish(writer, report, model_card(checkpoint.path.name, report), outputs, checkpoint)
+        finish_record(writer, report, model_card(checkpoint.path.name, report))
     return report
 
 
@@ -226,13 +232,11 @@ def _add_filled(execution: Execution, filled: Filled, outputs: dict[str, list[Ou
     execution.notes.extend(filled.notes)
 
 
-def _finish(
-    writer: Writer, report: Report, card: str, outputs: dict[str, list[Output]], checkpoint: Checkpoint
-) -> None:
+def finish_record(writer: Writer, report: Report, card: str) -> None:
     """Writes the record and the model card, and gives OUT its name."""
     writer.text("coterie.json", to_json(report.as_dict()))
     writer.text("README.md", card)
-    writer.finish({s: {o.name: o for o in os} for s, os in outputs.items()}, checkpoint.indexed)
+    writer.finish()
 
 
 def finished(out: Path, asked: Report) -> Report:
@@ -290,8 +294,8 @@ def write(
         done += num_bytes
         on_progress("writing", done, total)
 
-    for shard, tensors in outputs.items():
-        writer.shard(shard, tensors, checkpoint.metadata[shard], checkpoint, advance)
+    for shard in outputs:
+        writer.shard(shard, advance)
     _write_small(writer, checkpoint, config)
 
 

@@ -22,7 +22,7 @@ from coterie.model.layer import LAYER, Model, MoE
 from coterie.model.routed import install
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import decode
-from coterie.storage.writer import Made
+from coterie.storage.shards import Made
 
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 

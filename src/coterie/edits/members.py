@@ -1,6 +1,6 @@
 """What a merged expert is made of: its members' stored values, their neurons lined up where the plan says so.
 
-Serves `applying/`, one tensor and one member at a time. A permutation comes from both experts' weights the first time
+Serves `edits/`, one tensor and one member at a time. A permutation comes from both experts' weights the first time
 a tensor asks for it, and kept: two bytes a neuron.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coterie.edits.plan import Choice
-from coterie.methods.merge import align
+from coterie.methods import align
 from coterie.methods.prune.stun import mean_of
 from coterie.model.experts import expert_biases, expert_matrices
 from coterie.model.layer import MoE

@@ -23,7 +23,7 @@ from coterie.model.layer import Model, MoE, expert_axis, find_blocks, mtp_names
 from coterie.model.own import OWN, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.planned import resolved, view
-from coterie.storage.writer import Hole, Made, Output, Run, whole
+from coterie.storage.shards import Hole, Made, Output, Run, whole
 
 
 def plan_outputs(model: Model, plan: Plan) -> dict[str, list[Output]]:

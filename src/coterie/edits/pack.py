@@ -14,25 +14,25 @@ from typing import Any
 from coterie.codecs import bits as fmt
 from coterie.codecs.open import check_coded, codec_of, inexact, opened
 from coterie.edits.coding import Coding, candidates, counted, fill, sizes
-from coterie.edits.execution import finished, left_behind, write
+from coterie.edits.execution import Writing, finish_record, finished, left_behind, write
 from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.own import is_own
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.folders import check_out, partial_of
 from coterie.storage.planned import Planned
 from coterie.storage.record import (
     Progress,
     Report,
     Stopwatch,
     model_card,
-    no_progress,
     object_at,
     record_of,
-    to_json,
     versions,
 )
-from coterie.storage.writer import Output, Writer, check_out, partial_of, whole
+from coterie.storage.shards import Output, whole
+from coterie.storage.writer import Writer
 
 VALUES = ("as stored", "int8")
 OURS = ("pack", "unpack")  # commands that decide nothing about a model
@@ -40,27 +40,21 @@ OURS = ("pack", "unpack")  # commands that decide nothing about a model
 
 def pack(
     dense: str | Path,
-    out: str | Path,
+    out: Path,
     *,
     values: str = "as stored",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    on_progress: Progress = no_progress,
+    writing: Writing,
+    on_progress: Progress,
 ) -> Report:
-    """Writes DENSE to OUT with its sparse matrices packed: one bit per weight, and the values that are not zero.
+    """Writes DENSE to OUT with its sparse matrices packed; see `verbs/pack.py`.
 
-    Experts, and other matrices of decoder layers; each only where it takes fewer bytes. The report of a folder that
-    another command wrote stays that command's, with `report.packed` (and `report.packed_from`, the dense fingerprint).
-    values: "as stored", which `unpack` restores exactly, or "int8", rounded with a scale per 128 columns, which it
-    cannot.
     Raises: CoterieError, before anything is written, when no matrix would shrink.
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(dense)
     _check_dense(checkpoint)
     if values not in VALUES:
         raise CoterieError(f"--values {values!r:.40}: expected one of {', '.join(VALUES)}")
-    check_out(Path(out), checkpoint.path, resume=resume, overwrite=overwrite)
+    check_out(out, checkpoint.path, resume=writing.resume, overwrite=writing.overwrite)
     model = Model.of(checkpoint)
     coding, chosen = _choose(model, values, on_progress)
     outputs = {shard: list(_packed_outputs(coding, shard, chosen)) for shard in checkpoint.shards}
@@ -73,21 +67,10 @@ def pack(
     }
     config = checkpoint.config | {"quantization_config": fmt.SETTINGS}
     job = _Job("pack", checkpoint, str(dense), outputs, config, numbers, {"values": values})
-    return _execute(
-        job, Path(out), clock, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress,
-        finish=lambda writer: fill(coding, chosen, writer, on_progress),
-    )  # fmt: skip
+    return _execute(job, out, clock, writing, on_progress, lambda writer: fill(coding, chosen, writer, on_progress))
 
 
-def unpack(
-    packed: str | Path,
-    dense: str | Path,
-    *,
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    on_progress: Progress = no_progress,
-) -> Report:
+def unpack(packed: str | Path, dense: Path, *, writing: Writing, on_progress: Progress) -> Report:
     """Restores the dense checkpoint that `pack` packed: same tensors, same order, same bytes.
 
     Raises: CoterieError for a checkpoint that is not packed, or whose parts are damaged; nothing is written then.
@@ -101,7 +84,7 @@ def unpack(
         raise CoterieError(
             f"{packed}: {min(rounded)!r} was packed as int8, which rounds: there is no dense original to restore"
         )
-    check_out(Path(dense), checkpoint.path, resume=resume, overwrite=overwrite)
+    check_out(dense, checkpoint.path, resume=writing.resume, overwrite=writing.overwrite)
     check_coded(view, on_progress)  # here, so that damage is found before anything is written
     outputs = view.by_shard
     size = {"parameters": view.num_parameters, "experts": ""}
@@ -111,9 +94,7 @@ def unpack(
         "unpacked": {"before": checkpoint.num_bytes, "after": view.num_bytes, "tensors": len(view.coded)},
     }
     job = _Job("unpack", checkpoint, str(packed), outputs, view.config, numbers)
-    return _execute(
-        job, Path(dense), clock, dry_run=dry_run, resume=resume, overwrite=overwrite, on_progress=on_progress
-    )
+    return _execute(job, dense, clock, writing, on_progress)
 
 
 @dataclass(frozen=True)
@@ -131,34 +112,28 @@ def _execute(
     job: _Job,
     out: Path,
     clock: Stopwatch,
-    *,
-    dry_run: bool,
-    resume: bool,
-    overwrite: bool,
+    writing: Writing,
     on_progress: Progress,
     finish: Callable[[Writer], None] = lambda _: None,
 ) -> Report:
     """Checks OUT, writes it (unless dry_run), and reports."""
     source = job.source
-    check_out(out, source.path, resume=resume, overwrite=overwrite)
-    fingerprint = None if dry_run else source.hash
+    fingerprint = None if writing.dry_run else source.hash
     made = _made_by(source)
     report = _kept(job, made, fingerprint) if made else _own(job, fingerprint)
     report.report.update(clock.read() if not made else {})
     report.report["warnings"] = [*report.report.get("warnings", []), *left_behind(source)]
-    report.report["dry_run"] = dry_run
-    if dry_run:
+    report.report["dry_run"] = writing.dry_run
+    if writing.dry_run:
         return report
-    if resume and out.exists() and not partial_of(out).exists():
+    if writing.resume and out.exists() and not partial_of(out).exists():
         return _repeated(out, job, fingerprint) if made else finished(out, report)
     identity = {"command": job.command, "options": job.options, "source": source.hash}
-    with Writer(out, identity, resume=resume, replace=overwrite) as writer:
+    with Writer(out, identity, resume=writing.resume, replace=writing.overwrite) as writer:
         write(writer, source, job.outputs, job.config, on_progress)
         finish(writer)
         report.report.update(clock.read() if not made else {})
-        writer.text("coterie.json", to_json(report.as_dict()))
-        writer.text("README.md", _card(job, report))
-        writer.finish({s: {o.name: o for o in os} for s, os in job.outputs.items()}, source.indexed)
+        finish_record(writer, report, _card(job, report))
     return report
 
 

@@ -4,7 +4,8 @@
 
 `routes` gives, for every row, the stored expert (its new index), or -1 for none: then the token gets nothing of it, or
 weight times a constant, a row of the layer's tensor `constants`. `alias` leads several rows to one stored expert. Used
-by `apply`, which writes this, and `verify`; `model/routed.py` computes it. Axes: E expert, D hidden, R experts that are gone.
+by `apply`, which writes this, and `verify`; `model/routed.py` computes it. Axes: E expert, D hidden, R experts that are
+removed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from coterie.model.layer import CONSTANTS, Model, MoE, expert_names
 from coterie.model.own import own_section
 from coterie.model.stats import Stats, mean
 from coterie.storage.checkpoint import BITS, FLOATS, Checkpoint
-from coterie.storage.writer import Made, Output
+from coterie.storage.shards import Made, Output
 
 if TYPE_CHECKING:
     import numpy as np

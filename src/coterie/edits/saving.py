@@ -7,79 +7,72 @@ either step, and --resume goes on from it; or OUT.dense.old, and --resume delete
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 from coterie.edits.coding import some_shrink
+from coterie.edits.execution import Writing
 from coterie.edits.pack import pack
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.folders import Folders, check_out, is_first, partial_of
 from coterie.storage.record import Progress, Report
-from coterie.storage.steps import Folders, is_first
-from coterie.storage.writer import check_out, partial_of
 
 SAVES = ("dense", "sparse")
-MAKE_NO_ZEROS = ("prune", "merge", "recover")  # what they write holds no more zeros than what they read
-P = ParamSpec("P")
+IN_PLACE = "packing needs the dense checkpoint beside it; leave --in-place out"
+Verb = Callable[..., Report]
 
 
-def savable(verb: Callable[P, Report]) -> Callable[P, Report]:
-    """The command with `save="sparse"` carried out; it itself writes dense checkpoints, and records the option.
+def needs_room(*, in_place: bool = False, **_: object) -> str:
+    """Why what is asked for cannot be packed: there is no room for the dense checkpoint."""
+    return IN_PLACE if in_place else ""
 
-    The command takes model, out, save, dry_run, resume, overwrite and on_progress.
+
+def savable(*, makes_zeros: bool = True, obstacle: Callable[..., str] = needs_room) -> Callable[[Verb], Verb]:
+    """A verb with `save="sparse"` carried out; it itself writes dense checkpoints, and records the option.
+
+    The verb takes keywords, among them model, out, writing and on_progress.
+    makes_zeros: whether what it writes can hold more zeros than what it reads. obstacle: given the same keywords, why
+    the result could not be packed; nothing where it can.
     """
 
-    @wraps(verb)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Report:
-        bound = inspect.signature(verb).bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        if given["save"] not in SAVES:
-            raise CoterieError(f"--save {given['save']!r:.40}: unknown; expected one of {', '.join(SAVES)}")
-        if given["save"] == "dense":
-            return verb(*args, **kwargs)
+    def decorate(verb: Verb) -> Verb:
+        @wraps(verb)
+        def run(**given: Any) -> Report:
+            writing: Writing = given["writing"]
+            if writing.save not in SAVES:
+                raise CoterieError(f"--save {writing.save!r:.40}: unknown; expected one of {', '.join(SAVES)}")
+            if writing.save == "dense":
+                return verb(**given)
+            folders, source = Folders(Path(given["out"])), Checkpoint.open(given["model"])
+            _check_folders(folders, source, writing)
+            if reason := obstacle(**given):
+                raise CoterieError(f"--save sparse: {reason}")
+            if writing.dry_run:
+                return _planned(verb(**given))
+            if folders.old.exists():
+                _remove(folders.old)
+            if writing.resume and folders.out.exists() and not folders.begun:
+                return verb(**given)  # complete: the verb compares it with what is asked, and says what it holds
+            if not makes_zeros and not folders.begun:
+                _check_zeros(verb.__name__, source, given["on_progress"])
+            verb(**given | {"out": folders.dense})
+            return _packed(folders, writing, given["on_progress"])
 
-        def into(out: Path) -> Report:
-            given["out"] = out
-            return verb(*bound.args, **bound.kwargs)
+        return run
 
-        return _sparse(verb.__name__, into, Folders(Path(given["out"])), given)
-
-    return run
+    return decorate
 
 
-def _sparse(command: str, into: Callable[[Path], Report], folders: Folders, given: dict[str, Any]) -> Report:
-    """Both steps, or those that an interrupted run left to do. `into` runs the command into a folder."""
-    source = Checkpoint.open(given["model"])
+def _packed(folders: Folders, writing: Writing, on_progress: Progress) -> Report:
+    """The second step: OUT.dense becomes OUT."""
+    again = Writing(resume=writing.resume, overwrite=writing.overwrite)
     try:
-        _check_folders(folders, source, given)
-    except OSError as error:  # such as names that are too long with what is added to them
-        raise CoterieError(
-            f"{folders.out}: cannot be written ({error.strerror or error}); choose another OUT"
-        ) from error
-    if given.get("in_place"):
-        raise CoterieError("--save sparse: packing needs the dense checkpoint beside it; leave --in-place out")
-    if given.get("router") == "alias":
-        raise CoterieError("--save sparse: --router alias is written in our own layout, which cannot be packed")
-    if given["dry_run"]:
-        return _planned(into(folders.out))
-    if folders.old.exists():
-        _remove(folders.old)
-    if given["resume"] and folders.out.exists() and not folders.begun:
-        return into(folders.out)  # complete: the command compares it with what is asked, and says what it holds
-    if command in MAKE_NO_ZEROS and not folders.begun:
-        _check_zeros(command, source, given["on_progress"])
-    into(folders.dense)
-    try:
-        report = pack(
-            folders.dense, folders.out, resume=given["resume"], overwrite=given["overwrite"],
-            on_progress=given["on_progress"],
-        )  # fmt: skip
+        report = pack(folders.dense, folders.out, writing=again, on_progress=on_progress)
     except CoterieError as error:
         raise CoterieError(
             f"{error}. The dense checkpoint is complete in {folders.dense}: use it as it is, or go on with --resume"
@@ -110,10 +103,19 @@ def _remove(dense: Path, old: Path | None = None) -> None:
         ) from error
 
 
-def _check_folders(folders: Folders, source: Checkpoint, given: dict[str, Any]) -> None:
+def _check_folders(folders: Folders, source: Checkpoint, writing: Writing) -> None:
     """Raises: CoterieError, before any work, where one of the two steps could not write or go on."""
+    try:
+        _check_steps(folders, source, writing)
+    except OSError as error:  # such as names that are too long with what is added to them
+        raise CoterieError(
+            f"{folders.out}: cannot be written ({error.strerror or error}); choose another OUT"
+        ) from error
+
+
+def _check_steps(folders: Folders, source: Checkpoint, writing: Writing) -> None:
     out, dense = folders.out, folders.dense
-    resume, overwrite = given["resume"], given["overwrite"]
+    resume, overwrite = writing.resume, writing.overwrite
     check_out(out, source.path, resume=resume, overwrite=overwrite)
     emptied = folders.old.is_dir() and not any(folders.old.iterdir())  # where a kill came before the very end
     for left in (folder for folder in (dense, folders.old) if folder.exists()):

@@ -1,4 +1,4 @@
-"""What the streaming forward (`calibrate.py`) keeps between two layers, and what a layer asks of its experts.
+"""What the streaming forward (`stream.py`) keeps between two layers, and what a layer asks of its experts.
 
 Both are ordinary tensors, in memory or, where they are large, mapped to files; then whoever reads or writes many rows
 does it through the methods here, which give the pages back as they go.

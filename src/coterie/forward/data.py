@@ -16,7 +16,8 @@ file is one document. Where sources are allowed, `NAME=FOLDER` stands for all su
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Document:
     input_ids: tuple[int, ...] | None = None
     prompt: str | None = None
     answer: str | None = None
-    messages: tuple[dict[str, Any], ...] | None = None
+    messages: tuple[Mapping[str, object], ...] | None = None
 
     @property
     def is_problem(self) -> bool:
@@ -66,9 +67,9 @@ def parse_data(items: Iterable[str], *, folders: bool = False) -> dict[str, Path
     return data
 
 
-def calibration_files(data: dict[str, Any] | Iterable[str] | str | None) -> dict[str, Path]:
+def calibration_files(data: Mapping[str, str | Path] | Iterable[str] | str | None) -> dict[str, Path]:
     """Files by domain: from `NAME=FILE` items, from one, or from a dictionary. Raises: CoterieError as `parse_data`."""
-    if isinstance(data, dict):
+    if isinstance(data, Mapping):
         return {str(name): check_source(file) for name, file in data.items()}
     return parse_data([data] if isinstance(data, str) else data or (), folders=True)
 
@@ -92,17 +93,14 @@ def check_file(path: str | Path) -> Path:
     """
     path = Path(path)
     try:
-        if not path.exists():
-            raise CoterieError(f"{path}: no such file; expected a text or JSONL file")
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "not a regular file"
-            raise CoterieError(f"{path}: {found}; expected a text or JSONL file")
-        if path.stat().st_size == 0:
-            raise CoterieError(f"{path}: the file is empty; expected text or JSON lines")
-    except CoterieError:
-        raise
+        mode, size = (path.stat().st_mode, path.stat().st_size) if path.exists() else (0, 0)
     except (OSError, ValueError) as e:  # ValueError: a null byte in the name
         raise CoterieError(f"{str(path)!r}: cannot be read ({e}); expected a text or JSONL file") from e
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "not a regular file" if mode else "no such file"
+        raise CoterieError(f"{path}: {found}; expected a text or JSONL file")
+    if not size:
+        raise CoterieError(f"{path}: the file is empty; expected text or JSON lines")
     return path
 
 
@@ -291,7 +289,7 @@ def _parse(line: str, where: str) -> Document:
     return _document(entry, where)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise CoterieError("an object names a key twice; expected each once")
@@ -299,28 +297,27 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _document(entry: Any, where: str) -> Document:
+    """What a line or row holds. Raises: CoterieError for what the module's docstring does not describe."""
     keys = set(entry) if isinstance(entry, dict) else set()
     kinds = [kind for kind in ({"text"}, {"input_ids"}, {"messages"}, {"prompt", "answer"}) if kind <= keys]
     if len(kinds) != 1:
         found = f"an object with keys {sorted(keys)}" if isinstance(entry, dict) else type(entry).__name__
         raise CoterieError(f"{where}: found {found}; expected exactly one of {KINDS}")
-    if kinds[0] == {"text"}:
-        return Document(where, text=_string(entry, "text", where))
-    if kinds[0] == {"input_ids"}:
+    if "text" in keys:
+        return Document(where, text=_string(entry["text"], "text", where))
+    if "input_ids" in keys:
         return Document(where, input_ids=_token_ids(entry["input_ids"], where))
-    if kinds[0] == {"messages"}:
+    if "messages" in keys:
         return Document(where, messages=_messages(entry["messages"], where))
-    if isinstance(entry["answer"], int) and not isinstance(entry["answer"], bool):
-        entry["answer"] = str(entry["answer"])
-    answer = _string(entry, "answer", where).strip()
-    prompt = _string(entry, "prompt", where)
+    answer = str(entry["answer"]) if type(entry["answer"]) is int else entry["answer"]
+    answer = _string(answer, "answer", where).strip()
+    prompt = _string(entry["prompt"], "prompt", where)
     if not answer or not prompt:
         raise CoterieError(f"{where}: the {'prompt' if answer else 'answer'} is empty; expected some text")
     return Document(where, prompt=prompt, answer=answer)
 
 
-def _string(entry: dict[str, Any], key: str, where: str) -> str:
-    value = entry[key]
+def _string(value: object, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise CoterieError(f"{where}: {key!r} is {type(value).__name__}; expected a string")
     try:
@@ -330,13 +327,13 @@ def _string(entry: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+def _messages(value: Any, where: str) -> tuple[Mapping[str, object], ...]:
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
         raise CoterieError(f"{where}: 'messages' must be a list of objects, each with a role and its content")
     for message in value:
-        _string(message, "role", where)
-        if "content" in message and message["content"] is not None:
-            _string(message, "content", where)
+        _string(message["role"], "role", where)
+        if message.get("content") is not None:
+            _string(message["content"], "content", where)
     return tuple(value)
 
 

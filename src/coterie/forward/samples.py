@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.errors import CoterieError
 from coterie.forward.data import SHIPPED, calibration_files, draw, read_documents
 from coterie.model.family import lookup
 from coterie.model.layer import Model
 from coterie.model.loading import DTYPES, load_tokenizer
+from coterie.options import Help
 from coterie.reference_model import CALIBRATION
 
 if TYPE_CHECKING:
     import torch
 
-Data = dict[str, Any] | Iterable[str] | str
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
+DATA = Help(
+    "Calibration data: text, JSON lines, Parquet, a folder, or hub:OWNER/NAME; repeatable [default: texts that ship].",
+    "NAME=FILE", given=list[str], read=calibration_files, default=(),
+)  # fmt: skip
+SAMPLES = Help("Calibration sequences in all, spread evenly over the names.", given=int)
+DTYPE = Help("To compute in: auto (as stored), float32, bfloat16 or float16.")
+Dtype = Annotated[str, DTYPE]
 POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length")
 
 
@@ -28,10 +35,20 @@ class Calibration:
     samples: None where the command chooses a number.
     """
 
-    data: dict[str, Any] = field(default_factory=dict)
-    samples: int | None = 128
-    seq_len: int = 2048
-    seed: int = 0
+    data: Annotated[dict[str, Path], DATA] = field(default_factory=dict)
+    samples: Annotated[int | None, SAMPLES] = 128
+    seq_len: Annotated[int, Help("Tokens of each.")] = 2048
+    seed: Annotated[int, Help("Which passages of the data are drawn.")] = 0
+
+    @property
+    def sizes(self) -> dict[str, object]:
+        """All but the files, for the record."""
+        return {"samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The files' names by domain, for the record."""
+        return {name: str(file) for name, file in self.data.items()}
 
 
 def read_samples(model: Model, calibration: Calibration) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
@@ -40,7 +57,7 @@ def read_samples(model: Model, calibration: Calibration) -> tuple[dict[str, list
     The model's tokenizer is loaded only where there is text.
     Raises: CoterieError as `data.draw` and `data.calibration_files`.
     """
-    files = calibration_files(calibration.data)
+    files = calibration.data
     notes = [] if files else [SHIPPED]
     documents = {name: list(read_documents(file, notes)) for name, file in (files or CALIBRATION).items()}
     is_text = any(d.input_ids is None for entries in documents.values() for d in entries)

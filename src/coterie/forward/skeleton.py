@@ -1,6 +1,6 @@
 """transformers' own model without its weights, filled and emptied in parts by the library's own conversion.
 
-What the streaming forward (`calibrate.py`) moves through memory. Parameters stand on the meta device until they are
+What the streaming forward (`stream.py`) moves through memory. Parameters stand on the meta device until they are
 filled; buffers are real from the beginning, because some (rotary frequencies) are computed and never stored.
 """
 

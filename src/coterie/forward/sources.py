@@ -1,15 +1,14 @@
-"""Where rows of data come from beside plain files: Parquet, folders, and data sets of the hub. Used by `forward/data.py`.
+"""Where rows of data come from beside plain files: Parquet, folders, and data sets of the hub. Used by `data.py`.
 
-Every row is a JSON-like object with the place it stands at; what it may hold, `forward/data.py` says. The libraries that read
+Every row is a JSON-like object with the place it stands at; what it may hold, `data.py` says. The libraries that read
 Parquet and the hub's data sets are an extra, imported when they are needed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from coterie.errors import CoterieError
 
@@ -20,7 +19,7 @@ KINDS = 4  # of files that are left out, named in a note
 COLUMNS = ("text", "input_ids", "messages", "prompt", "answer")
 EXTRA = "needs the extra: pip install 'coterie[data]'"
 
-Row = tuple[str, dict[str, Any]]  # its place, and its columns
+Row = tuple[str, Mapping[str, object]]  # its place, and its columns
 
 
 def files_below(folder: Path, notes: list[str]) -> list[Path]:
@@ -108,7 +107,7 @@ def _parse_hub(source: str) -> tuple[str, str, str | None]:
     return name, (rest[0] if rest else "train"), (rest[1] if len(rest) > 1 else None)
 
 
-def _row(row: dict[str, Any], column: str | None, source: str) -> dict[str, Any]:
+def _row(row: Mapping[str, object], column: str | None, source: str) -> Mapping[str, object]:
     """What data may have of a row; a column that was asked for stands as its text."""
     if column is not None:
         if column not in row:
@@ -120,5 +119,5 @@ def _row(row: dict[str, Any], column: str | None, source: str) -> dict[str, Any]
     return found
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(map(str, names)) or 'none'}"[:200]

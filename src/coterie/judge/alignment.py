@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from coterie.judge.numbers import listed, number, pairs, ratio
-from coterie.methods.merge import align
+from coterie.methods import align
 from coterie.model.experts import Experts
 
 MOST_BYTES = 2**28  # of the experts that are aligned, all held at once

@@ -16,13 +16,14 @@ from coterie.edits.lineage import plan_of
 from coterie.edits.outputs import patched_config, plan_outputs
 from coterie.edits.routes import compared_constants, constants_name, routed_blocks
 from coterie.edits.zeros import zero_faults
-from coterie.errors import CoterieError
+from coterie.errors import reading
 from coterie.judge.files import Answer, first
+from coterie.methods.sparsify import corrects
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.planned import Planned
 from coterie.storage.record import Progress, no_progress, object_at, record_of
-from coterie.storage.writer import Hole, Made, Output, Run, whole
+from coterie.storage.shards import Hole, Made, Output, Run, whole
 
 CHUNK = 4 << 20  # bytes compared at a time
 
@@ -116,7 +117,7 @@ def check_trained(out: Checkpoint, source: Checkpoint, on_progress: Progress = n
 def _corrected(record: dict[str, Any] | None) -> bool:
     """Whether the rule also changed the weights that stayed."""
     options = object_at(record, "options")
-    return "sparsegpt" in (options.get("method"), options.get("second"))
+    return corrects(options.get("method")) or corrects(options.get("second"))
 
 
 def _header_faults(out: Checkpoint, outputs: list[Output]) -> list[str]:
@@ -176,13 +177,11 @@ class _Reader(contextlib.ExitStack):
         self._opened: dict[Path, int] = {}
 
     def __call__(self, path: Path, start: int, length: int) -> bytes:
-        try:
+        with reading(path):
             if path not in self._opened:
                 self._opened[path] = os.open(path, os.O_RDONLY)
                 self.callback(os.close, self._opened[path])
             return os.pread(self._opened[path], length, start)
-        except OSError as error:
-            raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _tally(source: Checkpoint, outputs: list[Output]) -> str:

@@ -25,7 +25,7 @@ from coterie.judge import locality
 from coterie.judge.bits import BITS, GROUP, rounded_expert
 from coterie.judge.locality import Tokens
 from coterie.judge.numbers import correlation, listed, number, pairs, ratio
-from coterie.methods.condense.least_squares import explained, pursue
+from coterie.methods.condense import least_squares
 from coterie.model import moe
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
@@ -287,8 +287,8 @@ def condense(seen: Seen, target: torch.Tensor, hidden: float) -> dict[str, Any]:
         gram += (flat @ flat.T).double().numpy()
         goal += (flat @ goals.flatten()).double().numpy()
     whole = float(target.double().square().sum())
-    experts, gates = pursue(gram, goal, seen.chosen.shape[1])
-    share = min(1.0, max(0.0, ratio(explained(gram, goal, experts), whole)))
+    experts, gates = least_squares.choose(gram, goal, seen.chosen.shape[1])
+    share = min(1.0, max(0.0, ratio(least_squares.explained(gram, goal, experts), whole)))
     return {
         "experts": experts,
         "gates": listed(gates, 6),

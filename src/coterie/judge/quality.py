@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, encode
 from coterie.judge import harness
+from coterie.judge.judging import Judging, check_stride
 from coterie.judge.paired import Kept, bootstrap_mean
 from coterie.model import causal, loading
 from coterie.model.family import lookup
-from coterie.model.loading import DTYPES
 from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.record import Progress
 
 logger = logging.getLogger("coterie")
 
@@ -40,32 +41,6 @@ NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 Load = Callable[[str | Path], Any]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judging:
-    """The options of `evaluate`, checked."""
-
-    window: int = 2048
-    stride: int | None = None
-    tasks: tuple[str, ...] = ()
-    task_path: str | Path | None = None
-    batch_size: int = 32
-    max_new_tokens: int = 128
-    dtype: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {"window": 2, "stride": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if (name, value) != ("stride", None) and (type(value) is not int or value < least):
-                raise CoterieError(f"{name} is {value!r}; expected a whole number, at least {least}")
-        _check_stride(self.window, self.stride)
-        if self.dtype not in DTYPES:
-            raise CoterieError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        if self.task_path is not None and not self.tasks:
-            raise CoterieError(f"task_path is {self.task_path} but no tasks were asked; name them with tasks")
 
 
 @dataclass(frozen=True)
@@ -153,7 +128,7 @@ def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], job: J
     sequences = [_tokens(model, tokenizer, document, least=2) for document in documents]
     window = _clamped_window(model, options.window, what)
     stride = options.stride or max(1, window // 2)
-    _check_stride(window, stride)
+    check_stride(window, stride)
     with job.kept.watch(job.name, model):
         sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: job.report(what, *a))
     job.kept.losses[job.name], job.kept.counts[job.name] = sums, counts
@@ -231,14 +206,6 @@ def _clamped_window(model: Any, window: int, what: str) -> int:
         return window
     logger.warning("%s: window of %d tokens clamped to the model's %d positions", what, window, limit)
     return limit
-
-
-def _check_stride(window: int, stride: int | None) -> None:
-    if stride is not None and stride >= window:
-        raise CoterieError(
-            f"stride is {stride} and the window {window} tokens; expected a stride of at most {window - 1}, "
-            "since each token is scored with one before it in its window"
-        )
 
 
 def _batches(members: list[int], size: int) -> Iterator[list[int]]:

@@ -11,14 +11,15 @@ import difflib
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from coterie.errors import CoterieError
 
 MAX_EXPERTS = 8192  # of a layer; some methods hold a number for every pair
+Config = Mapping[str, object]  # of config.json, to be read
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 
 
@@ -29,15 +30,16 @@ class Layout:
     `experts` is followed by an expert's number: everything below it belongs to that expert. `fused` tensors
     hold all experts along their first axis (dbrx: E blocks of rows), with any suffix such as `_bias`.
     `rows` hold one entry per expert beside the router: biases, scales. `tables` map tokens to expert ids.
-    Every tensor below one of `blocks` must be claimed by one of these rules.
+    Every tensor below one of `blocks` must be claimed by one of these rules. The names given here are what most
+    families use.
     """
 
     blocks: tuple[str, ...]
-    router: str
-    experts: str
+    router: str = "gate.weight"
+    experts: str = "experts."
     rows: tuple[str, ...] = ()
-    fused: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ("experts.gate_up_proj", "experts.down_proj")
+    shared: tuple[str, ...] = ("shared_expert.", "shared_experts.", "shared_expert_gate.")
     tables: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()  # belongs to the block but not to any expert: kept as it is
     gate: str | None = "gate_proj"  # None: the experts have no gate
@@ -48,21 +50,26 @@ class Layout:
 
     @classmethod
     def under(cls, block: str, **changes: Any) -> Layout:
-        """A layout whose names all stand below `block`; what is not given is named as most families do."""
-        names: dict[str, Any] = {
-            "router": "gate.weight",
-            "experts": "experts.",
-            "fused": ("experts.gate_up_proj", "experts.down_proj"),
-            "shared": ("shared_expert.", "shared_experts.", "shared_expert_gate."),
-        }
-        below: dict[str, Any] = {"blocks": (block,)}
-        for key, value in (names | changes).items():
-            if key in ("router", "experts"):
-                value = block + value
-            elif key in ("rows", "fused", "shared", "tables", "whole"):
-                value = tuple(block + name for name in value)
-            below[key] = value
-        return cls(**below)
+        """A layout whose names all stand below `block`."""
+
+        def below(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(block + name for name in names)
+
+        named = cls((block,), **changes)
+        return replace(
+            named,
+            router=block + named.router,
+            experts=block + named.experts,
+            rows=below(named.rows),
+            fused=below(named.fused),
+            shared=below(named.shared),
+            tables=below(named.tables),
+            whole=below(named.whole),
+        )
+
+    def is_fused(self, name: str) -> bool:
+        """Whether a tensor holds all experts, or something beside one that does."""
+        return any(name == fused or name.startswith((f"{fused}_", f"{fused}.")) for fused in self.fused)
 
 
 GATED = ("gate_proj", "up_proj", "down_proj")  # how most files name a SwiGLU MLP's matrices
@@ -85,7 +92,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Groups:
+class RoutingGroups:
     """Group-limited routing: experts stand in `num_groups` equal groups, of which the best `top_groups` compete."""
 
     num_groups: int
@@ -113,15 +120,15 @@ class Family:
     def name(self) -> str:
         return self.model_types[0]
 
-    def num_experts(self, config: dict[str, Any]) -> int:
+    def num_experts(self, config: Config) -> int:
         """The routed experts per layer, from the config. Raises: CoterieError when no key says."""
         return self._positive(config, self.count)
 
-    def num_experts_per_token(self, config: dict[str, Any]) -> int:
+    def num_experts_per_token(self, config: Config) -> int:
         """Top-k. Raises: CoterieError when no key says."""
         return self._positive(config, self.top_k)
 
-    def _positive(self, config: dict[str, Any], keys: tuple[str, ...]) -> int:
+    def _positive(self, config: Config, keys: tuple[str, ...]) -> int:
         found = {key: value for key, _, value in lookup(config, keys) if value is not None}
         if not found:
             raise CoterieError(f"config.json ({self.name}): none of the keys {', '.join(keys)}; expected one of them")
@@ -130,24 +137,24 @@ class Family:
             raise CoterieError(f"config.json ({self.name}): expected one positive integer, found {found!r:.200}")
         return value
 
-    def groups(self, config: dict[str, Any]) -> Groups:
+    def groups(self, config: Config) -> RoutingGroups:
         """The routing groups; one group of all experts where the family or the config knows none."""
         if self.group_switch:
             key, value = self.group_switch
             if next((v for _, _, v in lookup(config, (key,))), None) != value:
-                return Groups(1, 1, 1)
-        found = [next((v for _, _, v in lookup(config, (key,)) if type(v) is int), 1) for key in self.group_keys]
-        if found[0] <= 1:
-            return Groups(1, 1, 1)
-        if self.num_experts(config) % found[0] or found[1] < 1:
+                return RoutingGroups(1, 1, 1)
+        num_groups, top_groups = (whole_number(config, (key,), 1) for key in self.group_keys)
+        if num_groups <= 1:
+            return RoutingGroups(1, 1, 1)
+        if self.num_experts(config) % num_groups or top_groups < 1:
             raise CoterieError(
-                f"config.json ({self.name}): {self.num_experts(config)} experts in {found[0]} routing groups, of which "
-                f"{found[1]} compete; expected equal groups and at least one"
+                f"config.json ({self.name}): {self.num_experts(config)} experts in {num_groups} routing groups, of "
+                f"which {top_groups} compete; expected equal groups and at least one"
             )
-        return Groups(found[0], found[1], self.min_per_group)
+        return RoutingGroups(num_groups, top_groups, self.min_per_group)
 
 
-def lookup(config: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], Any]]:
+def lookup(config: Config, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Every place where one of `keys` stands, as (key, the dictionary holding it, value): top level first,
     then the nested text config of multimodal wrappers."""
     scopes = [config, *(config[n] for n in ("text_config", "language_config", "llm_config") if n in config)]
@@ -161,12 +168,17 @@ def lookup(config: dict[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[str,
                 yield key, holder, holder[last]
 
 
-def num_layers(config: dict[str, Any]) -> int:
+def whole_number(config: Config, keys: tuple[str, ...], default: int) -> int:
+    """The first whole number that stands under one of the keys."""
+    return next((value for _, _, value in lookup(config, keys) if type(value) is int), default)
+
+
+def num_layers(config: Config) -> int:
     """Decoder layers, from the config. Raises: CoterieError when no key says."""
-    found = next((v for _, _, v in lookup(config, NUM_LAYERS) if type(v) is int), None)
-    if found is None:
-        raise CoterieError(f"config.json: none of the keys {', '.join(NUM_LAYERS)}; expected the number of layers")
-    return found
+    for _, _, value in lookup(config, NUM_LAYERS):
+        if type(value) is int:
+            return value
+    raise CoterieError(f"config.json: none of the keys {', '.join(NUM_LAYERS)}; expected the number of layers")
 
 
 @cache
@@ -187,7 +199,7 @@ def names_experts(names: Iterable[str]) -> bool:
     return any(re.search(r"experts?\b|router|moe", name) for name in names)
 
 
-def detect(config: dict[str, Any], names: Iterator[str] | list[str] | tuple[str, ...] = ()) -> Family:
+def detect(config: Config, names: Collection[str] = ()) -> Family:
     """The family of a checkpoint. Raises: CoterieError for a dense or an unknown one."""
     types = [v for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if isinstance(v, str)]
     for model_type in types:

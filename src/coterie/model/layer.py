@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from coterie.codecs.open import opened
 from coterie.errors import CoterieError
-from coterie.model.family import NUM_LAYERS, Family, Layout, detect, lookup
+from coterie.model.family import NUM_LAYERS, Config, Family, Layout, detect, whole_number
 from coterie.model.own import OwnLayout, own_layout
 from coterie.storage.checkpoint import Checkpoint
 
@@ -171,42 +170,57 @@ def _block(
 ) -> MoE:
     """Sorts a layer's tensors (`names`: relative -> full) into the block's roles."""
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
-    mtp = is_mtp(prefix + "x", checkpoint.config)
     key = f"mtp.{index}" if MTP.search(prefix) else str(index)
-    num_experts = own.counts[key] if key in own.counts else family.num_experts(checkpoint.config)
-    numbered = re.compile(re.escape(layout.experts) + r"(\d{1,6})\.(.+)", re.DOTALL)
-    experts: list[dict[str, str]] = [{} for _ in range(num_experts)]
-    fused, shared, whole = [], [], []
+    num_experts = own.counts.get(key) or family.num_experts(checkpoint.config)
+    experts = _numbered(layout, names, num_experts)
+    numbered = {name for expert in experts for name in expert.values()}
+    named: dict[str, list[str]] = {"fused": [], "shared": [], "whole": [], "": []}
     for rest, name in names.items():
-        match = numbered.fullmatch(rest)
-        if match:
-            number = int(match[1])
-            if number >= num_experts or match[1] != str(number):
-                raise CoterieError(f"tensor {name!r}: expert {match[1]}, but the config counts {num_experts} experts")
-            experts[number][match[2]] = name
-        elif any(rest == f or rest.startswith((f + "_", f + ".")) for f in layout.fused):
-            fused.append(name)
-        elif rest.startswith(layout.shared):
-            shared.append(name)
-        elif rest.startswith(layout.whole) if layout.whole else False:
-            whole.append(name)
+        if name not in numbered:
+            named[_role(layout, rest)].append(name)
+    routes = () if attention else own.routes.get(key, ())
     return MoE(
         key=key,
         attention=attention,
-        mtp=mtp,
+        mtp=is_mtp(prefix + "x", checkpoint.config),
         prefix=prefix,
         layout=layout,
         num_experts=num_experts,
         router=names[layout.router],
-        rows=tuple(names[r] for r in layout.rows if r in names),
-        tables=tuple(names[t] for t in layout.tables if t in names),
-        experts=tuple(experts) if any(experts) else (),
-        fused=tuple(fused),
-        shared=tuple(shared),
-        whole=tuple(whole),
-        routes=() if attention else own.routes.get(key, ()),
-        constants=names.get(f"{layout.experts}{CONSTANTS}") if key in own.routes and not attention else None,
+        rows=tuple(names[row] for row in layout.rows if row in names),
+        tables=tuple(names[table] for table in layout.tables if table in names),
+        experts=experts,
+        fused=tuple(named["fused"]),
+        shared=tuple(named["shared"]),
+        whole=tuple(named["whole"]),
+        routes=routes,
+        constants=names.get(f"{layout.experts}{CONSTANTS}") if routes else None,
     )
+
+
+def _numbered(layout: Layout, names: dict[str, str], num_experts: int) -> tuple[dict[str, str], ...]:
+    """The tensors of each expert that is stored under its number; () where none is.
+
+    Raises: CoterieError for a number beyond the last.
+    """
+    pattern = re.compile(re.escape(layout.experts) + r"(\d{1,6})\.(.+)", re.DOTALL)
+    experts: list[dict[str, str]] = [{} for _ in range(num_experts)]
+    for rest, name in names.items():
+        if match := pattern.fullmatch(rest):
+            number = int(match[1])
+            if number >= num_experts or match[1] != str(number):
+                raise CoterieError(f"tensor {name!r}: expert {match[1]}, but the config counts {num_experts} experts")
+            experts[number][match[2]] = name
+    return tuple(experts) if any(experts) else ()
+
+
+def _role(layout: Layout, name: str) -> str:
+    """Which of a block's lists a tensor without an expert's number stands in; "" for none."""
+    if layout.is_fused(name):
+        return "fused"
+    if name.startswith(layout.shared):
+        return "shared"
+    return "whole" if name.startswith(layout.whole) else ""
 
 
 def expert_names(block: MoE) -> list[str]:
@@ -270,13 +284,12 @@ def stack_of(prefix: str) -> str:
     return prefix.rstrip(".").rpartition(".")[0]
 
 
-def is_mtp(name: str, config: dict[str, Any]) -> bool:
+def is_mtp(name: str, config: Config) -> bool:
     """Whether a tensor, by its name or by a layer index beyond the config's count, belongs to such a layer."""
     if MTP.search(name):
         return True
     match = LAYER.fullmatch(name)
-    num_layers = next((v for _, _, v in lookup(config, NUM_LAYERS)), 0)
-    return match is not None and type(num_layers) is int and 0 < num_layers <= int(match["index"])
+    return match is not None and 0 < whole_number(config, NUM_LAYERS, 0) <= int(match["index"])
 
 
 def expert_axis(shape: tuple[int, ...], num_rows: int) -> int | None:

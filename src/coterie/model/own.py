@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coterie.errors import CoterieError
-from coterie.model.family import MAX_EXPERTS, lookup, num_layers
+from coterie.model.family import MAX_EXPERTS, Config, lookup, num_layers
 
 OWN = "coterie"  # the model type, and the section's key
 FORMAT = 1
@@ -36,12 +36,12 @@ class OwnLayout:
     dense: dict[str, int] = field(default_factory=dict)  # widths
 
 
-def is_own(config: dict[str, Any]) -> bool:
+def is_own(config: Config) -> bool:
     """Whether a config says that its checkpoint is in our own layout."""
     return config.get("model_type") == OWN
 
 
-def own_layout(config: dict[str, Any]) -> OwnLayout:
+def own_layout(config: Config) -> OwnLayout:
     """What a config says of our own layout.
 
     Raises: CoterieError for a section without the model type or the reverse, and for everything that we do not write.
@@ -76,7 +76,7 @@ def own_layout(config: dict[str, Any]) -> OwnLayout:
     return OwnLayout(model_type, counts, {key: tuple(row) for key, row in routes.items()}, dense)
 
 
-def _by_layer(section: dict[str, Any], name: str, expected: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
+def _by_layer(section: Config, name: str, expected: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
     """An entry of the section, checked value by value."""
     found = section.get(name, {})
     if not isinstance(found, dict):
@@ -98,7 +98,7 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, list) and 0 < len(value) <= MAX_EXPERTS and all(type(i) is int for i in value)
 
 
-def own_section(config: dict[str, Any], **entries: dict[str, Any]) -> None:
+def own_section(config: dict[str, Any], **entries: Config) -> None:
     """Makes `config` (in place) one of our own layout, with these entries and those that it had."""
     model_type = next(v for _, _, v in lookup(config, (f"{OWN}.model_type", "model_type")) if isinstance(v, str))
     config[OWN] = {"format": FORMAT, "model_type": model_type} | config.get(OWN, {}) | entries

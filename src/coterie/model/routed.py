@@ -1,7 +1,7 @@
 """Experts behind a router that knows more of them than are stored: what `edits/routes.py` writes, computed.
 
-Put in the place of the stock experts module by `model/loading.py`, once its weights are there. Importing this module imports
-torch. Axes: T token, K top-k, D hidden, E expert that the router knows, R expert that is gone.
+Put in the place of the stock experts module by `model/loading.py`, once its weights are there. Importing this module
+imports torch. Axes: T token, K top-k, D hidden, E expert that the router knows, R expert that is removed.
 """
 
 from __future__ import annotations

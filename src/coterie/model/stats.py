@@ -146,7 +146,8 @@ class Stats:
         for name, tensor in tensors.items():
             key = tuple(name.rsplit("/", 2))  # a domain's name may hold slashes
             axes = KNOWN.get(key[-1], ("", ""))[0]
-            if len(key) != 3 or key[2] not in KNOWN or tensor.dtype != "F64" or not _is_shape(tensor.shape, axes):
+            has_halves = tensor.shape[:1] == (HALVES,) and len(tensor.shape) == 1 + len(axes)
+            if len(key) != 3 or key[2] not in KNOWN or tensor.dtype != "F64" or not has_halves:
                 raise CoterieError(
                     f"{path}: {name!r} is not a statistic; expected DOMAIN/LAYER/NAME in F64, two halves"
                 )
@@ -204,10 +205,6 @@ def _check_values(path: Path, name: str, values: np.ndarray) -> None:
         raise CoterieError(f"{path}: {name!r} holds negative values; collect the statistics again")
 
 
-def _is_shape(shape: tuple[int, ...], axes: str) -> bool:
-    return len(shape) == 1 + len(axes) and shape[0] == HALVES
-
-
 def merge(files: Iterable[Stats]) -> Stats:
     """The statistics of all data together: every sum of every half is added.
 
@@ -256,7 +253,7 @@ def parse_weights(weights: str | Mapping[str, float] | None) -> dict[str, float]
     return found
 
 
-def stability(stats: Stats, choose: Callable[[Stats], dict[str, Collection[int]]]) -> dict[str, Any]:
+def stability(stats: Stats, choose: Callable[[Stats], dict[str, Collection[int]]]) -> dict[str, object]:
     """How much of a choice depends on the data at hand: what two halves of them choose in common (`agreement`).
 
     `choose` keeps experts by layer. Raises: whatever `choose` raises on half of the data.

@@ -4,7 +4,7 @@ Last step of the data flow: `writer` says which bytes, this says how. A way take
 back the rest; the next way goes on with it, and the last one can do everything:
 
     reflink   the filesystem shares the blocks: nothing moves (XFS, btrfs; both sides at one offset modulo 4096)
-    direct    past the page cache, by a few threads: little processor time, and nobody's cache is lost
+    direct    past the page cache, by a few threads: little processor time, and the cache keeps what it holds
     copy      inside the kernel (copy_file_range)
     plain     through a buffer
 
@@ -19,15 +19,14 @@ import mmap
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, reading
 
 PAGE = 4096
 CHUNK = 8 << 20  # bytes of one read and write
@@ -75,7 +74,7 @@ class Move:
 
 
 OnBytes = Callable[[int], None]
-Refuse = Callable[[Path, OSError], None]
+Refuse = Callable[[Path, OSError], None]  # told of an error with a source: raises it, unless another way may work
 
 
 class Files:
@@ -86,7 +85,7 @@ class Files:
         self._open: dict[tuple[Path, int], int] = {}
 
     def source(self, path: Path, flags: int = 0) -> int:
-        with reading(path):
+        with reading(path, passing=REFUSALS):
             return self._get(path, os.O_RDONLY | flags)
 
     def target(self, flags: int = 0) -> int:
@@ -100,17 +99,6 @@ class Files:
     def close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Says of a failure that it was the source's; a way that does not work there stays an OSError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in REFUSALS:
-            raise
-        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 # --- the ways -----------------------------------------------------------------------------------------------------
@@ -128,8 +116,6 @@ def reflink(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) 
         try:
             share(files.source(move.source), files.target(), middle)
         except OSError as error:
-            if error.errno not in REFUSALS:
-                raise
             refuse(move.source, error)
             refused.add(move.source)
             rest.append(move)
@@ -168,13 +154,13 @@ def direct(
     try:
         for first in range(0, len(chunks), BATCH):
             batch = chunks[first : first + BATCH]
-            for chunk, refusal in zip(batch, pool.map(partial(_move_direct, files, buffers), batch), strict=True):
-                if refusal is None:
+            for chunk, error in zip(batch, pool.map(partial(_move_direct, files, buffers), batch), strict=True):
+                if error is None:
                     on_bytes(chunk.num_bytes)
-                else:
-                    if refusal.errno:
-                        refuse(chunk.source, refusal)
-                    rest.append(chunk)
+                    continue
+                if error.errno:
+                    refuse(chunk.source, error)
+                rest.append(chunk)
     finally:
         pool.shutdown(cancel_futures=True)
     return rest
@@ -187,20 +173,18 @@ def _opens_direct(files: Files, source: Path, refuse: Refuse) -> bool:
         files.source(source, O_DIRECT)
         files.target(O_DIRECT)
     except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
         refuse(source, error)
         return False
     return True
 
 
 def _move_direct(files: Files, buffers: SimpleQueue[memoryview], chunk: Move) -> OSError | None:
-    """Moves one chunk of whole target pages; returns why it could not be, where another way may (with errno 0 for one
-    that was cut short, which says nothing against this way)."""
+    """Moves one chunk of whole target pages. Returns why it could not be moved; errno 0 for one that was cut short,
+    which says nothing against this way."""
     view = buffers.get()
     try:
         shift, length = chunk.start % PAGE, chunk.num_bytes
-        with reading(chunk.source):
+        with reading(chunk.source, passing=REFUSALS):
             wanted = -(-(shift + length) // PAGE) * PAGE
             found = os.preadv(files.source(chunk.source, O_DIRECT), [view[:wanted]], chunk.start - shift)
         if shift and found - shift >= length:
@@ -208,8 +192,6 @@ def _move_direct(files: Files, buffers: SimpleQueue[memoryview], chunk: Move) ->
         if found - shift < length or os.pwrite(files.target(O_DIRECT), view[:length], chunk.to) < length:
             return OSError(0, "came to less than was asked")
     except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
         return error
     finally:
         buffers.put(view)
@@ -218,25 +200,15 @@ def _move_direct(files: Files, buffers: SimpleQueue[memoryview], chunk: Move) ->
 
 def copy(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) -> list[Move]:
     """Copies inside the kernel. Returns what is left: that from which on the kernel would not."""
-    rest = []
-    for move in moves:
-        position, stop = move.to, move.to + move.num_bytes
-        source, target = files.source(move.source), files.target()
-        while position < stop:
-            part = move.cut(position, stop)
-            try:
-                copied = os.copy_file_range(source, target, min(part.num_bytes, 1 << 30), part.start, part.to)
-            except OSError as error:
-                if error.errno not in REFUSALS:
-                    raise
-                refuse(move.source, error)
-                copied = 0
-            if copied == 0:
-                rest.append(part)
-                break
-            position += copied
-            on_bytes(copied)
-    return rest
+
+    def step(source: int, target: int, part: Move) -> int:
+        try:
+            return os.copy_file_range(source, target, min(part.num_bytes, 1 << 30), part.start, part.to)
+        except OSError as error:
+            refuse(part.source, error)
+            return 0
+
+    return [rest for move in moves if (rest := _stepwise(files, move, step, on_bytes)).num_bytes]
 
 
 def plain(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) -> list[Move]:
@@ -244,21 +216,27 @@ def plain(files: Files, moves: list[Move], on_bytes: OnBytes, refuse: Refuse) ->
 
     Raises: CoterieError when a source is shorter than it was.
     """
-    for move in moves:
-        position, stop = move.to, move.to + move.num_bytes
-        source, target = files.source(move.source), files.target()
-        while position < stop:
-            part = move.cut(position, min(stop, position + CHUNK))
-            with reading(move.source):
-                block = os.pread(source, part.num_bytes, part.start)
-            if not block:
-                raise CoterieError(
-                    f"{move.source}: ended at byte {part.start:,}, expected {move.end:,}; the source changed"
-                )
-            write_at(target, block, position)
-            position += len(block)
-            on_bytes(len(block))
-    return []
+
+    def step(source: int, target: int, part: Move) -> int:
+        with reading(part.source, passing=REFUSALS):
+            block = os.pread(source, min(part.num_bytes, CHUNK), part.start)
+        if not block:
+            raise CoterieError(
+                f"{part.source}: ended at byte {part.start:,}, expected {part.end:,}; the source changed"
+            )
+        write_at(target, block, part.to)
+        return len(block)
+
+    return [rest for move in moves if (rest := _stepwise(files, move, step, on_bytes)).num_bytes]
+
+
+def _stepwise(files: Files, move: Move, step: Callable[[int, int, Move], int], on_bytes: OnBytes) -> Move:
+    """Repeats `step(source, target, rest)`, which returns how many bytes it copied, until none. Returns the rest."""
+    source, target, stop = files.source(move.source), files.target(), move.to + move.num_bytes
+    while move.num_bytes and (copied := step(source, target, move)):
+        move = move.cut(move.to + copied, stop)
+        on_bytes(copied)
+    return move
 
 
 def write_at(target: int, data: bytes | memoryview, position: int) -> None:
@@ -316,6 +294,8 @@ class Copier:
         on_bytes(num_bytes)
 
     def _refuse(self, source: Path, error: OSError) -> None:
+        if error.errno not in REFUSALS:
+            raise error
         if self.io != "auto":
             raise CoterieError(
                 f"--io {self.io}: not possible from {source} ({error.strerror or error}); use --io auto"

@@ -1,4 +1,4 @@
-"""Files that a command writes by themselves, such as statistics and pages: refused early, and never half there."""
+"""Files that a command writes by themselves, such as statistics and pages: checked early, and written whole."""
 
 from __future__ import annotations
 
@@ -38,14 +38,22 @@ def write_whole(path: Path, write: Callable[[Path], Any], *, sync: bool = True, 
     try:
         write(partial)
         if sync:
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+            fsync(partial)
         partial.rename(path)
     except OSError as error:
         raise CoterieError(f"{path}: cannot be written ({error.strerror or error}){hint}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Waits until what was written to a file, or changed in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _partial_of(path: Path) -> Path:

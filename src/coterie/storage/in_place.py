@@ -1,9 +1,9 @@
 """`--in-place`: MODEL becomes OUT without room for a second copy, and is used up.
 
-Beside `applying`, which says what stands where, and `writer`, which names and journals files. A weight file is moved
-into OUT.partial, and the filesystem takes out of it what goes (`fallocate`, FALLOC_FL_COLLAPSE_RANGE: ext4, XFS), in
-whole blocks and without moving a byte. Where a file does not lend itself to that, it is copied as ever and its source
-removed: room for one file is needed.
+Beside `edits/execution.py`, which says what stands where, and `writer.py`, which names and journals files. A weight
+file is moved into OUT.partial, and the filesystem takes out of it what goes (`fallocate`, FALLOC_FL_COLLAPSE_RANGE:
+ext4, XFS), in whole blocks and without moving a byte. Where a file does not lend itself to that, it is copied as ever
+and its source removed: room for one file is needed.
 
 After the first file there is no MODEL to decide from again. So everything that is still to be done stands in
 OUT.partial/in-place.json before it begins, and a resume needs that alone:
@@ -12,7 +12,7 @@ OUT.partial/in-place.json before it begins, and a resume needs that alone:
     that go | cuts, from the last to the first | header, of the old length | rename to the final name | journal
 
 Each step can be repeated but for the cuts, and the file's size says how many of those are done. This holds for a run
-that is killed; whether it holds when power fails between two cuts is the filesystem's affair.
+that is killed; whether it holds when power fails between two cuts depends on the filesystem.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ import errno
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import CoterieError, guarded
+from coterie.errors import CoterieError, reading, writing
 from coterie.storage.checkpoint import BITS, Checkpoint, load_json
 from coterie.storage.copying import write_at
+from coterie.storage.folders import IN_PLACE, partial_of, tidy
 from coterie.storage.planned import root
 from coterie.storage.record import Progress, Report, Stopwatch, model_card, record_of, to_json
-from coterie.storage.writer import IN_PLACE, Output, Run, Writer, header_bytes, num_copied, partial_of, tidy
+from coterie.storage.shards import Output, Run, header_bytes, num_copied
+from coterie.storage.writer import Writer
 
 COLLAPSE_RANGE = 8  # linux/falloc.h
 MAX_RECORD = 2**31  # bytes
@@ -40,23 +43,54 @@ FALLOCATE = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # of 
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is to become of each weight file, and everything that OUT needs beside them.
+class WeightFile:
+    """What is to become of a file of MODEL."""
 
-    path, stamps: of the source, as `Checkpoint` has them. cut: files that the filesystem can cut; others are copied.
-    """
+    name: str
+    stamp: list[int]  # as `Checkpoint.stamps` has it
+    start: int  # where its data begins
+    metadata: dict[str, str]
+    tensors: list[Output]
+    cut: bool = False  # by the filesystem; else it is copied
 
-    path: Path
-    stamps: dict[str, list[int]]
-    outputs: dict[str, list[Output]]
-    metadata: dict[str, dict[str, str]]
-    starts: dict[str, int]  # where a file's data begins
-    cut: tuple[str, ...]
+    @property
+    def runs(self) -> list[Run]:
+        """What stays, in the order in which it will stand."""
+        return [p for o in self.tensors for p in o.parts if isinstance(p, Run) and p.num_bytes]
+
+    def cuts(self, block: int) -> list[tuple[int, int]] | None:
+        """The ranges that go, ascending, but for what goes at the end; None where the file cannot be cut to what is
+        wanted: a range is not of whole blocks, order changes, or the header has grown."""
+        found, position = [], self.start
+        for run in self.runs:
+            if run.start < position or (run.start - position) % block:
+                return None
+            if run.start > position:
+                found.append((position, run.start))
+            position = run.end
+        return found if len(header_bytes(self.tensors, self.metadata, 0)) <= self.start else None
+
+    def as_dict(self) -> dict[str, object]:
+        def runs(output: Output) -> list[list[int]]:
+            return [[part.start, part.end] for part in output.parts if isinstance(part, Run)]
+
+        tensors = [[o.name, o.dtype, list(o.shape), runs(o)] for o in self.tensors]
+        found = {"stamp": self.stamp, "start": self.start, "cut": self.cut, "metadata": self.metadata}
+        return found | {"tensors": tensors}
+
+
+@dataclass(frozen=True)
+class UsedUp:
+    """What is to become of each weight file, and everything that OUT needs beside them."""
+
+    path: Path  # of the source
+    files: dict[str, WeightFile]
+    gone: dict[str, list[int]]  # the stamps of files of which nothing stays
     indexed: bool
     report: Report
 
     @classmethod
-    def of(cls, source: Checkpoint, outputs: dict[str, list[Output]], report: Report, out: Path) -> Recipe:
+    def of(cls, source: Checkpoint, outputs: dict[str, list[Output]], report: Report, out: Path) -> UsedUp:
         """Raises: CoterieError, before anything is changed, where MODEL's files cannot be used up."""
         source = root(source)
         for shard, tensors in outputs.items():
@@ -67,20 +101,32 @@ class Recipe:
                     "end; leave --in-place out"
                 )
         _check_files(source, out)
-        starts = {shard: min(t.start for t in source.tensors.values() if t.file == shard) for shard in outputs}
-        recipe = cls(
-            source.path.resolve(), source.stamps, outputs, {s: source.metadata[s] for s in outputs}, starts, (),
-            source.indexed, report,
-        )  # fmt: skip
-        block = block_size(source.path)
-        return replace(recipe, cut=tuple(shard for shard in outputs if block and recipe.cuts(shard, block) is not None))
+        block, stamps, files = block_size(source.path), source.stamps, {}
+        for shard, tensors in outputs.items():
+            start = min(t.start for t in source.tensors.values() if t.file == shard)
+            file = WeightFile(shard, stamps[shard], start, source.metadata[shard], tensors)
+            files[shard] = replace(file, cut=block > 0 and file.cuts(block) is not None)
+        gone = {shard: stamp for shard, stamp in stamps.items() if shard not in outputs}
+        return cls(source.path.resolve(), files, gone, source.indexed, report)
+
+    @property
+    def stamps(self) -> dict[str, list[int]]:
+        return {name: file.stamp for name, file in self.files.items()} | self.gone
 
     @property
     def shards(self) -> list[str]:
         return list(self.stamps)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, dict[str, str]]:
+        return {name: file.metadata for name, file in self.files.items()}
+
+    @property
+    def copied(self) -> list[WeightFile]:
+        return [file for file in self.files.values() if not file.cut]
+
+    @property
+    def identity(self) -> dict[str, object]:
         """What a resume must be equal in."""
         report = self.report
         return {
@@ -91,96 +137,74 @@ class Recipe:
     @property
     def room(self) -> int:
         """Bytes that the disk must have free: for the largest file that is copied."""
-        return max((num_copied(ts) for shard, ts in self.outputs.items() if shard not in self.cut), default=0)
+        return max((num_copied(file.tensors) for file in self.copied), default=0)
 
     @property
     def note(self) -> str:
-        copied = len(self.outputs) - len(self.cut)
+        copied = len(self.copied)
         more = f", {copied} copied one at a time ({self.room:,} bytes of room)" if copied else ""
-        return f"--in-place uses up the weight files of {self.path}: {len(self.cut)} cut where they are{more}"
-
-    def cuts(self, shard: str, block: int) -> list[tuple[int, int]] | None:
-        """The ranges that go, ascending, but for what goes at the end; None where the file cannot be cut to what is
-        wanted: a range is not of whole blocks, order changes, or the header has grown."""
-        found, position = [], self.starts[shard]
-        for run in self.runs(shard):
-            if run.start < position or (run.start - position) % block:
-                return None
-            if run.start > position:
-                found.append((position, run.start))
-            position = run.end
-        return found if len(header_bytes(self.outputs[shard], self.metadata[shard], 0)) <= self.starts[shard] else None
-
-    def runs(self, shard: str) -> Iterator[Run]:
-        return (p for o in self.outputs[shard] for p in o.parts if isinstance(p, Run) and p.num_bytes)
+        return (
+            f"--in-place uses up the weight files of {self.path}: {len(self.files) - copied} cut where they are{more}"
+        )
 
     def check(self, shard: str) -> Path:
         """The file to use up. Raises: CoterieError where it is not the one that was planned with."""
         path = self.path / shard
-        try:
+        with reading(path, "; it is needed to go on"):
             status = path.stat()
-        except OSError as error:
-            raise CoterieError(f"{path}: cannot be read ({error.strerror or error}); it is needed to go on") from error
         if [status.st_size, status.st_mtime_ns] != self.stamps[shard]:
             raise CoterieError(f"{path}: changed since this run began; what was planned no longer fits it")
         return path
 
-    def as_dict(self) -> dict[str, Any]:
-        def parts(output: Output) -> list[list[int]]:
-            return [[p.start, p.end] for p in output.parts if isinstance(p, Run)]
+    def remove(self, shard: str) -> None:
+        """What is left of a file once its bytes are in OUT.partial under their final name."""
+        if (self.path / shard).exists():
+            with writing(self.path):
+                self.check(shard).unlink()
 
-        files = {
-            shard: {
-                "stamp": self.stamps[shard],
-                "start": self.starts[shard],
-                "cut": shard in self.cut,
-                "metadata": self.metadata[shard],
-                "tensors": [[o.name, o.dtype, list(o.shape), parts(o)] for o in tensors],
-            }
-            for shard, tensors in self.outputs.items()
-        }
-        gone = {shard: stamp for shard, stamp in self.stamps.items() if shard not in self.outputs}
-        report = self.report.as_dict()
-        return {"path": str(self.path), "files": files, "gone": gone, "indexed": self.indexed, "record": report}
+    def as_dict(self) -> dict[str, object]:
+        files = {name: file.as_dict() for name, file in self.files.items()}
+        found = {"path": str(self.path), "files": files, "gone": self.gone, "indexed": self.indexed}
+        return found | {"record": self.report.as_dict()}
 
     @classmethod
-    def read(cls, path: Path) -> Recipe:
+    def read(cls, path: Path) -> UsedUp:
         """Raises: CoterieError for a record that `as_dict` did not write: it says which files are used up."""
         found = load_json(path, limit=MAX_RECORD)
         try:
-            files, record = found["files"], found["record"]
-            _demand(all(Path(name).name == name and name.endswith(".safetensors") for name in [*files, *found["gone"]]))
-            stamps = {s: f["stamp"] for s, f in files.items()} | found["gone"]
-            _demand(all(len(stamp) == 2 and all(type(n) is int for n in stamp) for stamp in stamps.values()))
-            return cls(
-                Path(found["path"]), stamps, {shard: _outputs(shard, file) for shard, file in files.items()},
-                {s: f["metadata"] for s, f in files.items()}, {s: f["start"] for s, f in files.items()},
-                tuple(s for s, f in files.items() if f["cut"]), found["indexed"], _report(record),
-            )  # fmt: skip
+            files = {name: _file(name, **file) for name, file in found["files"].items()}
+            for name, stamp in found["gone"].items():
+                _demand_file(name, stamp)
+            return cls(Path(found["path"]), files, found["gone"], found["indexed"], _report(found["record"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CoterieError(f"{path}: damaged ({error!r:.80}); what is left to do cannot be told from it") from error
 
 
 def _demand(condition: bool) -> None:
-    """Raises: ValueError, also where Python leaves assertions out: a record is somebody else's word."""
+    """Raises: ValueError. A record is not trusted, so this is no assertion, which `python -O` leaves out."""
     if not condition:
         raise ValueError("a value that no run writes")
 
 
-def _outputs(shard: str, file: dict[str, Any]) -> list[Output]:
-    """The tensors of one file of a record. Raises: ValueError and others for what cannot be."""
-    size, start = file["stamp"][0], file["start"]
-    _demand(type(start) is int and 8 <= start <= size and all(isinstance(v, str) for v in file["metadata"].values()))
+def _demand_file(name: str, stamp: list[int]) -> None:
+    _demand(Path(name).name == name and name.endswith(".safetensors"))
+    _demand(len(stamp) == 2 and all(type(n) is int for n in stamp))
+
+
+def _file(name: str, *, stamp: Any, start: Any, cut: Any, metadata: Any, tensors: Any) -> WeightFile:
+    """One file of a record. Raises: ValueError and others for what cannot be."""
+    _demand_file(name, stamp)
+    _demand(type(start) is int and 8 <= start <= stamp[0] and all(isinstance(v, str) for v in metadata.values()))
     found = []
-    for name, dtype, shape, parts in file["tensors"]:
-        _demand(isinstance(name, str) and dtype in BITS and all(type(n) is int and n >= 0 for n in shape))
-        _demand(all(type(n) is int for part in parts for n in part) and all(start <= a <= b <= size for a, b in parts))
-        found.append(Output(name, dtype, tuple(shape), tuple(Run(shard, a, b) for a, b in parts)))
+    for tensor, dtype, shape, runs in tensors:
+        _demand(isinstance(tensor, str) and dtype in BITS and all(type(n) is int and n >= 0 for n in shape))
+        _demand(all(type(n) is int for run in runs for n in run) and all(start <= a <= b <= stamp[0] for a, b in runs))
+        found.append(Output(tensor, dtype, tuple(shape), tuple(Run(name, a, b) for a, b in runs)))
         _demand(found[-1].num_bytes * 8 == math.prod(shape) * BITS[dtype])
-    return found
+    return WeightFile(name, stamp, start, metadata, found, bool(cut))
 
 
-def _report(record: dict[str, Any]) -> Report:
+def _report(record: Mapping[str, Any]) -> Report:
     """A report out of its record. Raises: ValueError and KeyError for anything else."""
     fields = {key: record[key] for key in ("command", "options", "source", "plan", "report", "versions")}
     _demand(all(isinstance(value, str if key == "command" else dict) for key, value in fields.items()))
@@ -239,7 +263,7 @@ def check_in_place(*, io: str, engine: str, overwrite: bool) -> None:
 
 
 def went_on(
-    out: Path, command: str, options: dict[str, Any], model: str | Path, clock: Stopwatch, on_progress: Progress
+    out: Path, command: str, options: Mapping[str, object], model: str | Path, clock: Stopwatch, on_progress: Progress
 ) -> Report | None:
     """Completes what an interrupted run of the same command left, or reads the report of one that is complete. None
     where MODEL was not touched yet.
@@ -248,9 +272,9 @@ def went_on(
     """
     record = partial_of(out) / IN_PLACE
     if record.is_file():
-        recipe = Recipe.read(record)
-        _check_same(recipe.report, recipe.path, command, options, model, record)
-        return consume(recipe, out, clock, resume=True, prepare=None, on_progress=on_progress)
+        left = UsedUp.read(record)
+        _check_same(left.report, left.path, command, options, model, record)
+        return consume(left, out, clock, resume=True, prepare=None, on_progress=on_progress)
     if partial_of(out).exists() or (found := record_of(out)) is None:
         return None
     try:
@@ -264,7 +288,7 @@ def went_on(
 
 
 def _check_same(
-    report: Report, path: Path, command: str, options: dict[str, Any], model: str | Path, where: Path
+    report: Report, path: Path, command: str, options: Mapping[str, object], model: str | Path, where: Path
 ) -> None:
     if (report.command, report.options, path) != (command, options, Path(model).resolve()):
         raise CoterieError(
@@ -273,7 +297,7 @@ def _check_same(
 
 
 def consume(
-    recipe: Recipe,
+    work: UsedUp,
     out: Path,
     clock: Stopwatch,
     *,
@@ -281,62 +305,58 @@ def consume(
     prepare: Callable[[Writer], None] | None,
     on_progress: Progress,
 ) -> Report:
-    """Makes OUT of MODEL's files. `prepare` writes the small files; None: an earlier run did, and the recipe too."""
-    report, total, done = recipe.report, sum(map(num_copied, recipe.outputs.values())), 0
-    with Writer(out, recipe.identity, resume=resume, replace=False) as writer:
-        writer.begin(recipe, recipe.outputs, room=recipe.room)
+    """Makes OUT of MODEL's files. `prepare` writes the small files; None: an earlier run did, and the record too."""
+    report, outputs = work.report, {name: file.tensors for name, file in work.files.items()}
+    total, done = sum(map(num_copied, outputs.values())), 0
+    with Writer(out, work.identity, resume=resume, replace=False) as writer:
+        writer.begin(work, outputs, room=work.room)
         if prepare:
             prepare(writer)
-            writer.text(IN_PLACE, to_json(recipe.as_dict()))
-        for shard, tensors in recipe.outputs.items():
-            if shard in recipe.cut:
-                writer.file(shard, lambda path, shard=shard: _cut(recipe, shard, path))  # type: ignore[misc]
+            writer.text(IN_PLACE, to_json(work.as_dict()))
+        for name, file in work.files.items():
+            if file.cut:
+                writer.file(name, partial(_cut, work, file))
             else:
-                writer.shard(shard, tensors, recipe.metadata[shard], recipe)
-            _remove(recipe, shard)
-            done += num_copied(tensors)
+                writer.shard(name)
+            work.remove(name)
+            done += num_copied(file.tensors)
             on_progress("writing", done, total)
-        for shard in set(recipe.stamps) - set(recipe.outputs):
-            _remove(recipe, shard)
-        counts = {"cut": len(recipe.cut), "copied": len(recipe.outputs) - len(recipe.cut)}
+        for name in work.gone:
+            work.remove(name)
+        counts = {"cut": len(work.files) - len(work.copied), "copied": len(work.copied)}
         report.report.update(clock.read() | {"io": {"asked": "in-place", "files": counts}})
         writer.text("coterie.json", to_json(report.as_dict()))
-        writer.text("README.md", model_card(recipe.path.name, report))
-        writer.finish({s: {o.name: o for o in os} for s, os in recipe.outputs.items()}, recipe.indexed)
+        writer.text("README.md", model_card(work.path.name, report))
+        writer.finish()
     return report
 
 
-def _remove(recipe: Recipe, shard: str) -> None:
-    """What is left of a source file once its bytes are in OUT.partial under their final name."""
-    if (recipe.path / shard).exists():
-        guarded(recipe.path, recipe.check(shard).unlink)
-
-
-def _cut(recipe: Recipe, shard: str, path: Path) -> int:
+def _cut(work: UsedUp, file: WeightFile, path: Path) -> int:
     """Makes `path` of the source file, or goes on with what an interrupted run made of it. Returns its size."""
-    final = path.with_name(shard)
+    final = path.with_name(file.name)
     if not path.exists():
         # A kill came between the final name and the journal, or this is the beginning.
-        (final if final.exists() else recipe.check(shard)).rename(path)
-    with path.open("rb+", buffering=0) as file:
-        _cut_open(recipe, shard, file.fileno())
-        header = header_bytes(recipe.outputs[shard], recipe.metadata[shard], recipe.starts[shard])
-        write_at(file.fileno(), header, 0)
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size
+        (final if final.exists() else work.check(file.name)).rename(path)
+    with path.open("rb+", buffering=0) as opened:
+        descriptor = opened.fileno()
+        _cut_open(file, work.path / file.name, descriptor)
+        write_at(descriptor, header_bytes(file.tensors, file.metadata, file.start), 0)
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
 
 
-def _cut_open(recipe: Recipe, shard: str, descriptor: int) -> None:
-    block, runs = os.fstatvfs(descriptor).f_bsize, list(recipe.runs(shard))
-    cuts = recipe.cuts(shard, block)
+def _cut_open(file: WeightFile, source: Path, descriptor: int) -> None:
+    """Takes what goes out of an open file; the size tells how much of that is done. `source`: its name, for errors."""
+    block, runs = os.fstatvfs(descriptor).f_bsize, file.runs
+    cuts = file.cuts(block)
     if cuts is None:
-        raise CoterieError(f"{recipe.path / shard}: the filesystem's blocks have {block} bytes, others than before")
-    stop = runs[-1].end if runs else recipe.starts[shard]
+        raise CoterieError(f"{source}: the filesystem's blocks have {block} bytes, others than before")
+    stop = runs[-1].end if runs else file.start
     sizes = [stop]  # after how many cuts
     for first, last in reversed(cuts):
         sizes.append(sizes[-1] - (last - first))
     size = os.fstat(descriptor).st_size
-    if size in (recipe.stamps[shard][0], stop):
+    if size in (file.stamp[0], stop):
         for first, last in cuts:
             filling = -first % block
             write_at(descriptor, _following(descriptor, runs, last, filling), first)
@@ -344,7 +364,7 @@ def _cut_open(recipe: Recipe, shard: str, descriptor: int) -> None:
         os.fsync(descriptor)
         size = stop
     if size not in sizes:
-        raise CoterieError(f"{recipe.path / shard}: has {size:,} bytes now, which no step of this run leaves")
+        raise CoterieError(f"{source}: has {size:,} bytes now, which no step of this run leaves")
     for first, last in list(reversed(cuts))[sizes.index(size) :]:
         begin, length = first + -first % block, last - first
         if begin + length >= size:

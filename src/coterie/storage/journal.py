@@ -22,13 +22,14 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from coterie.errors import CoterieError, guarded
+from coterie.errors import CoterieError, writing
 
 JOURNAL = "journal.jsonl"
 LOG = "coterie.log"
 LOCK_TRIES, LOCK_WAIT = 5, 0.05  # somebody who asks for the status holds the lock for an instant
+Entry = dict[str, object]  # a line; a damaged journal may hold any JSON object
 
 
 class Journal:
@@ -37,15 +38,16 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         """Makes the folder and the journal if need be. Raises: CoterieError when another run holds it."""
         self.folder = folder
-        guarded(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
-        self._file: BinaryIO = guarded(folder, lambda: (folder / JOURNAL).open("ab+", buffering=0))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = (folder / JOURNAL).open("ab+", buffering=0)
         try:
             self._lock()
         except BaseException:
             self._file.close()
             raise
-        raw = self._file.seek(0) or self._file.read()
-        self.entries, self._end = entries_of(raw)
+        self._file.seek(0)
+        self.entries, self._end = entries_of(self._file.read())
 
     def _lock(self) -> None:
         for tried in range(1, LOCK_TRIES + 1):
@@ -71,27 +73,21 @@ class Journal:
         self.entries = []
         self._file.truncate(0)
 
-    def add(self, entry: dict[str, Any], *, sync: bool = True) -> None:
+    def add(self, entry: Entry, *, sync: bool = True) -> None:
         """Writes a line, which is on the disk afterwards if `sync`."""
-
-        def write() -> None:
+        with writing(self.folder):
             view = memoryview(json.dumps(entry).encode() + b"\n")
             while view:
                 view = view[self._file.write(view) :]
             if sync:
                 os.fsync(self._file.fileno())
-
-        guarded(self.folder, write)
         self.entries.append(entry)
 
     def say(self, text: str) -> None:
         """Adds a line to the log."""
-
-        def write() -> None:
-            with (self.folder / LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{stamp(time.time())} {' '.join(text.split())}\n")
-
-        guarded(self.folder, write)
+        log = self.folder / LOG
+        with writing(self.folder), log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{stamp(time.time())} {' '.join(text.split())}\n")
 
     def discard(self) -> None:
         """Removes journal, log and folder, where a run ends before it wrote anything."""
@@ -104,7 +100,7 @@ class Journal:
         self._file.close()
 
 
-def entries_of(raw: bytes) -> tuple[list[dict[str, Any]], int]:
+def entries_of(raw: bytes) -> tuple[list[Entry], int]:
     """The journal's whole lines, and where they end: what a cut line named is written again."""
     entries, end = [], 0
     for line in raw.splitlines(keepends=True):
@@ -119,7 +115,7 @@ def entries_of(raw: bytes) -> tuple[list[dict[str, Any]], int]:
     return entries, end
 
 
-def read_journal(folder: Path) -> list[dict[str, Any]]:
+def read_journal(folder: Path) -> list[Entry]:
     """The entries of a folder's journal; none where it has none, or where it cannot be read."""
     try:
         if not (folder / JOURNAL).is_file():  # a named pipe would be waited for
@@ -129,9 +125,9 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def shards_of(entries: list[dict[str, Any]]) -> dict[str, int]:
+def shards_of(entries: list[Entry]) -> dict[str, int]:
     """Complete files and their sizes."""
-    found = {e["shard"]: e.get("bytes") for e in entries[1:] if isinstance(e.get("shard"), str)}
+    found = {shard: entry.get("bytes") for entry in entries[1:] if isinstance(shard := entry.get("shard"), str)}
     return {shard: size for shard, size in found.items() if type(size) is int}
 
 

@@ -1,22 +1,22 @@
 """Copying as units of work: what `Writer.shard` copies, cut into windows that any node can fill.
 
-Called by `applying` where the engine spreads work. A window is an aligned part of one target file, so two units never
-write to one page, and each copies in whichever way its node allows.
+Called by `edits/execution.py` where the engine spreads work. A window is an aligned part of one target file, so two
+units never write to one page, and each copies in whichever way its node allows.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from coterie.engine import Engine, Unit
-from coterie.errors import CoterieError, guarded
+from coterie.errors import CoterieError, writing
 from coterie.storage.checkpoint import Checkpoint, load_json
 from coterie.storage.copying import Copier, Move, OnBytes
+from coterie.storage.files import fsync
 
 WINDOW = 64 << 20  # bytes of a target file per unit; a multiple of every page size
 SOURCE = "source.json"
@@ -29,7 +29,7 @@ def mover(engine: Engine, copier: Copier, source: Checkpoint) -> Callable[[Path,
     common = {"scratch": str(engine.scratch), "io": copier.io}
 
     def move(target: Path, moves: list[Move], on_bytes: OnBytes) -> None:
-        _sync(target)  # its header and length, before other machines open it
+        fsync(target)  # its header and length, before other machines open it
         units = (
             Unit(UNIT, common | {"target": str(target.absolute()), "moves": _places(window)})
             for window in windows(moves, WINDOW)
@@ -63,14 +63,15 @@ def copy(scratch: str, target: str, io: str, moves: list[list[Any]]) -> dict[str
     check_source(scratch)
     copier = Copier(io)
     copier.move(Path(target), [Move(Path(source), *place) for source, *place in moves], lambda _: None)
-    _sync(Path(target))
+    fsync(Path(target))
     return dict(copier.moved)
 
 
 def describe_source(scratch: Path, source: Checkpoint) -> None:
     """Says to the nodes which checkpoint is read."""
     content = json.dumps({"path": str(source.path.absolute()), "hash": source.hash})
-    guarded(scratch, lambda: (scratch / SOURCE).write_text(content))
+    with writing(scratch):
+        (scratch / SOURCE).write_text(content)
 
 
 @cache
@@ -79,11 +80,3 @@ def check_source(scratch: str) -> None:
     said = load_json(Path(scratch) / SOURCE)
     if Checkpoint.open(said["path"]).hash != said["hash"]:
         raise CoterieError(f"{said['path']}: is another checkpoint than on the driver's machine; share one folder")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from coterie.storage.checkpoint import Checkpoint, Tensor, read_bytes
-from coterie.storage.writer import Hole, Made, Output, Run
+from coterie.storage.shards import Hole, Made, Output, Run
 
 if TYPE_CHECKING:
     import numpy as np

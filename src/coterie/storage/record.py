@@ -1,4 +1,4 @@
-"""The record of a run: what every verb returns, writes as `coterie.json`, and may find in a folder; and the model card."""
+"""The record of a run: what verbs return, write as `coterie.json`, and may find in a folder; and the model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import resource
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,15 @@ class Report:
     """The content of `coterie.json`; `format` is 1."""
 
     command: str
-    options: dict[str, Any]
+    options: dict[str, object]
     source: dict[str, Any]
-    plan: dict[str, Any]
+    plan: dict[str, object]
     report: dict[str, Any]
     versions: dict[str, str]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "format": 1,
-            "command": self.command,
-            "options": self.options,
-            "source": self.source,
-            "versions": self.versions,
-            "plan": self.plan,
-            "report": self.report,
-        }
+    def as_dict(self) -> dict[str, object]:
+        names = ("command", "options", "source", "versions", "plan", "report")
+        return {"format": 1} | {name: getattr(self, name) for name in names}
 
 
 def versions() -> dict[str, str]:
@@ -65,7 +58,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self._began = time.monotonic()
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, float]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
         return {"seconds": round(time.monotonic() - self._began, 3), "peak_rss_bytes": peak}
 
@@ -100,7 +93,7 @@ The licence is the source model's.
 """
 
 
-def typed(command: str, options: dict[str, Any]) -> str:
+def typed(command: str, options: Mapping[str, object]) -> str:
     """The command as one would type it, in one line, from what it recorded; MODEL, OUT and PLAN stand for paths."""
     words = ["coterie", command, "MODEL", "OUT"]
     for name, value in options.items():
@@ -116,11 +109,11 @@ def typed(command: str, options: dict[str, Any]) -> str:
     return printable(shlex.join(words))
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-# --- as it is found in a folder, which may since have become anything -----------------------------------------
+# --- a record that is found in a folder, and may hold anything -------------------------------------------------
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:
@@ -129,14 +122,14 @@ def record_of(folder: Path) -> dict[str, Any] | None:
     return load_json(file) if file.is_file() else None
 
 
-def object_at(value: Any, *keys: str) -> dict[str, Any]:
+def object_at(value: object, *keys: str) -> dict[str, Any]:
     """The object under these keys, one inside the other; an empty one where anything else is found."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Indented JSON in which lists of numbers stay on one line."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     # Strings hold no line breaks once encoded, so what has them is a list.

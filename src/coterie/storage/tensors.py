@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import torch
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, reading
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.copying import write_at
 
@@ -65,13 +65,10 @@ def read_into(tensor: torch.Tensor, checkpoint: Checkpoint, name: str, start: in
     if type(checkpoint) is not Checkpoint:  # planned, and made of parts of several places
         bytes_left[:] = checkpoint.raw(name, start, wanted)
         return
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(stored.start + start)
-            while bytes_left and (count := file.readinto(bytes_left)):
-                bytes_left = bytes_left[count:]
-    except OSError as error:
-        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+    with reading(path), path.open("rb", buffering=0) as file:
+        file.seek(stored.start + start)
+        while bytes_left and (count := file.readinto(bytes_left)):
+            bytes_left = bytes_left[count:]
     if bytes_left:
         raise CoterieError(f"{path}: ended while reading {name!r}; the file changed or is cut")
 
@@ -87,8 +84,8 @@ class Maps:
         self._resident, self._passed = max(resident, LEAST_RESIDENT), 0
         self._touched: dict[int, int] = {}  # bytes by the address where a map begins
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
-        self._open: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # a map closes when its last tensor goes
-        self._files: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()
+        # Where each map begins in memory, and the file of one that may be written; it closes when its last tensor goes.
+        self._open: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int | None]] = weakref.WeakKeyDictionary()
 
     def zeros(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Zeros whose room on the disk is taken now. Raises: CoterieError when there is too little."""
@@ -103,9 +100,7 @@ class Maps:
                 f"{self.folder}: cannot hold {size / 1e9:.1f} GB of activations ({error.strerror or error}); "
                 "free some room there, or calibrate on fewer or shorter samples"
             ) from error
-        found = self._tensor(pages, 0, shape, dtype)
-        self._files[pages] = found.data_ptr(), descriptor
-        return found
+        return self._tensor(pages, 0, shape, dtype, descriptor)
 
     def put(self, place: torch.Tensor, values: torch.Tensor) -> None:
         """place[...] = values, without touching pages where `place` is an unbroken stretch of a map of `zeros`."""
@@ -131,7 +126,7 @@ class Maps:
     def _file(self, place: torch.Tensor) -> tuple[int | None, int]:
         """The file that an unbroken stretch of a map stands in, and where."""
         if place.is_contiguous() and place.numel():
-            for pages, (begin, descriptor) in self._files.items():
+            for pages, (begin, descriptor) in self._open.items():
                 if 0 <= place.data_ptr() - begin < len(pages):
                     return descriptor, place.data_ptr() - begin
         return None, 0
@@ -142,22 +137,30 @@ class Maps:
         if type(checkpoint) is not Checkpoint or stored.start % dtype.itemsize or not stored.num_bytes:
             return read(checkpoint, name)  # a planned checkpoint's bytes do not stand at one place of a file
         path = checkpoint.path / stored.file
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+        with reading(path), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if size < stored.end:
             raise CoterieError(f"{path}: ended while reading {name!r}; the file changed or is cut")
         return self._tensor(pages, stored.start, stored.shape, dtype)
 
-    def _tensor(self, pages: mmap.mmap, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        _small_pages(pages)
-        self._open.add(pages)
+    def _tensor(
+        self,
+        pages: mmap.mmap,
+        start: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        descriptor: int | None = None,
+    ) -> torch.Tensor:
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            # Touching a row then makes its own pages resident, not the two megabytes that the cache may hold as one.
+            with suppress(OSError):  # a kernel without huge pages
+                pages.madvise(mmap.MADV_NOHUGEPAGE)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of maps that are only read
-            return torch.frombuffer(pages, dtype=dtype, offset=start, count=math.prod(shape)).view(shape)
+            found = torch.frombuffer(pages, dtype=dtype, offset=start, count=math.prod(shape)).view(shape)
+        self._open[pages] = found.data_ptr() - start, descriptor
+        return found
 
     def touched(self, tensor: torch.Tensor, num_rows: int) -> None:
         """Notes that so many rows of a map were read or written, anywhere in it, and gives pages back before they are
@@ -181,13 +184,6 @@ class Maps:
         self._touched, self._passed = {}, 0
         for pages in self._open:
             pages.madvise(mmap.MADV_DONTNEED)
-
-
-def _small_pages(pages: mmap.mmap) -> None:
-    """Touching a row then makes its own pages resident, not the two megabytes that the page cache may hold as one."""
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
 
 
 def _allocate(file: IO[bytes], size: int) -> None:

@@ -1,22 +1,36 @@
-"""What `recover` trains and by what, as far as headers and configs tell: checked before anything is loaded."""
+"""What `recover` trains and by what, as far as headers and configs tell: checked before anything is loaded.
+
+    local     each condensed MLP is fitted to its layer's MoE block in the original: the down projection in closed form,
+              then all three matrices by gradient
+    lm        the language modelling loss, as published
+    distill   the divergence from the original's logits
+
+Only the condensed MLPs change; every other tensor keeps its bytes. Rows and columns of zeros that pad an MLP to the
+model's one dense width stay zero: their gradients are.
+Source: CD-MoE, arXiv 2412.00069 (lm: only the condensed layers learn, AdamW, linear decay).
+Deviates: float32 masters, no padding in the loss, no balancing loss of the layers that still route; the constant gates
+are folded into the MLPs, and so learn with them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.codecs.open import codec_of
+from coterie.decide.condensing import parse_ids
 from coterie.edits.folding import shared_names
 from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration
+from coterie.forward.samples import DATA, Calibration
 from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.model.layer import LAYER, Model, MoE, find_blocks
+from coterie.options import Help, as_text
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.record import record_of
-from coterie.storage.writer import Output, whole
+from coterie.storage.shards import Output, whole
 
 STAGES = {"all": ("local", "distill"), "local": ("local",), "lm": ("lm",), "distill": ("distill",)}
 SIZES = {"vocabulary": ("vocab_size",), "hidden size": ("hidden_size", "d_model"), "number of layers": NUM_LAYERS}
@@ -26,18 +40,21 @@ SIZES = {"vocabulary": ("vocab_size",), "hidden size": ("hidden_size", "d_model"
 class Training:
     """What `recover` was asked for, with its defaults; recorded in coterie.json."""
 
-    teacher: str | None = None
-    data: dict[str, Path] = field(default_factory=dict)
-    stage: str = "all"
-    layer_ids: list[int] | None = None
-    steps: int = 200
-    lr: float | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    seq_len: int = 256
-    samples: int = 2048
-    seed: int = 0
-    dtype: str = "auto"
+    teacher: Annotated[str | None, Help("The original, to learn from.", "MODEL", read=as_text)] = None
+    data: Annotated[dict[str, Path], DATA] = field(default_factory=dict)
+    stage: Annotated[str, Help("all (local, then distill), local, distill, or lm.")] = "all"
+    layer_ids: Annotated[
+        list[int] | None,
+        Help("With --stage lm: train these layers of any model instead.", "A,B,...", given=str, read=parse_ids),
+    ] = None
+    steps: Annotated[int, Help("Optimiser steps of each stage.")] = 200
+    lr: Annotated[float | None, Help("Peak learning rate [default: by the model's width].")] = None
+    batch_size: Annotated[int, Help("Samples per forward.")] = 8
+    accumulate: Annotated[int, Help("Forwards per step.")] = 1
+    seq_len: Annotated[int, Help("Tokens of each sample.")] = 256
+    samples: Annotated[int, Help("Samples in all, spread evenly over the names.")] = 2048
+    seed: Annotated[int, Help("Which passages of the data are drawn.")] = 0
+    dtype: Annotated[str, Help("To compute in: auto (as stored), float32 or bfloat16.")] = "auto"
 
     @property
     def calibration(self) -> Calibration:

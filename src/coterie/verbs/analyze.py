@@ -1,19 +1,19 @@
-"""`coterie analyze`: how the experts of a model really behave, in numbers, and what follows for whoever compresses it.
+"""How the experts of a model really behave: likeness, norms, routing, and advice. Changes nothing.
 
-First weights and routers are compared, from disk (`judge/similarity.py`, `judge/alignment.py`); then one streaming
-forward looks at outputs and routing (`judge/probe.py`); sentences are made of both (`judge/advice.py`), and a
-page of all (`pages/analysis.py`). Nothing is written but the page.
+Example: coterie analyze MODEL --data prose=prose.txt -o analysis.html
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from coterie.forward.data import calibration_files
-from coterie.forward.samples import Calibration, Data, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.model.experts import Experts, expert_shapes, read_layer
 from coterie.model.layer import Model
+from coterie.options import Help, ModelPath, public
+from coterie.pages.terminal import Asked, paragraphs
 from coterie.storage.files import check_new_file, write_whole
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
@@ -21,16 +21,20 @@ if TYPE_CHECKING:
     from coterie.model.layer import MoE
 
 
+# First weights and routers are compared, from disk (`judge/similarity.py`, `judge/alignment.py`); then one streaming
+# forward looks at outputs and routing (`judge/probe.py`); sentences are made of both (`judge/advice.py`), and a page of
+# all (`pages/analysis.py`).
+@public
 def analyze(
-    model: str | Path,
+    model: ModelPath,
     *,
-    data: Data = (),
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    dtype: str = "auto",
-    out: str | Path | None = None,
-    overwrite: bool = False,
+    out: Annotated[
+        str | Path | None,
+        Help("Write a page that needs nothing else.", "FILE.html", flags=("--output", "-o"), given=Path),
+    ] = None,
+    calibration: Calibration,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, Help("Replace FILE.html.")] = False,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measures the experts of every MoE layer; with `out`, also writes a page of HTML that needs nothing else.
@@ -73,15 +77,14 @@ def analyze(
         check_new_file(Path(out), overwrite)
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
-    calibration = Calibration(data=calibration_files(data), samples=samples, seq_len=seq_len, seed=seed)
     by_domain, notes = read_samples(source, calibration)
     spill = None if out is None else Path(out).parent
-    layers = _measure(source, by_domain, chosen, seed, on_progress, spill)
+    layers = _measure(source, by_domain, chosen, calibration.seed, on_progress, spill)
     from coterie.judge.advice import advise
 
     result = {
         "model": {"path": str(model), "hash": source.checkpoint.hash, "family": source.family.name},
-        "options": {"samples": samples, "seq_len": seq_len, "seed": seed, "dtype": str(chosen).removeprefix("torch.")},
+        "options": calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")},
         "domains": {name: {"samples": len(given), "tokens": sum(map(len, given))} for name, given in by_domain.items()},
         "layers": layers,
         "advice": advise(layers, layers[0]["chosen"]),
@@ -156,3 +159,9 @@ def _notes(source: Model, layers: list[dict[str, Any]]) -> list[str]:
     if any(entry["norms"]["score_norm"] is None for entry in layers):
         notes.append("some routers' logits could not be seen: what needs scores of experts not chosen is left out")
     return notes
+
+
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+    """The advice."""
+    yield f"{asked['out'] or asked['model']}: done in {found['seconds']:.1f} s"
+    yield from paragraphs([(advice["about"], advice["text"]) for advice in found["advice"]])

@@ -1,34 +1,38 @@
-"""`coterie apply`: executes a plan that was saved, or edited by hand."""
+"""Execute a saved or hand-edited plan.
+
+Example: coterie apply MODEL PRUNED/coterie.json OUT
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.edits.convert import converted
-from coterie.edits.execution import Request, Writing, execute
+from coterie.edits.execution import InPlace, Io, Request, Writing, execute
 from coterie.edits.plan import Decision, command_of, read_plan
 from coterie.edits.saving import savable
-from coterie.engine import Engine
+from coterie.engine import Cluster, Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
+from coterie.options import Help, ModelPath, OutPath, public
+from coterie.pages.terminal import show_report as show
 from coterie.storage.record import OBJECT, Progress, Report, no_progress
 
+__all__ = ["apply", "show"]
 
-@savable
+
+@public
+@savable()
 def apply(
-    model: str | Path,
-    plan: str | Path | dict[str, Any],
-    out: str | Path,
+    model: ModelPath,
+    plan: Annotated[str | Path | dict[str, Any], Help("A coterie.json, or its plan alone.", "PLAN.json", given=Path)],
+    out: OutPath,
     *,
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
-    engine: str = "local",
-    ray_address: str | None = None,
-    in_place: bool = False,
+    writing: Writing,
+    io: Io = "auto",
+    cluster: Cluster,
+    in_place: InPlace = False,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Executes a saved (or hand-edited) plan on MODEL and writes OUT.
@@ -43,9 +47,8 @@ def apply(
     read = read_plan(plan)
     request = Request(
         command="apply", path=model, out=Path(out),
-        options={"plan": str(plan) if not isinstance(plan, dict) else OBJECT, "save": save},
-        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io,
-        engine=Engine(engine, ray_address), in_place=in_place, on_progress=on_progress,
+        options={"plan": str(plan) if not isinstance(plan, dict) else OBJECT, "save": writing.save}, writing=writing,
+        io=io, engine=Engine.of(cluster), in_place=in_place, on_progress=on_progress,
     )  # fmt: skip
     if report := request.gone_on():
         return report

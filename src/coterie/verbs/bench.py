@@ -1,20 +1,16 @@
-"""`coterie bench`: how fast a checkpoint runs on this machine, beside another one and what the machine can read.
+"""Measure tokens per second, bytes read per token, and the share of what the memory can deliver. Writes nothing.
 
-Last step of the flow. Everything that is compared runs interleaved in one process, and single calls are timed: another
-process disturbs both sides alike. Whole models first, prefill and decode; then the kernels on one expert matrix.
+Example: coterie bench PACKED --against DENSE
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 from coterie.codecs.open import opened
-from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.record import Progress, no_progress
-
-if TYPE_CHECKING:
-    pass
+from coterie.forward.samples import Dtype
 from coterie.judge.speed import (
     Runner,
     _batches,
@@ -26,15 +22,22 @@ from coterie.judge.speed import (
     measure,
     read_bandwidth,
 )
+from coterie.options import Help, public
+from coterie.pages.terminal import Asked, known, table
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.record import Progress, no_progress
 
 
+# Everything that is compared runs interleaved in one process, and single calls are timed: another process disturbs both
+# sides alike. Whole models first, prefill and decode; then the kernels on one expert matrix.
+@public
 def bench(
-    model: str | Path,
+    model: Annotated[str | Path, Help("A folder of safetensors, packed or not, or a hub id.", "OUT", given=str)],
     *,
-    against: str | Path | None = None,
-    threads: int | None = None,
-    batch: str | list[int] = "1,4,16",
-    dtype: str = "auto",
+    against: Annotated[str | Path | None, Help("Another one, measured in turn with it.", "MODEL", given=str)] = None,
+    threads: Annotated[int | None, Help("Threads to compute with [default: torch's number].")] = None,
+    batch: Annotated[str | list[int], Help("Sequences that run together.", "A,B,...", given=str)] = "1,4,16",
+    dtype: Dtype = "auto",
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Tokens per second of a model (and of another one), bytes read per token, and the share of memory bandwidth.
@@ -69,3 +72,38 @@ def bench(
         found = {"machine": cases.machine(number), "clock": _clock_name(number), "bandwidth": bandwidth}
     entries = [_entry(str(p), v, s, bandwidth, notes) for p, v, s in zip(paths, views, speeds, strict=True)]
     return found | {"models": entries, "kernels": kernels, "notes": notes}
+
+
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+    """The machine, each model, and the kernels."""
+    about = found["machine"]
+    read = f"{found['bandwidth'] / 1e9:.1f} GB/s" if found["bandwidth"] else "not measured"
+    rows = [("kernels", ", ".join(about["kernels"])), ("threads", f"{about['threads']} of {about['cores']} cores")]
+    yield from table(about["processor"], [*rows, ("read bandwidth", read), ("clock", found["clock"])])
+    for entry in found["models"]:
+        share = entry["bandwidth_share"]
+        rows = [("bytes", f"{entry['bytes']:,}"), ("bytes read per token", known(entry["bytes_per_token"]))]
+        rows += [("share of bandwidth", "unknown" if share is None else f"{100 * share:.0f} %")]
+        for kind in ("prefill", "decode"):
+            rows += [(f"{kind}, batch {b}", _speed(q)) for b, q in entry[kind].items()]
+        yield from table(entry["path"], rows)
+    if found["kernels"]:
+        yield from _kernels(found["kernels"])
+
+
+def _speed(found: dict[str, float]) -> str:
+    return f"{found['50']:,.1f} tokens/s  [{found['10']:,.1f}, {found['90']:,.1f}]"
+
+
+def _kernels(found: Mapping[str, Any]) -> Iterator[str]:
+    """One line per kernel, and how often faster it is than each rival."""
+    rows, columns = found["shape"]
+    rivals = list(found["rows"][0]["times_faster_than"]) if found["rows"] else []
+    yield f"{found['tensor']}: {rows} x {columns}, {100 * found['zeros']:.1f} % zeros"
+    for row in found["rows"]:
+        share = row["bandwidth_share"]
+        of = "" if share is None else f", {100 * share:.0f} % of bandwidth"
+        yield f"  {row['name']}: {row['bytes']:,} bytes, {1e6 * row['seconds']:.1f} us{of}"
+        if row["name"].startswith("sparse"):
+            ratios = (f"{row['times_faster_than'][rival]:.2f} of {rival}" for rival in rivals)
+            yield f"    speed: {', '.join(ratios)}"

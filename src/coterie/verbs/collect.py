@@ -1,41 +1,35 @@
-"""`coterie collect`: calibrate once; every criterion reads the one file.
+"""Measure once what the experts do on data; criteria read the one file.
 
-One streaming forward over the samples of all domains together, so that each expert is read once; every token knows
-its domain and half (of the domain's samples, every second one), and is added to their sums. Axis G: 2 * domain + half.
+Example: coterie collect MODEL STATS --data code=code.txt --data prose=prose.txt
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from coterie.forward.data import calibration_files
 from coterie.forward.measure import measure
-from coterie.forward.samples import Calibration, Data, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.model.layer import Model
 from coterie.model.stats import MERGING
+from coterie.options import Help, ModelPath, public
+from coterie.pages.terminal import Asked, table
 from coterie.storage.files import check_new_file
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
-if TYPE_CHECKING:
-    import numpy as np
 
-
-Sums = dict[str, "np.ndarray"]  # of one layer by name, each (G, ...)
-SCALARS = ("tokens", "gates", "output_norms", "gated_output_norms", "output_norms_squared")
-
-
+# One streaming forward over the samples of all domains together, so that each expert is read once; every token knows
+# its domain and half (of the domain's samples, every second one), and is added to their sums.
+@public
 def collect(
-    model: str | Path,
-    stats: str | Path,
+    model: ModelPath,
+    stats: Annotated[str | Path, Help("The file to write; must not exist.", "STATS", given=Path)],
     *,
-    data: Data = (),
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    dtype: str = "auto",
-    merging: bool = False,
-    overwrite: bool = False,
+    calibration: Calibration,
+    dtype: Dtype = "auto",
+    merging: Annotated[bool, Help("Also what merge needs: every expert on every token, so much slower.")] = False,
+    overwrite: Annotated[bool, Help("Replace STATS.")] = False,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measures what the experts of a model do on calibration data, and writes it to the file `stats`.
@@ -50,7 +44,6 @@ def collect(
     check_new_file(out, overwrite)
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
-    calibration = Calibration(data=calibration_files(data), samples=samples, seq_len=seq_len, seed=seed)
     by_domain, notes = read_samples(source, calibration)
     extra = MERGING if merging else ()
     result = measure(source, by_domain, chosen, on_progress, extra=extra, spill=out.parent)
@@ -58,7 +51,8 @@ def collect(
     return {
         "stats": str(out),
         "model": {"path": str(model), "hash": result.model},
-        "options": {"samples": samples, "seq_len": seq_len, "seed": seed, "dtype": str(chosen).removeprefix("torch.")}
+        "options": calibration.sizes
+        | {"dtype": str(chosen).removeprefix("torch.")}
         | ({"merging": True} if merging else {}),
         "domains": {name: {"samples": len(given), "tokens": sum(map(len, given))} for name, given in by_domain.items()},
         "layers": result.layers,
@@ -66,3 +60,10 @@ def collect(
         "versions": versions(),
         **clock.read(),
     }
+
+
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+    """How much was measured."""
+    rows = [(f"data {n}", f"{d['samples']:,} samples, {d['tokens']:,} tokens") for n, d in found["domains"].items()]
+    rows += [("MoE layers", f"{len(found['layers']):,}"), ("peak memory", f"{found['peak_rss_bytes'] / 1e6:.0f} MB")]
+    return table(f"{asked['stats']}: done in {found['seconds']:.1f} s", rows)

@@ -1,25 +1,28 @@
-"""`coterie compare`: which experts each criterion would keep, from one statistics file, and how far they agree.
+"""What each criterion would keep: how much they agree, and how much of it is chance. Writes nothing.
 
-Nothing is run again: routers and sums decide, in seconds.
+Example: coterie compare MODEL STATS --ratio 0.25
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from coterie.decide import clusters, criteria
+from coterie.decide import criteria
+from coterie.decide.clusters import Clusterer, nearest
 from coterie.decide.criteria import Guarded, Task
 from coterie.decide.experts import count_kept
-from coterie.decide.pruning import Pruning, Remaining, check_options
-from coterie.errors import CoterieError
+from coterie.decide.pruning import NoGuard, Pruning, Remaining, Weights, check_options
 from coterie.methods import prune as methods
 from coterie.model.experts import read_layer
 from coterie.model.layer import Model
-from coterie.model.stats import Stats, agreement, parse_weights, stability
+from coterie.model.stats import Stats, agreement
+from coterie.options import Help, ModelPath, public
+from coterie.pages.terminal import Asked, table
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
 DRAWS = 5  # of the method random
@@ -28,19 +31,18 @@ LEFT_OUT = {
     "base": "needs an earlier checkpoint: coterie prune --base",
     "outputs": "runs every expert on data: coterie prune --data",
 }
-CONTROLS = ("first", "random")
 Kept = dict[str, Collection[int]]  # by layer key
 
 
+@public
 def compare(
-    model: str | Path,
-    stats: str | Path,
+    model: ModelPath,
+    stats: Annotated[str | Path, Help("What `coterie collect` measured on MODEL.", "STATS", given=Path)],
     *,
-    ratio: float | None = None,
-    experts: int | None = None,
-    weights: str | Mapping[str, float] | None = None,
-    no_guard: bool = False,
-    seed: int = 0,
+    remaining: Remaining,
+    weights: Weights,
+    no_guard: NoGuard = False,
+    seed: Annotated[int, Help("Of the random control.")] = 0,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """What each criterion would keep of every measured layer, and how far they agree; in seconds, writing nothing.
@@ -53,31 +55,24 @@ def compare(
     Raises: CoterieError for statistics of another model, and for options that `prune` refuses.
     """
     clock = Stopwatch()
-    options = Pruning(
-        "reap", Remaining(ratio, experts), stats=str(stats), weights=parse_weights(weights), no_guard=no_guard
-    )
+    options = Pruning(method="reap", remaining=remaining, stats=str(stats), weights=weights, no_guard=no_guard)
     contest = Contest.of(Model.open(model), options)
     kept, found = contest.task.kept, contest.stats
-    named = [name for name in methods.names("stats", "router") if name not in CONTROLS]
+    named = [n for n in methods.names("stats", "router", "clusters") if getattr(methods.load(n), "COMPARED", True)]
     results = {}
     for done, name in enumerate(named):
         results[name] = contest.result(name)
         on_progress("scoring experts", done + 1, len(named))
-    draws = [contest.drawn(seed + i) for i in range(DRAWS)]
     return {
         "model": {"path": str(model), "hash": found.model},
         "stats": str(stats),
-        "options": {"experts": kept, "weights": dict(options.weights), "no_guard": no_guard, "seed": seed},
+        "options": {"experts": kept, "weights": dict(weights), "no_guard": no_guard, "seed": seed},
         "samples": found.samples,
         "notes": contest.notes,
         "guarded": criteria.listed(contest.guarded, found),
         "criteria": results,
         "overlap": {a: {b: _overlap(results[a]["kept"], results[b]["kept"]) for b in named} for a in named},
-        "random": {
-            "draws": DRAWS,
-            "expected": sum(kept / b.num_experts for b in contest.task.measured) / len(contest.task.measured),
-            "overlap": {a: sum(_overlap(results[a]["kept"], draw) for draw in draws) / DRAWS for a in named},
-        },
+        "random": _against_draws(contest, seed, {name: result["kept"] for name, result in results.items()}),
         "left_out": {name: LEFT_OUT[methods.load(name).NEEDS] for name in methods.names(*LEFT_OUT)},
         "versions": versions(),
         **clock.read(),
@@ -106,13 +101,15 @@ class Contest:
 
     def result(self, name: str) -> dict[str, Any]:
         """What a criterion keeps by layer, how stable that is, and the seconds it took."""
-        began = time.monotonic()
-        choose = self._stun if name == "stun" else self._by_stats(name)
-        if methods.load(name).NEEDS == "router" and name != "stun":
+        began, needs = time.monotonic(), methods.load(name).NEEDS
+        if needs == "router":
             scores = criteria.by_weights(self.task, name, 0)
             kept, stable = criteria.kept_of(self.task, criteria.keep(self.task, scores)), None
         else:
-            kept, stable = choose(self.stats), self._stability(name, choose)
+            choose = self._by_clusters if needs == "clusters" else partial(self._by_stats, name)
+            kept = choose(self.stats)
+            stable, unstable = criteria.how_stable(self.stats, f"{name} is", choose)
+            self.notes += unstable
         seconds = round(time.monotonic() - began, 3)
         return {"kept": {key: list(ids) for key, ids in kept.items()}, "stability": stable, "seconds": seconds}
 
@@ -120,26 +117,41 @@ class Contest:
         """Experts kept at random."""
         return criteria.kept_of(self.task, criteria.keep(self.task, criteria.by_weights(self.task, "random", seed)))
 
-    def _by_stats(self, name: str) -> Callable[[Stats], Kept]:
-        def choose(stats: Stats) -> Kept:
-            scores = criteria.by_stats(self.task, name, stats)
-            return criteria.kept_of(self.task, criteria.keep(self.task, scores, self.guarded))
+    def _by_stats(self, name: str, stats: Stats) -> Kept:
+        scores = criteria.by_stats(self.task, name, stats)
+        return criteria.kept_of(self.task, criteria.keep(self.task, scores, self.guarded))
 
-        return choose
-
-    def _stun(self, stats: Stats) -> Kept:
+    def _by_clusters(self, stats: Stats) -> Kept:
         """Of router rows, and of usage where two are alike: as a dry run of `prune` has it, without weights."""
-        options, kept = replace(self.options, method="stun"), self.task.kept
-        task = clusters.Task(self.task.layers, options, kept, kept, self.task.num_groups, True, self.guarded)
-        return criteria.kept_of(self.task, clusters.decide(task, stats, no_progress)[0])
+        clusterer = Clusterer(self.task, self.options, self.guarded, dry_run=True)
+        return criteria.kept_of(self.task, clusterer.choose(stats, nearest)[0])
 
-    def _stability(self, name: str, choose: Callable[[Stats], Kept]) -> dict[str, Any] | None:
-        try:
-            return stability(self.stats, choose)
-        except CoterieError as error:
-            self.notes.append(f"how stable {name} is was not measured: from half of the data, {error}")
-            return None
+
+def _against_draws(contest: Contest, seed: int, kept: dict[str, Kept]) -> dict[str, object]:
+    """How far what each criterion keeps agrees with random draws, and what is to be expected of that."""
+    draws, measured = [contest.drawn(seed + i) for i in range(DRAWS)], contest.task.measured
+    return {
+        "draws": DRAWS,
+        "expected": sum(contest.task.kept / b.num_experts for b in measured) / len(measured),
+        "overlap": {name: sum(_overlap(ids, draw) for draw in draws) / DRAWS for name, ids in kept.items()},
+    }
 
 
 def _overlap(first: Kept, second: Kept) -> float:
     return agreement(first, second)["mean"]
+
+
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+    """A square of overlaps, criterion by criterion."""
+    names = list(found["criteria"])
+    yield "share of kept experts in common (and of the same criterion on two halves of the data)"
+    yield from table(
+        " " * 20 + "  ".join(f"{n:>18}" for n in names), [(name, _overlaps(found, name, names)) for name in names]
+    )
+    yield f"by chance: {found['random']['expected']:.2f}; {found['seconds']:.1f} s"
+
+
+def _overlaps(found: Mapping[str, Any], name: str, names: list[str]) -> str:
+    stable = found["criteria"][name]["stability"]
+    own = f"({stable['mean']:.2f})" if stable else "(-)"
+    return "  ".join(f"{own if other == name else format(found['overlap'][name][other], '.2f'):>18}" for other in names)

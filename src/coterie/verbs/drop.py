@@ -1,45 +1,34 @@
-"""`coterie drop`: the published baselines that condensing is measured against.
+"""Drop whole MoE layers or decoder layers: the baselines that condensing is held against.
 
-A layer's MoE block goes where it changes the hidden states least (its dense MLP gives zero), or a whole decoder layer.
-Source: He et al., Demystifying the Compression of Mixture-of-Experts, arXiv 2406.02500 (layer drop and block drop).
+Example: coterie drop MODEL OUT --unit block --count 2 --data prose=prose.txt
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from coterie.decide.condense import target_type
-from coterie.decide.drop import Dropping, check_kinds, check_model, check_options, decided, make_plan
+from coterie.decide.condensing import target_type
+from coterie.decide.drop import Dropping, check_options, decided
 from coterie.edits.convert import converted
-from coterie.edits.execution import Request, Writing, execute
-from coterie.edits.plan import Decision
+from coterie.edits.execution import Io, Request, Writing, execute
 from coterie.edits.saving import savable
-from coterie.forward.data import calibration_files
-from coterie.forward.samples import Calibration, Data
 from coterie.model.layer import Model
-from coterie.options import flat
+from coterie.options import ModelPath, OutPath, flat, public
+from coterie.pages.terminal import show_report as show
 from coterie.storage.record import Progress, Report, no_progress
 
+__all__ = ["drop", "show"]
 
-@savable
+
+@public
+@savable()
 def drop(
-    model: str | Path,
-    out: str | Path,
+    model: ModelPath,
+    out: OutPath,
     *,
-    unit: str = "layer",
-    count: int = 1,
-    data: Data = (),
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    dtype: str = "auto",
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
+    dropping: Dropping,
+    writing: Writing,
+    io: Io = "auto",
     on_progress: Progress = no_progress,
 ) -> Report:
     """Removes `count` MoE blocks (unit "layer") or decoder layers (unit "block"): those that change least.
@@ -51,25 +40,12 @@ def drop(
     Raises: CoterieError, before anything is written.
     """
     original = Model.open(model)
-    files = calibration_files(data)
-    calibration = Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed)
-    options = Dropping(unit=unit, count=count, calibration=calibration, dtype=dtype)
-    check_options(options)
+    check_options(dropping)
     request = Request(
-        command="drop", path=model, out=Path(out),
-        options=flat(options) | {"data": {name: str(file) for name, file in files.items()}, "save": save},
-        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io, on_progress=on_progress,
+        command="drop", path=model, out=Path(out), options=flat(dropping) | {"data": dropping.calibration.named, "save": writing.save},
+        writing=writing, io=io, on_progress=on_progress,
     )  # fmt: skip
     request.check(original.checkpoint)
-    target = target_type(original, count) if unit == "layer" else None
+    target = target_type(original, dropping.count) if dropping.unit == "layer" else None
     source = converted(original, target)
-    candidates = check_model(source, options)
-    findings: dict[str, Any] = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}}
-    findings = findings if target else {}
-    if dry_run:
-        said = "a dry run computes sizes; which layers go comes from data"
-        decision = Decision(make_plan(source, options, candidates, target), (said,))
-    else:
-        decision = decided(source, options, candidates, target, request.out.parent, on_progress)
-    check_kinds(source, decision.plan)
-    return execute(source, replace(decision, findings=findings | decision.findings), request)
+    return execute(source, decided(original, source, target, dropping, request), request)

@@ -1,35 +1,39 @@
-"""`coterie generate`: text from a checkpoint, as it comes: dense, packed or in our own layout.
+"""Continue a text with any checkpoint, packed ones too; words appear as they come.
 
-Last step of the flow, as `verbs/eval.py`; greedy unless a temperature is given, and then drawn from the whole
-distribution: neither top-k nor top-p, nor what the checkpoint's own generation settings would add.
+Example: coterie generate OUT --prompt "Once upon a time"
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.errors import CoterieError
+from coterie.forward.samples import Dtype
 from coterie.model import causal
 from coterie.model.loading import DTYPES, TOKENIZER_NEEDED, load, load_tokenizer
+from coterie.options import Help, ModelPath, public
+from coterie.pages.terminal import Asked
 
 BROKEN = "\ufffd"  # what a tokenizer makes of half a character
 
 OnText = Callable[[str], None]
 
 
+# Greedy unless a temperature is given, and then drawn from the whole distribution: neither top-k nor top-p, nor what the
+# checkpoint's own generation settings would add.
+@public
 def generate(
-    model: str | Path,
-    prompt: str,
+    model: ModelPath,
+    prompt: Annotated[str, Help("The text to go on from; - reads standard input.", flags=("--prompt",), stdin=True)],
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
-    dtype: str = "auto",
+    max_new_tokens: Annotated[int, Help("Tokens at most.")] = 128,
+    temperature: Annotated[float, Help("0: the likeliest token each time; else drawn.")] = 0.0,
+    seed: Annotated[int, Help("Of what is drawn.")] = 0,
+    dtype: Dtype = "auto",
     on_text: OnText = lambda _: None,
 ) -> dict[str, Any]:
     """Continues the prompt up to an end-of-text token, or for `max_new_tokens` tokens.
@@ -147,3 +151,8 @@ def _run(
         raise
     except Exception as error:  # whatever modelling code raises for a checkpoint it does not fit
         raise CoterieError(f"{what}: generating failed: {type(error).__name__}: {error!s:.300}") from error
+
+
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+    """The text stands there already; this ends its line."""
+    yield ""

@@ -1,8 +1,8 @@
-"""`coterie inspect`: what is inside a checkpoint, from its headers alone, and what can be done to it."""
+"""Show what is inside: family, experts per layer, bytes by role. Reads headers only."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from coterie.codecs.open import coded
@@ -10,9 +10,12 @@ from coterie.edits.convert import conversion
 from coterie.edits.folding import check_foldable
 from coterie.errors import CoterieError
 from coterie.model.layer import ROLES, Model
+from coterie.options import ModelPath, public
+from coterie.pages.terminal import Asked, table
 
 
-def inspect(model: str | Path) -> dict[str, Any]:
+@public
+def inspect(model: ModelPath) -> dict[str, Any]:
     """Family, routing, experts per layer, parameters and bytes by role and by dtype. Reads headers only.
 
     Returns `{"path", "family", "model_type", "stock", "moe_layers", "mtp_layers", "experts" (per layer),
@@ -79,3 +82,20 @@ def _abilities(model: Model, *, packed: bool) -> list[str]:
     said = f"after repackaging as {repackaged.target}" if repackaged else f"stays {kind}"
     said = said if repackaged or model.family.dense else "in a layout that `coterie.load` reads"
     return [*found, f"condense: layers become dense MLPs ({said})"]
+
+
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+    """One line per number; bytes by role, and what can be done."""
+    counts, packed = set(found["experts"].values()), found["packed"]
+    mtp = f" (+{found['mtp_layers']} MTP)" if found["mtp_layers"] else ""
+    rows = [
+        ("MoE layers", f"{found['moe_layers']}{mtp}"),
+        ("experts per layer", " to ".join(map(str, sorted({min(counts), max(counts)})))),
+        ("chosen per token", f"{found['experts_per_token']}"),
+        ("parameters", f"{found['parameters']:,}"),
+        ("bytes", f"{found['bytes']:,} in {found['shards']} file(s)"),
+        ("bytes of one expert", f"{found['expert_bytes']:,}"),
+    ]
+    rows += [("packed", f"{packed['tensors']:,} tensors in {packed['bytes']:,} bytes")] if packed["tensors"] else []
+    rows += [(f"  {n}", f"{role['bytes']:,} bytes, {role['tensors']:,} tensors") for n, role in found["roles"].items()]
+    return table(f"{found['path']}: {found['model_type']}", [*rows, *(("can", ability) for ability in found["can"])])

@@ -1,43 +1,33 @@
-"""`coterie merge`: experts that do alike become one, their weighted mean; the plan is written and executed."""
+"""Merge experts that do alike into their weighted mean: HC-SMoE or M-SMoE.
+
+Example: coterie merge MODEL OUT --experts 24 --data prose=prose.txt
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from coterie.decide.merging import Merging, check_options, decided
-from coterie.decide.pruning import Remaining
 from coterie.edits.execution import Request, Writing, execute
 from coterie.edits.saving import savable
-from coterie.forward.data import calibration_files
-from coterie.forward.samples import Calibration, Data
 from coterie.model.layer import Model
-from coterie.model.stats import parse_weights
+from coterie.options import ModelPath, OutPath, public
+from coterie.pages.terminal import show_report as show
 from coterie.storage.record import Progress, Report, no_progress
 
+__all__ = ["merge", "show"]
 
-@savable
+
+def no_stock_layout(*, merging: Merging, **_: object) -> str:
+    """Why what is asked for cannot be packed; nothing where it can."""
+    own = "--router alias is written in our own layout, which cannot be packed"
+    return own if merging.router == "alias" else ""
+
+
+@public
+@savable(makes_zeros=False, obstacle=no_stock_layout)
 def merge(
-    model: str | Path,
-    out: str | Path,
-    *,
-    method: str = "hc-smoe",
-    ratio: float | None = None,
-    experts: int | None = None,
-    router: str = "mean",
-    align: bool = False,
-    stats: str | Path | None = None,
-    weights: str | Mapping[str, float] | None = None,
-    data: Data = (),
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    dtype: str = "auto",
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    on_progress: Progress = no_progress,
+    model: ModelPath, out: OutPath, *, merging: Merging, writing: Writing, on_progress: Progress = no_progress
 ) -> Report:
     """Merges the routed experts of every layer into E - `floor(ratio * E)` (default 0.25), or into `experts`.
 
@@ -53,17 +43,11 @@ def merge(
     dry_run: measure, decide and report; nothing is written.
     Raises: CoterieError, before anything is written.
     """
-    files = calibration_files(data)
-    options = Merging(
-        method=method, remaining=Remaining(ratio=ratio, experts=experts), router=router, align=align,
-        stats=None if stats is None else str(stats), weights=parse_weights(weights),
-        calibration=Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed), dtype=dtype,
-    )  # fmt: skip
-    check_options(options)
+    check_options(merging)
     request = Request(
-        command="merge", path=model, out=Path(out), options=options.record() | {"save": save},
-        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), on_progress=on_progress,
+        command="merge", path=model, out=Path(out), options=merging.record() | {"save": writing.save}, writing=writing,
+        on_progress=on_progress,
     )  # fmt: skip
     source = Model.open(model)
     request.check(source.checkpoint)
-    return execute(source, decided(source, options, request.out.parent, on_progress), request)
+    return execute(source, decided(source, merging, request.out.parent, on_progress), request)

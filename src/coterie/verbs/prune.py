@@ -1,60 +1,37 @@
-"""`coterie prune`: choose the experts that stay, write the plan, execute it."""
+"""Remove experts: by default STUN's, which finds experts that behave alike from router weights alone.
+
+Example: coterie prune MODEL OUT --ratio 0.25
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from coterie.decide.experts import decided
-from coterie.decide.pruning import Pruning, Remaining, check_options
-from coterie.edits.execution import Request, Writing, execute
+from coterie.decide.pruning import Pruning, check_options
+from coterie.edits.execution import InPlace, Io, Request, Writing, execute
 from coterie.edits.saving import savable
-from coterie.engine import Engine
-from coterie.forward.data import calibration_files
-from coterie.forward.samples import Calibration, Data
-from coterie.methods.prune import stun
+from coterie.engine import Cluster, Engine
 from coterie.model.layer import Model
-from coterie.model.stats import parse_weights
+from coterie.options import ModelPath, OutPath, public
+from coterie.pages.terminal import show_report as show
 from coterie.storage.copying import check_io
 from coterie.storage.record import Progress, Report, no_progress
 
+__all__ = ["prune", "show"]
 
-@savable
+
+@public
+@savable(makes_zeros=False)
 def prune(
-    model: str | Path,
-    out: str | Path,
+    model: ModelPath,
+    out: OutPath,
     *,
-    method: str = "stun",
-    ratio: float | None = None,
-    experts: int | None = None,
-    budget: str = "uniform",
-    linkage: str = "complete",
-    distance: str = "frobenius",
-    kappa: int = stun.MERGE_BELOW,
-    min_experts: int | None = None,
-    non_uniform: str = "round",
-    threshold: float = 0.5,
-    seed: int = 0,
-    drop_mtp: bool = False,
-    lambda1: float = 1.0,
-    lambda2: float = 0.0,
-    stats: str | Path | None = None,
-    weights: str | Mapping[str, float] | None = None,
-    no_guard: bool = False,
-    base: str | Path | None = None,
-    data: Data = (),
-    samples: int = 128,
-    seq_len: int = 2048,
-    dtype: str = "auto",
-    removed: str | None = None,
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
-    engine: str = "local",
-    ray_address: str | None = None,
-    in_place: bool = False,
+    pruning: Pruning,
+    writing: Writing,
+    io: Io = "auto",
+    cluster: Cluster,
+    in_place: InPlace = False,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Removes `floor(ratio * E)` routed experts per layer (default 0.25), or all but `experts`, by a method.
@@ -94,25 +71,15 @@ def prune(
     (resume), not undone.
     Raises: CoterieError, before anything is written.
     """
-    where = Engine(engine, ray_address)
-    files = data if isinstance(data, dict) else calibration_files(data)  # a dictionary's are checked when read
-    options = Pruning(
-        method=method, remaining=Remaining(ratio=ratio, experts=experts), budget=budget, linkage=linkage,
-        distance=distance, kappa=kappa, min_experts=min_experts, non_uniform=non_uniform, threshold=threshold,
-        seed=seed, drop_mtp=drop_mtp, lambda1=lambda1, lambda2=lambda2, stats=None if stats is None else str(stats),
-        weights=parse_weights(weights), no_guard=no_guard, base=None if base is None else str(base),
-        calibration=Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed), dtype=dtype, removed=removed,
-    )  # fmt: skip
-    check_options(options)
+    check_options(pruning)
     check_io(io)
     request = Request(
-        command="prune", path=model, out=Path(out), options=options.record() | {"save": save},
-        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io, engine=where,
-        in_place=in_place, on_progress=on_progress,
+        command="prune", path=model, out=Path(out), options=pruning.record() | {"save": writing.save}, writing=writing,
+        io=io, engine=Engine.of(cluster), in_place=in_place, on_progress=on_progress,
     )  # fmt: skip
     if report := request.gone_on():
         return report
     source = Model.open(model)
     request.check(source.checkpoint)
-    decision = decided(source, options, dry_run=dry_run, spill=Path(out).parent, on_progress=on_progress)
+    decision = decided(source, pruning, dry_run=writing.dry_run, spill=request.out.parent, on_progress=on_progress)
     return execute(source, decision, request)

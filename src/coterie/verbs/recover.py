@@ -1,60 +1,39 @@
-"""`coterie recover`: light fine-tuning of condensed layers, from the original's outputs or from text alone.
+"""Fine-tune the condensed layers, and nothing else.
 
-    local     each condensed MLP is fitted to its layer's MoE block in the original: the down projection in closed form,
-              then all three matrices by gradient
-    lm        the language modelling loss, as published
-    distill   the divergence from the original's logits
-
-Only the condensed MLPs change; every other tensor keeps its bytes. Rows and columns of zeros that pad an MLP to the
-model's one dense width stay zero: their gradients are.
-Source: CD-MoE, arXiv 2412.00069 (lm: only the condensed layers learn, AdamW, linear decay).
-Deviates: float32 masters, no padding in the loss, no balancing loss of the layers that still route; the constant gates
-are folded into the MLPs, and so learn with them.
+Example: coterie recover OUT OUT2 --teacher MODEL --data prose=prose.txt
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
-from coterie.decide.condense import parse_ids
-from coterie.edits.execution import finished, left_behind, write
+from coterie.edits.execution import Io, Request, Writing, finished, left_behind, write
 from coterie.edits.saving import savable
 from coterie.errors import CoterieError
-from coterie.forward.data import calibration_files
-from coterie.forward.samples import Data
 from coterie.model.loading import DTYPES
+from coterie.options import Help, flat, public
+from coterie.pages.terminal import show_report as show
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.copying import check_io
-from coterie.storage.record import Progress, Report, Stopwatch, no_progress, to_json, versions
-from coterie.storage.steps import left_over
-from coterie.storage.writer import Writer, check_out, partial_of
+from coterie.storage.folders import left_over
+from coterie.storage.record import Progress, Report, no_progress, to_json, versions
+from coterie.storage.writer import Writer
 from coterie.train.trainee import STAGES, Job, Training, make_job, memory_bytes, num_trained
 
+__all__ = ["recover", "show"]
 
-@savable
+
+@public
+@savable(makes_zeros=False)
 def recover(
-    model: str | Path,
-    out: str | Path,
+    model: Annotated[str | Path, Help("A folder that `coterie condense` wrote.", "OUT", given=str)],
+    out: Annotated[str | Path, Help("The folder to write; must not exist.", "OUT2", given=Path)],
     *,
-    teacher: str | Path | None = None,
-    data: Data = (),
-    stage: str = "all",
-    layer_ids: list[int] | str | None = None,
-    steps: int = 200,
-    lr: float | None = None,
-    batch_size: int = 8,
-    accumulate: int = 1,
-    seq_len: int = 256,
-    samples: int = 2048,
-    seed: int = 0,
-    dtype: str = "auto",
-    save_every: int = 100,
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
+    training: Training,
+    save_every: Annotated[int, Help("Steps between two states that --resume goes on from.")] = 100,
+    writing: Writing,
+    io: Io = "auto",
     on_progress: Progress = no_progress,
 ) -> Report:
     """Trains the condensed layers of MODEL a little, and nothing else.
@@ -75,40 +54,36 @@ def recover(
     io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
     Raises: CoterieError, before anything is written; later only where the loss becomes infinite, or the disk is full.
     """
-    clock, checkpoint = Stopwatch(), Checkpoint.open(model)
-    options = Training(
-        teacher=None if teacher is None else str(teacher), data=calibration_files(data), stage=stage,
-        layer_ids=parse_ids(layer_ids), steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate,
-        seq_len=seq_len, samples=samples, seed=seed, dtype=dtype,
+    checkpoint = Checkpoint.open(model)
+    check_options(training, save_every)
+    request = Request(
+        command="recover", path=model, out=Path(out), options=flat(training) | {"data": training.calibration.named},
+        writing=writing, io=io, on_progress=on_progress,
     )  # fmt: skip
-    check_options(options, save_every)
-    check_io(io)
-    check_out(Path(out), checkpoint.path, resume=resume, overwrite=overwrite)
-    job = make_job(checkpoint, options)
-    report = started(job, str(model), clock, dry_run=dry_run)
-    report.options["save"] = save
-    report.report["warnings"] += left_over(Path(out)) if save == "dense" else []
-    if dry_run:
+    request.check(checkpoint)
+    job = make_job(checkpoint, training)
+    report = started(job, request)
+    if writing.dry_run:
         return report
-    if resume and Path(out).exists() and not partial_of(Path(out)).exists():
-        return finished(Path(out), report)
+    if request.is_complete:
+        return finished(request.out, report)
     from coterie.train.course import STATE, Course
 
     course = Course(job, save_every, on_progress)
     report.report["warnings"] += course.notes
     identity = {"command": "recover", "options": report.options, "plan": report.plan, "source": checkpoint.hash}
     identity |= {"teacher": job.teacher.hash if job.teacher else ""}
-    with Writer(Path(out), identity, resume=resume, io=io, replace=overwrite) as writer:
+    with Writer(request.out, identity, resume=writing.resume, io=io, replace=writing.overwrite) as writer:
         write(writer, checkpoint, job.outputs, checkpoint.config, on_progress)
         report.plan.update(job.plan.as_dict())
         report.report.update(course.teach(writer))
-        report.report.update(clock.read())
+        report.report.update(request.clock.read())
         report.report["io"] = writer.io
         report.report["warnings"] += writer.copier.notes
         writer.text("coterie.json", to_json(report.as_dict()))
         writer.text("README.md", card(checkpoint, report))
         (writer.partial / STATE).unlink(missing_ok=True)
-        writer.finish({s: {o.name: o for o in os} for s, os in job.outputs.items()}, checkpoint.indexed)
+        writer.finish()
     return report
 
 
@@ -137,27 +112,28 @@ def check_options(options: Training, save_every: int = 1) -> None:
 # --- the record ------------------------------------------------------------------------------------------------
 
 
-def started(job: Job, path: str, clock: Stopwatch, *, dry_run: bool) -> Report:
+def started(job: Job, request: Request) -> Report:
     """The report before training: sizes, which change nothing, and what will be trained."""
     model, checkpoint, teacher = job.model, job.model.checkpoint, job.teacher
     experts = {b.key: b.num_experts for b in model.main}
     same = len(set(experts.values())) <= 1
     size = {"parameters": checkpoint.num_parameters, "bytes": checkpoint.num_bytes}
     size |= {"experts": next(iter(experts.values()), 0) if same else experts}  # type: ignore[dict-item]
-    options = vars(job.options) | {"data": {n: str(f) for n, f in job.options.data.items()}}
+    writing, notes = request.writing, [*job.notes, *left_behind(checkpoint)]
+    notes += left_over(request.out) if writing.save == "dense" else []
     return Report(
         command="recover",
-        options=options,
-        source={"path": path, "hash": None if dry_run else checkpoint.hash},
+        options=request.options | {"save": writing.save},
+        source={"path": str(request.path), "hash": None if writing.dry_run else checkpoint.hash},
         plan=replace(job.plan, sparsity={}).as_dict(),
         report={
             "before": size, "after": size, "sparsity": {"experts": 0.0, "linears": 0.0, "all": 0.0},
-            **clock.read(),
+            **request.clock.read(),
             "cold_experts": [],
-            "warnings": [*job.notes, *left_behind(checkpoint)],
-            "dry_run": dry_run,
+            "warnings": notes,
+            "dry_run": writing.dry_run,
             "recovered": {key: job.record[key] for key in ("command", "source") if key in job.record},
-            "teacher": teacher and {"path": str(teacher.path), "hash": None if dry_run else teacher.hash},
+            "teacher": teacher and {"path": str(teacher.path), "hash": None if writing.dry_run else teacher.hash},
             "trained": {
                 "layers": sorted([*job.mlps, *job.blocks]),
                 "tensors": job.tensors,

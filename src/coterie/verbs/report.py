@@ -1,7 +1,6 @@
-"""`coterie report`: an original and what was made of it, side by side on one page: quality, bytes, speed.
+"""Quality against bytes against speed: one page with plots and tables, which opens without a network.
 
-Last step of the flow: gathers numbers here, and `pages/report.py` lays them out. The first model is the original; all
-others are compared with it on the same tokens. Nothing is hidden for looks: what was not measured is said.
+Example: coterie report MODEL OUT1 OUT2 -o report.html --data prose=prose.txt
 """
 
 from __future__ import annotations
@@ -10,18 +9,22 @@ import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.codecs.open import opened
 from coterie.edits.kurtosis import of_experts
 from coterie.errors import CoterieError
-from coterie.forward.data import MAX_DATA, Document, parse_data, read_documents
+from coterie.forward.data import MAX_DATA, Document, read_documents
+from coterie.forward.samples import DTYPE
+from coterie.judge.judging import Files, Judging, judged_files
 from coterie.model.family import names_experts
 from coterie.model.layer import Model
+from coterie.options import Help, public
 from coterie.pages.report import render
+from coterie.pages.terminal import Asked, interval, table
 from coterie.reference_model import HELD_OUT
 from coterie.storage.checkpoint import Checkpoint, resolve
 from coterie.storage.files import check_new_file, write_whole
@@ -31,19 +34,28 @@ LONGEST = 400  # characters of a command that are shown
 Digest = tuple[int, str]  # bytes of a file, and their hash
 
 
+# Nothing is hidden for looks: what was not measured is said. Numbers are gathered here; `pages/report.py` lays them out.
+@public
 def report(
-    models: str | Path | Sequence[str | Path],
-    out: str | Path,
+    models: Annotated[
+        str | Path | Sequence[str | Path],
+        Help("The original first, then what was made of it.", "MODEL...", given=list[str]),
+    ],
+    out: Annotated[str | Path, Help("The page to write; must not exist.", "FILE", flags=("--out", "-o"), given=Path)],
     *,
-    data: dict[str, str | Path] | Sequence[str] = (),
-    window: int = 2048,
-    stride: int | None = None,
-    batch_size: int = 32,
-    max_new_tokens: int = 128,
-    dtype: str = "auto",
-    seed: int = 0,
-    speed: bool = True,
-    overwrite: bool = False,
+    data: Annotated[
+        Files,
+        Help(
+            "As for eval; repeatable [default: texts that ship].",
+            "NAME=FILE",
+            given=list[str],
+            read=judged_files,
+            default=(),
+        ),
+    ],
+    judging: Annotated[Judging, {"tasks": None, "task_path": None, "dtype": DTYPE}],
+    speed: Annotated[bool, Help("Do not measure tokens per second.")] = True,
+    overwrite: Annotated[bool, Help("Replace FILE.")] = False,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measures the models, the first of which is the original, and writes one self-contained HTML page to `out`.
@@ -58,20 +70,14 @@ def report(
     holds the original with experts rounded to 4 bits.
     Raises: CoterieError for bad options, data or models, and when `out` exists (unless `overwrite`) or is no place.
     """
-    from coterie.judge.quality import Judging
-
     paths = [models] if isinstance(models, str | Path) else list(models)
     if not paths:
         raise CoterieError("no model was given; expected the original first, then what was made of it")
     clock, target = Stopwatch(), Path(out)
     check_new_file(target, overwrite)
-    options = Judging(
-        window=window, stride=stride, batch_size=batch_size, max_new_tokens=max_new_tokens, dtype=dtype, seed=seed
-    )
-    files: Any = data if isinstance(data, dict) else parse_data([data] if isinstance(data, str) else data)
-    work = Work(paths, options, on_progress)
-    if not files:
-        files = HELD_OUT
+    files: Files = data or HELD_OUT
+    work = Work(paths, judging, on_progress)
+    if not data:
         work.notes.append(f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})")
     documents = {name: list(read_documents(file, work.notes)) for name, file in files.items()}
     with _warnings_to(work.notes):
@@ -84,7 +90,7 @@ def report(
     found = {
         "models": entries,
         "references": references,
-        "options": {**vars(options), "task_path": None, "data": {name: str(file) for name, file in files.items()}},
+        "options": {**vars(judging), "task_path": None, "data": {name: str(file) for name, file in files.items()}},
         "notes": _grouped(work.notes, [f"{path}: {name}: " for path in paths for name in files]),
         "versions": versions(),
         **clock.read(),
@@ -98,13 +104,13 @@ class Work:
     """The models to be measured, how, and what has to be said about it."""
 
     paths: list[str | Path]
-    options: Any  # of `evaluate`
+    options: Judging
     on_progress: Progress
     notes: list[str] = field(default_factory=list)
     original: Any = None  # what the original's evaluation leaves to be compared
     parameters: int = 0  # of the original
 
-    def entries(self, documents: dict[str, list[Document]], files: dict[str, Any]) -> list[dict[str, Any]]:
+    def entries(self, documents: dict[str, list[Document]], files: Files) -> list[dict[str, Any]]:
         """One entry per model, in order."""
         from coterie.judge import paired
 
@@ -204,6 +210,14 @@ def _speed(found: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
     single = {kind: by_batch["1"] for kind, by_batch in found.items()}
     spread: dict[str, Any] = {k: {"value": q["50"], "low": q["10"], "high": q["90"]} for k, q in single.items()}
     return spread | {"relative_decode": single["decode"]["50"] / original["decode"]["1"]["50"]}
+
+
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+    """Bytes and loss of every model on the page."""
+    entries = [*found["models"], *found["references"]]
+    shown = [f"{m['bytes']:,} bytes" + (f", loss {interval(m['mean'])}" if m["mean"] else "") for m in entries]
+    title = f"{asked['out']}: written in {found['seconds']:.1f} s"
+    return table(title, list(zip((m["name"] for m in entries), shown, strict=True)))
 
 
 # What headers and records say

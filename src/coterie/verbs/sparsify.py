@@ -1,50 +1,43 @@
-"""`coterie sparsify`: zeros single weights inside the routed experts, by a rule, while the model streams."""
+"""Zero single weights inside the routed experts; all experts stay.
+
+Example: coterie sparsify MODEL OUT --method owl --sparsity 0.5 --data code=code.txt
+"""
 
 from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
 from coterie.decide.zeros import Scoring, Zeroing, check_options, idle, parse_pattern, prepared
 from coterie.edits import budget
-from coterie.edits.execution import Request, Writing, execute
+from coterie.edits.execution import Io, Request, Writing, execute
 from coterie.edits.plan import Decision, Plan
 from coterie.edits.saving import savable
-from coterie.engine import Engine
+from coterie.engine import Cluster, Engine
 from coterie.errors import CoterieError
-from coterie.forward.data import calibration_files
-from coterie.forward.samples import Calibration
+from coterie.methods import sparsify as methods
 from coterie.model.layer import Model
-from coterie.options import flat
+from coterie.options import Help, ModelPath, OutPath, public
+from coterie.pages.terminal import show_report as show
 from coterie.storage.record import Progress, Report, no_progress
 
-PER_ROW = ("magnitude", "wanda", "moe-pruner")  # as published: floor(S * I) zeros in every row
+__all__ = ["show", "sparsify"]
 
 
-@savable
+@public
+@savable()
 def sparsify(
-    model: str | Path,
-    out: str | Path,
+    model: ModelPath,
+    out: OutPath,
     *,
-    method: str = "wanda",
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    one_pass: bool = False,
-    also: str = "",
-    data: dict[str, Path] | list[str] | None = None,
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    min_tokens: int = 64,
-    outliers: float = 3.0,
-    dtype: str = "auto",
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
-    engine: str = "local",
-    ray_address: str | None = None,
+    method: Annotated[str, Help(f"How weights are chosen: {', '.join(methods.names())}.")] = "wanda",
+    sparsity: Annotated[float | None, Help("Share of expert weights to zero [default: 0.5].")] = None,
+    pattern: Annotated[str | None, Help("Zero N of every M consecutive inputs, instead of --sparsity.", "N:M")] = None,
+    scoring: Scoring,
+    writing: Writing,
+    io: Io = "auto",
+    cluster: Cluster,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Zeroes the share `sparsity` (default 0.5) of the routed experts' weights by a rule.
@@ -65,9 +58,7 @@ def sparsify(
     and OUT under the driver's paths. Not recorded: the bytes are the same.
     Raises: CoterieError, before anything is written.
     """
-    where = Engine(engine, ray_address)
-    files = calibration_files(data)
-    groups = parse_pattern(pattern)
+    engine, groups = Engine.of(cluster), parse_pattern(pattern)
     if groups and sparsity is not None:
         raise CoterieError(f"--sparsity would be ignored: --pattern {pattern} zeroes {groups[0]} of every {groups[1]}")
     wanted = 0.5 if sparsity is None else sparsity
@@ -76,20 +67,15 @@ def sparsify(
     share = Fraction(*groups) if groups else Fraction(str(wanted))
     source = Model.open(model)
     weights = sum(budget.num_weights(source.checkpoint, block) for block in source.main)
-    total = None if groups or method in PER_ROW else round(share * weights)
-    scoring = Scoring(
-        one_pass=one_pass, also=also, min_tokens=min_tokens, outliers=outliers, dtype=dtype,
-        calibration=Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed),
-    )  # fmt: skip
+    per_row = getattr(methods.load(method), "PER_ROW", True)
+    total = None if groups or per_row else round(share * weights)
     options = Zeroing(method=method, sparsity=share, total=total, pattern=groups, scoring=scoring)
     check_options(options)
-    unused = idle(options)
     plan = Plan(layers={}, budget={"kind": "sparsity", "sparsity": float(share)})
     asked = {"method": method, "sparsity": None if groups else float(share), "pattern": pattern}  # one excludes another
-    files_read = {"data": {name: str(file) for name, file in files.items()}}
     request = Request(
-        command="sparsify", path=model, out=Path(out), options=asked | flat(scoring) | files_read | {"save": save},
-        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io, engine=where,
-        on_progress=on_progress,
+        command="sparsify", path=model, out=Path(out), options=asked | scoring.record() | {"save": writing.save},
+        writing=writing, io=io, engine=engine, on_progress=on_progress,
     )  # fmt: skip
-    return execute(source, Decision(plan, unused), request, prepare=prepared(options, source, plan, request))
+    prepare = prepared(options, source, plan, request)
+    return execute(source, Decision(plan, idle(options)), request, prepare=prepare)

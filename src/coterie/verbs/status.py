@@ -1,28 +1,36 @@
-"""`coterie status`: how far a run is, or was when it ended. Reads the journal of OUT.partial, or a record.
+"""Show how far a run is, or was when it ended: what was asked, what is done, the rate, the time left.
 
-Everything here is what the run itself wrote down (`journal.py`), so it can be asked for at any time, from anywhere.
+Example: coterie status OUT
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.storage.journal import is_held, read_journal, shards_of, stamp
+from coterie.options import Help, public
+from coterie.pages.terminal import Asked, known, table
+from coterie.storage.folders import Folders, is_first, partial_of
+from coterie.storage.journal import Entry, is_held, read_journal, shards_of, stamp
 from coterie.storage.record import object_at, record_of
-from coterie.storage.steps import Folders, is_first
-from coterie.storage.writer import partial_of
 
 UNPACKED = (
     "the dense checkpoint is complete, and not packed yet; unless a process counts its zeros, add --resume to go on"
 )
-Entries = list[dict[str, Any]]
+NUMBERS = ("began", "at", "written", "bytes", "files", "later", "of")  # in a journal's entries
 
 
-def status(out: str | Path) -> dict[str, Any]:
+@public
+def status(
+    out: Annotated[str | Path, Help("What a command was told to write, or its OUT.partial.", "OUT", given=Path)],
+) -> dict[str, Any]:
     """What is under the name OUT: a complete result, or a run (OUT.partial may be named too).
+
+    All of it is what the run itself wrote down (`storage/journal.py`), so it can be asked for at any time.
 
     Returns `path`, `state` (running, interrupted or complete), `command` and `options` as asked, and `alive`; of a
     run also
@@ -56,7 +64,7 @@ def status(out: str | Path) -> dict[str, Any]:
     raise CoterieError(f"{given}: neither a result of coterie (no coterie.json) nor a run (no {given.name}.partial)")
 
 
-def _complete(out: Path, found: dict[str, Any]) -> dict[str, Any]:
+def _complete(out: Path, found: Mapping[str, object]) -> dict[str, object]:
     return {
         "path": str(out),
         "state": "complete",
@@ -67,94 +75,116 @@ def _complete(out: Path, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(folder: Path, entries: Entries) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Line:
+    """An entry of the journal; None for what it does not say, or where a damaged one says no sensible number."""
+
+    began: float | None
+    at: float | None
+    written: int | None
+    bytes: int | None
+    files: int | None
+    later: int | None
+    of: int | None
+    pid: object
+    is_shard: bool
+    is_unit: bool
+
+    @classmethod
+    def read(cls, entry: Entry) -> Line:
+        numbers = {name: _number(entry.get(name)) for name in NUMBERS}
+        return cls(
+            **numbers, pid=entry.get("pid"), is_shard="shard" in entry, is_unit=isinstance(entry.get("unit"), dict)
+        )
+
+
+def _run(folder: Path, entries: list[Entry]) -> dict[str, object]:
     """Of a folder that is being written, or that an ended run left."""
     asked = object_at(entries[0], "asked") if entries else {}
-    begun = [i for i, e in enumerate(entries) if _number(e.get("began")) is not None]
-    last = entries[begun[-1]] if begun else {}
-    alive = is_held(folder)
-    layers = [e for e in entries if isinstance(e.get("unit"), dict)]
+    lines, alive = [Line.read(entry) for entry in entries], is_held(folder)
+    begun = [number for number, line in enumerate(lines) if line.began is not None]
+    process = lines[begun[-1] :] if begun else [Line.read({})]  # what the last one wrote
+    first = process[0]
+    layers = [line for line in lines if line.is_unit]
     # A file that was cut short is written again, so its bytes count only while somebody writes it.
-    counted = entries if alive else [e for e in entries if "began" in e or "shard" in e]
-    bytes_ = {"done": _written(counted), "all": _number(last.get("bytes"))}
-    now = time.time() if alive else _last(entries)
-    rate = _rate(entries[begun[-1] :]) if begun else None
-    found = {
+    counted = lines if alive else [line for line in lines if line.began is not None or line.is_shard]
+    done = int(next((line.written for line in reversed(counted) if line.written is not None), 0))
+    times = [seconds for line in lines for seconds in (line.at, line.began) if seconds is not None]
+    updated = times[-1] if times else time.time() if alive and not entries else None
+    rate = _rate(process)
+    missing = None if first.bytes is None else max(0, first.bytes - done)
+    return {
         "path": str(folder),
         "state": "running" if alive else "interrupted",
         "command": asked.get("command"),
         "options": object_at(asked, "options"),
         "alive": alive,
-        "pid": last.get("pid"),
-        "began": _shown(last.get("began")),
-        "updated": _shown(now if alive and not entries else _last(entries)),
-        "files": {"done": len(shards_of(entries)), "all": _number(last.get("files"))},
-        "layers": {"done": len(layers), "all": _number(layers[-1].get("of")) if layers else None},
-        "bytes": bytes_,
+        "pid": first.pid,
+        "began": _shown(first.began),
+        "updated": _shown(updated),
+        "files": {"done": len(shards_of(entries)), "all": first.files},
+        "layers": {"done": len(layers), "all": layers[-1].of if layers else None},
+        "bytes": {"done": done, "all": first.bytes},
         "bytes_per_second": rate,
+        "seconds_left": _left(lines, missing, rate, has_later=bool(first.later)),
     }
-    return found | {"seconds_left": _left(found, entries, last)}
 
 
-def _left(found: dict[str, Any], entries: Entries, last: dict[str, Any]) -> float | None:
-    """Seconds: what is left of bytes and of layers, each at its own rate."""
-    bytes_, layers, rate = found["bytes"], found["layers"], found["bytes_per_second"]
-    if bytes_["all"] is None:
+def _left(lines: list[Line], missing: int | None, rate: float | None, *, has_later: bool) -> float | None:
+    """Seconds: what is left of bytes and of layers, each at its own rate. has_later: layers follow the copying."""
+    if missing is None or (missing and not rate):
         return None
-    missing = max(0, bytes_["all"] - bytes_["done"])
-    if missing and not rate:
-        return None
-    left = missing / rate if missing else 0.0
-    if not last.get("later"):  # nothing is filled in after copying
+    left = missing / rate if missing and rate else 0.0
+    if not has_later:
         return left
-    seconds = _seconds_per_layer(entries)
-    if seconds is None or layers["all"] is None:
+    layers, seconds = [line for line in lines if line.is_unit], _seconds_per_layer(lines)
+    if seconds is None or layers[-1].of is None:
         return None
-    return left + seconds * max(0, layers["all"] - layers["done"])
+    return left + seconds * max(0, layers[-1].of - len(layers))
 
 
-def _seconds_per_layer(entries: Entries) -> float | None:
-    """The mean, over layers that followed another one in the same process."""
+def _seconds_per_layer(lines: list[Line]) -> float | None:
+    """The mean, over layers that followed another one, or a file, in the same process."""
     times: list[float] = []
     before: float | None = None
-    for entry in entries:
-        if "began" in entry:
+    for line in lines:
+        if line.began is not None:
             before = None
-        at = _number(entry.get("at"))
-        if "unit" in entry and at is not None:
-            times += [at - before] if before is not None else []
-            before = at
-        elif "shard" in entry:
-            before = at
+        if line.is_unit and line.at is not None and before is not None:
+            times.append(line.at - before)
+        if line.is_shard or (line.is_unit and line.at is not None):
+            before = line.at
     return sum(times) / len(times) if times else None
 
 
-def _rate(entries: Entries) -> float | None:
+def _rate(process: list[Line]) -> float | None:
     """Bytes per second since a process began, until it last said how far it was."""
-    began = _number(entries[0].get("began"))
-    first = _number(entries[0].get("written")) or 0
-    said = [(a, w) for e in entries[1:] if (a := _number(e.get("at"))) and (w := _number(e.get("written"))) is not None]
-    if began is None or not said or said[-1][0] <= began or said[-1][1] <= first:
+    began, kept = process[0].began, process[0].written or 0
+    said = [(line.at, line.written) for line in process[1:] if line.at is not None and line.written is not None]
+    if began is None or not said or said[-1][0] <= began or said[-1][1] <= kept:
         return None
-    return (said[-1][1] - first) / (said[-1][0] - began)
-
-
-def _written(entries: Entries) -> int:
-    """Bytes that are there, by the last entry that says so."""
-    said = [n for e in entries if (n := _number(e.get("written"))) is not None]
-    return int(said[-1]) if said else 0
-
-
-def _last(entries: Entries) -> float | None:
-    times = [n for e in entries for key in ("at", "began") if (n := _number(e.get(key))) is not None]
-    return times[-1] if times else None
+    return (said[-1][1] - kept) / (said[-1][0] - began)
 
 
 def _number(value: Any) -> Any:
-    """A sensible number, or nothing: a journal may have been damaged."""
+    """A sensible number, or nothing."""
     return value if type(value) in (int, float) and 0 <= value < 2**63 else None
 
 
-def _shown(seconds: Any) -> str | None:
-    value = _number(seconds)
-    return None if value is None or value > 2**35 else stamp(value)
+def _shown(seconds: float | None) -> str | None:
+    return None if seconds is None or seconds > 2**35 else stamp(seconds)
+
+
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+    """What was asked, and how far it is."""
+    rows = [("command", f"coterie {found['command']}")]
+    rows += [(f"  {name}", f"{value}") for name, value in found["options"].items() if value not in (None, "", {})]
+    if "bytes" in found:
+        rows += [("process", f"{found['pid']}, {'alive' if found['alive'] else 'gone'}")]
+        rows += [("began", f"{found['began']}"), ("last heard of", f"{found['updated']}")]
+        rows += [(kind, f"{found[kind]['done']:,} of {known(found[kind]['all'])}") for kind in ("files", "bytes")]
+        rows += [("layers", f"{found['layers']['done']:,} of {known(found['layers']['all'])}")]
+        rows += [("MB per second", known(found["bytes_per_second"], 1e6))]
+        rows += [("seconds left", known(found["seconds_left"]))]
+    rows += [("note", found["note"])] if "note" in found else []
+    return table(f"{found['path']}: {found['state']}", rows)

@@ -1,7 +1,6 @@
-"""`coterie stun`: redundant experts out, then zeros inside the rest, at one exact total.
+"""STUN: redundant experts out, then zeros inside the rest, at one exact total.
 
-With s_e the share of expert weights that leaves with experts, the rest gets the share (S - s_e) / (1 - s_e) of zeros.
-Source: Lee et al., STUN: Structured-Then-Unstructured Pruning for Scalable MoE Pruning, arXiv 2409.06211.
+Example: coterie stun MODEL OUT --sparsity 0.40 --data code=code.txt --data prose=prose.txt
 """
 
 from __future__ import annotations
@@ -9,49 +8,64 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
-from coterie.decide.stun import SPLITS_HERE, Recipe, _check, search
+from coterie.decide.pruning import Lambda1, Lambda2, NoGuard, Statistics
+from coterie.decide.stun import SPLITS_HERE, StunRecipe, _check, search
 from coterie.decide.zeros import Scoring, Zeroing, check_options, idle, prepared
 from coterie.edits import beside
-from coterie.edits.execution import Request, Writing, execute
+from coterie.edits.execution import Io, Request, Writing, execute
 from coterie.edits.saving import savable
-from coterie.engine import Engine
-from coterie.forward.data import calibration_files
-from coterie.forward.samples import Calibration
+from coterie.engine import Cluster, Engine
+from coterie.methods import sparsify as methods
 from coterie.model.layer import Model
-from coterie.options import flat
+from coterie.options import Help, ModelPath, OutPath, public
+from coterie.pages.terminal import show_report as show
 from coterie.storage.record import Progress, Report, no_progress
 
+__all__ = ["show", "stun"]
 
-@savable
+
+def parse_ratio(text: float | str | None) -> float | str | None:
+    """A share from the command line as a number; "auto" as it is."""
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text
+
+
+@public
+@savable()
 def stun(
-    model: str | Path,
-    out: str | Path,
+    model: ModelPath,
+    out: OutPath,
     *,
-    sparsity: float = 0.4,
-    expert_ratio: float | str | None = None,
-    second: str = "owl",
-    preset: str = "recommended",
-    lambda1: float = 1.0,
-    lambda2: float = 0.0,
-    stats: str | Path | None = None,
-    no_guard: bool = False,
-    one_pass: bool = False,
-    also: str = "",
-    data: dict[str, Path] | list[str] | None = None,
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    min_tokens: int | None = None,
-    outliers: float = 3.0,
-    dtype: str = "auto",
-    save: str = "dense",
-    dry_run: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    io: str = "auto",
-    engine: str = "local",
-    ray_address: str | None = None,
+    sparsity: Annotated[float, Help("Share of expert weights to remove or zero, exactly.")] = 0.4,
+    expert_ratio: Annotated[
+        float | str | None,
+        Help("Share of experts to remove, or auto [default: half of --sparsity].", given=str, read=parse_ratio),
+    ] = None,
+    second: Annotated[str, Help(f"How weights are zeroed: {', '.join(methods.names())}.")] = "owl",
+    preset: Annotated[
+        str, Help("recommended: expert matrices only; paper: every linear map, as published.")
+    ] = "recommended",
+    lambda1: Lambda1 = 1.0,
+    lambda2: Lambda2 = 0.0,
+    stats: Statistics = None,
+    no_guard: NoGuard = False,
+    scoring: Annotated[
+        Scoring,
+        {
+            "min_tokens": Help(
+                "Experts that fewer tokens reach are pruned by magnitude [default: 64; paper: 1].",
+                given=int,
+                default=None,
+            )
+        },
+    ],
+    writing: Writing,
+    io: Io = "auto",
+    cluster: Cluster,
     on_progress: Progress = no_progress,
 ) -> Report:
     """Removes or zeroes exactly the share `sparsity` of the routed experts' weights: first experts, then weights.
@@ -71,43 +85,37 @@ def stun(
     and OUT under the driver's paths. Not recorded: the bytes are the same.
     Raises: CoterieError, before anything is written.
     """
-    where = Engine(engine, ray_address)
-    files = calibration_files(data)
-    _check(sparsity, expert_ratio, preset, also)
-    paper = preset == "paper"
-    scoring = Scoring(
-        one_pass=one_pass, also=",".join(beside.KINDS) if paper else also, outliers=outliers, dtype=dtype,
-        calibration=Calibration(data=files, samples=samples, seq_len=seq_len, seed=seed),
-        min_tokens=(1 if paper else 64) if min_tokens is None else min_tokens,
-    )  # fmt: skip
-    zeroing = Zeroing(method=second, sparsity=Fraction(0), weighted=not paper, scoring=scoring)
+    engine, paper = Engine.of(cluster), preset == "paper"
+    _check(sparsity, expert_ratio, preset, scoring.also)
+    if scoring.min_tokens is None:
+        scoring = replace(scoring, min_tokens=1 if paper else 64)
+    everything = replace(scoring, also=",".join(beside.KINDS)) if paper else scoring
+    zeroing = Zeroing(method=second, sparsity=Fraction(0), weighted=not paper, scoring=everything)
     check_options(zeroing)
     unused = idle(zeroing) if expert_ratio != "auto" else ()  # auto judges on data, whatever zeroes
     source = Model.open(model)
-    recipe = Recipe(
+    recipe = StunRecipe(
         source=source, sparsity=Fraction(str(sparsity)), preset=preset, lambda1=lambda1, lambda2=lambda2,
-        stats=str(stats) if stats else None, no_guard=no_guard, zeroing=zeroing, dry_run=dry_run,
+        stats=stats or None, no_guard=no_guard, zeroing=zeroing, dry_run=writing.dry_run,
     )  # fmt: skip
     asked = {
         "sparsity": sparsity, "expert_ratio": expert_ratio, "second": second, "preset": preset, "lambda1": lambda1,
-        "lambda2": lambda2, "stats": recipe.stats, "no_guard": no_guard, **flat(scoring), "also": also,
-        "data": {name: str(file) for name, file in files.items()}, "save": save,
+        "lambda2": lambda2, "stats": recipe.stats, "no_guard": no_guard, **scoring.record(), "save": writing.save,
     }  # fmt: skip
     request = Request(
-        command="stun", path=model, out=Path(out), options=asked,
-        writing=Writing(save=save, dry_run=dry_run, resume=resume, overwrite=overwrite), io=io, engine=where,
+        command="stun", path=model, out=Path(out), options=asked, writing=writing, io=io, engine=engine,
         on_progress=on_progress,
     )  # fmt: skip
     request.check(source.checkpoint)
     kept = recipe.kept(expert_ratio)
     splits = []
     if expert_ratio == "auto":
-        splits = search(recipe, kept, Path(out).parent, on_progress)
+        splits = search(recipe, kept, request.out.parent, on_progress)
         kept = [min(splits, key=lambda s: s["loss"])["experts"]]
     decision, options = recipe.plan(kept[0], on_progress)
     plan, notes = decision.plan, decision.notes
     if splits:
         plan = replace(plan, budget=plan.budget | {"splits": splits})
-        notes += (SPLITS_HERE,) if where.spread else ()
+        notes += (SPLITS_HERE,) if engine.spread else ()
     decision = replace(decision, plan=plan, notes=(*notes, *unused))
     return execute(source, decision, request, prepare=prepared(options, source, plan, request))

@@ -1,15 +1,14 @@
-"""`coterie verify`: does a written checkpoint hold what its plan says, load in stock transformers, and compute it?
+"""Check a result: every tensor accounted for, loads in stock transformers, computes what it should.
 
-Last step of the flow. Each check is one function that answers with what it found; a fault in OUT is an answer,
-not an exception. torch and transformers are imported only when a model has to be loaded.
+Exits with 3 when a check finds a fault. Example: coterie verify OUT --against MODEL
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from coterie.codecs.open import opened as as_dense
 from coterie.errors import CoterieError
@@ -19,6 +18,8 @@ from coterie.judge.files import check_files, check_packed, is_packed, was_traine
 from coterie.judge.loads import check_loads
 from coterie.judge.logits import check_computes, check_logits, sequences_of
 from coterie.model.layer import Model
+from coterie.options import Help, public
+from coterie.pages.terminal import Asked
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.record import Progress, no_progress
 
@@ -27,11 +28,14 @@ MAX_SEQUENCES = 8  # of a file that gives token ids
 Check = dict[str, Any]
 
 
+# Each check is one function that answers with what it found; a fault in OUT is an answer, not an exception. torch and
+# transformers are imported only when a model has to be loaded.
+@public
 def verify(
-    out: str | Path,
+    out: Annotated[str | Path, Help("A folder that coterie wrote.", "OUT", given=Path)],
     *,
-    against: str | Path | None = None,
-    data: str | Path | None = None,
+    against: Annotated[str | Path | None, Help("The original, to compare with.", "MODEL", given=str)] = None,
+    data: Annotated[str | Path | None, Help("Text or JSONL to compute logits on.", "FILE", given=Path)] = None,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Checks a checkpoint folder: `{"ok": bool, "checks": [{"name", "ok", "detail"}]}`.
@@ -94,3 +98,8 @@ def _own_logits(
     model = run("loads in stock transformers", lambda: check_loads(out))
     sequences = sequences_of(out, documents, model) if model is not None else []
     return sequences, run("computes", lambda: check_computes(model, sequences))
+
+
+def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
+    """One line per check."""
+    return (f"{'ok   ' if c['ok'] else 'FAULT'}  {c['name']}: {c['detail']}" for c in found["checks"])

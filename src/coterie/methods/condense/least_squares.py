@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import numpy as np
 
+NEEDS = "moments"
 DIGITS = 12  # of an explained share that count: less is rounding, not preference
 CUTOFF = 1e-10  # singular values below this share of the largest are zero: an expert that repeats others
 
 
-def pursue(gram: np.ndarray, target: np.ndarray, count: int, fixed: int = 0) -> tuple[list[int], np.ndarray]:
+def choose(gram: np.ndarray, target: np.ndarray, count: int, fixed: int = 0) -> tuple[list[int], np.ndarray]:
     """(experts in the order chosen, gates): `count` of the first regressors; the last `fixed` are in from the start.
 
     gram (n, n) and target (n,) in float64; gates (count + fixed,), those of the fixed regressors last.

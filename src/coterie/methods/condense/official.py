@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+NEEDS = "divergences"
+SAMPLES = 100
 EPSILON = 1e-10  # added to both probabilities of a logarithm
 DIGITS = 12  # of a divergence that count: less is rounding, not preference
 
@@ -42,7 +44,7 @@ def jensen_shannon(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return ((p * (p.log() - logarithm)).sum(-1) + (q * (q.log() - logarithm)).sum(-1)) / 2
 
 
-def greedy(
+def choose(
     candidates: Sequence[int], count: int, divergences: Callable[[list[int], list[int]], Sequence[float]]
 ) -> list[int]:
     """Experts in the order chosen: each round adds the one whose set diverges least; ties go to the lower id.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+NEEDS = "routing"
+
 
 def choose(gate_sums: np.ndarray, count: int) -> list[int]:
     """The `count` experts of largest routing mass (E,), largest first; ties go to the lower id.

@@ -1,31 +1,17 @@
 """Which experts of a layer become one, and how much of it each member is. A method is one file here.
 
 It has `SUMS`, names in `stats.KNOWN`, and `cluster(num_clusters, *sums) -> clusters`, of the experts of one routing
-group; neither sees a weight. `align.py` is no method: it lines up the neurons of experts before they are averaged.
-The command's `--method hc-smoe` is the file `hc_smoe.py`.
+group; neither sees a weight.
 """
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 
 import numpy as np
 
-from coterie.errors import CoterieError
+from coterie.methods import Folder
 
-METHODS = ("hc-smoe", "m-smoe")
-
-
-def names() -> list[str]:
-    """Every method by its command-line name."""
-    return list(METHODS)
-
-
-def load(name: str) -> ModuleType:
-    """The method's module. Raises: CoterieError for an unknown name."""
-    if name not in METHODS:
-        raise CoterieError(f"--method {name!r}: unknown; expected one of {', '.join(METHODS)}")
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+_folder = Folder(__name__)
+names, load = _folder.names, _folder.load
 
 
 def leader(cluster: Sequence[int], tokens: np.ndarray) -> int:

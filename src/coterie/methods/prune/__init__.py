@@ -5,27 +5,14 @@
 | `router`, `weights` | `score(layer, generator) -> (E,)`, from router rows alone or from all weights too |
 | `stats` | `SUMS`, names in `stats.SUMS`, and `score(*sums) -> (E,)` |
 | `base` | `score(layer, base) -> (E,)`, the same layer in an earlier checkpoint |
-| `outputs` | `check(...)` and `choose(error, groups, per_group) -> kept`, from what sets of experts give together |
+| `outputs` | `check(sizes, per_group)` and `choose(error, groups, per_group, always) -> kept`, by trying sets |
+| `clusters` | stun alone, which clusters experts instead of scoring them (`decide/clusters.py`) |
 
-The highest scores stay. STUN (`verbs/stun.py`) clusters instead of scoring. The command's `--method router-norm` is the file
-`router_norm.py`.
+The highest scores stay. A file may also have `REMOVED`, the default of --removed ("remove" unless it says so);
+`SEEDED = True`, where it draws from the generator; `COMPARED = False`, where `compare` has no use for it.
 """
 
-import importlib
-import pkgutil
-from types import ModuleType
+from coterie.methods import Folder
 
-from coterie.errors import CoterieError
-
-
-def names(*needs: str) -> list[str]:
-    """Every method by its command-line name, or those that need one of the given things."""
-    found = sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
-    return [name for name in found if not needs or load(name).NEEDS in needs]
-
-
-def load(name: str) -> ModuleType:
-    """The method's module. Raises: CoterieError for an unknown name."""
-    if name not in names():
-        raise CoterieError(f"--method {name!r}: unknown; expected one of {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+_folder = Folder(__name__)
+names, load = _folder.names, _folder.load

@@ -5,6 +5,7 @@ import numpy as np
 from coterie.model.experts import Layer
 
 NEEDS = "router"
+COMPARED = False
 
 
 def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:

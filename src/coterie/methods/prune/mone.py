@@ -17,6 +17,7 @@ import numpy as np
 from coterie.model.stats import mean
 
 NEEDS = "stats"
+REMOVED = "constant"
 SUMS = ("tokens", "output_norms_squared", "outputs")
 
 

@@ -5,6 +5,8 @@ import numpy as np
 from coterie.model.experts import Layer
 
 NEEDS = "router"
+SEEDED = True
+COMPARED = False  # draws are what `compare` holds the others against
 
 
 def score(layer: Layer, generator: np.random.Generator) -> np.ndarray:

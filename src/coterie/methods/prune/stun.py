@@ -22,7 +22,8 @@ import numpy as np
 
 from coterie.errors import CoterieError
 
-NEEDS = "router"  # and weights for clusters of three or more; statistics where they are given
+NEEDS = "clusters"  # of router rows, weights for those of three or more, and statistics where they are given
+SUMS = ("tokens", "coactivation")
 Clusters = list[list[int]]
 CANCELS = 1e-3  # of the squares' sum: above it, the expanded square is exact to a dozen digits
 MERGE_BELOW = 3  # kappa

@@ -1,27 +1,28 @@
 """Which weights inside an expert become zero. A rule is a file here with `score(weight, norms) -> scores`, one per
-weight: the lowest of each output row go (`select.py`). It is called with a few rows at a time, so the scores of a row
-depend on that row alone. The command's `--method moe-pruner` is the file `moe_pruner.py`.
+weight: the lowest of each output row go (`methods/masks.py`). It is called with a few rows at a time, so the scores of
+a row depend on that row alone.
 
-A rule says in `NEEDS` what it wants to know of an expert's tokens: "nothing", "norms" (||X_j|| of each input channel),
-"gated norms" (tokens multiplied by the router's weight), or "hessian" (sum x x^T); a rule of the last kind also
-changes the weights that stay, and has `prune(weight, hessian, num_zeros)` instead of `score`.
+A rule says in `NEEDS` what it wants to know of an expert's tokens: "nothing" (`norms` is None then, and no data are
+read), "norms" (||X_j|| of each input channel), "gated norms" (tokens multiplied by the router's weight), or "hessian"
+(sum x x^T); a rule of the last kind also changes the weights that stay, and has `prune(weight, hessian, num_zeros, *,
+pattern)` instead of `score`.
+
+A file may also have `PER_ROW = False`: round(S x all expert weights) zeros in all, instead of floor(S * I) in each row
+of I inputs; and `layer_sparsities(outliers, sparsity, sizes, *, weighted)`, where it chooses each layer's share itself,
+from the outliers among its scores.
 """
 
-import importlib
-import pkgutil
-from types import ModuleType
+from coterie.methods import Folder
 
-from coterie.errors import CoterieError
-
-
-def names() -> list[str]:
-    """Every rule by its command-line name."""
-    found = (module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if name != "select")
+_folder = Folder(__name__)
+names, load = _folder.names, _folder.load
 
 
-def load(name: str) -> ModuleType:
-    """The rule's module. Raises: CoterieError for an unknown name."""
-    if name not in names():
-        raise CoterieError(f"--method {name!r}: unknown; expected one of {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+def corrects(name: object) -> bool:
+    """Whether it is a rule that also changes the weights that stay."""
+    return name in names("hessian")
+
+
+def chooses_shares(name: str) -> bool:
+    """Whether it is a rule that chooses each layer's share of zeros itself."""
+    return hasattr(load(name), "layer_sparsities")

@@ -14,11 +14,12 @@ import numpy as np
 
 from coterie.methods.sparsify.wanda import NEEDS, score
 
+PER_ROW = False
 M = 3.0  # the published program's default
 LAMBDA = 0.08
 FLOOR = 0.01  # what the published program makes of a sparsity of zero or less
 
-__all__ = ["NEEDS", "layer_sparsities", "outlier_share", "score"]
+__all__ = ["NEEDS", "PER_ROW", "layer_sparsities", "outlier_share", "score"]
 
 
 def outlier_share(scores: Iterable[np.ndarray], mean: float, m: float = M) -> float:

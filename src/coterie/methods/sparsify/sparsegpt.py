@@ -12,9 +12,10 @@ fired go first, but no more of them than asked, and those channels do not enter 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
-from coterie.methods.sparsify.select import check_pattern, lowest_per_group, lowest_per_row
+from coterie.methods.masks import check_pattern, lowest_per_group, lowest_per_row
 
 NEEDS = "hessian"
+PER_ROW = False
 BLOCK = 128
 DAMPING = 0.01  # of the mean diagonal
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+SEARCHES = ("greedy", "one-shot", "beam")
 DIGITS = 12  # of a score that count: less is rounding, not preference
 BEAM = 4  # sets kept by the beam search
 

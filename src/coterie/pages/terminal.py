@@ -1,0 +1,90 @@
+"""What a command says to a person: lines of text, two columns under a title."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from coterie.storage.record import Report
+
+Rows = list[tuple[str, str]]
+Asked = Mapping[str, object]  # the options of a command by name, as they were typed
+
+
+def table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """The title, then names beside values, indented and aligned."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    yield title
+    yield from (f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def interval(found: Mapping[str, float], *, percent: bool = False) -> str:
+    """A value and the interval it lies in."""
+    scale, unit = (100, " %") if percent else (1, "")
+    return f"{found['value'] * scale:.2f}{unit}  [{found['low'] * scale:.2f}, {found['high'] * scale:.2f}]"
+
+
+def known(value: float | None, unit: float = 1) -> str:
+    """A whole number of units, or that it is unknown."""
+    return "unknown" if value is None else f"{value / unit:,.0f}"
+
+
+def paragraphs(rows: Rows) -> Iterator[str]:
+    """Names beside texts that are wrapped to the terminal's width."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid, console = Table.grid(padding=(0, 2, 1, 2)), Console()
+    for name, text in rows:
+        grid.add_row(Text(name), Text(text))
+    with console.capture() as capture:
+        console.print(grid)
+    yield from capture.get().removesuffix("\n").split("\n")
+
+
+def show_report(report: Report, asked: Asked) -> Iterator[str]:
+    """What a command made of a checkpoint: sizes before and after, and what was removed."""
+    found = report.report
+    before, after, packed = found["before"], found["after"], found.get("packed")
+    title = "planned, nothing written" if found.get("dry_run") else f"{asked['out']}: done"
+    rows = [
+        ("parameters", f"{before['parameters']:,} -> {after['parameters']:,}"),
+        ("bytes", f"{before['bytes']:,} -> {after['bytes']:,}"),
+    ]
+    if packed:
+        sizes = f"{packed['before']:,} -> {packed['after']:,}"
+        rows.append(("packed", f"{packed['tensors']:,} matrices: {sizes} bytes in all"))
+    rows += [
+        ("experts per layer", f"{before['experts']} -> {after['experts']}"),
+        ("experts' weights removed or zero", f"{100 * found['sparsity']['experts']:.2f} %"),
+        ("all weights removed or zero", f"{100 * found['sparsity']['all']:.2f} %"),
+        *_zeros(report),
+        ("peak memory", f"{found['peak_rss_bytes'] / 1e6:.0f} MB"),
+    ]
+    return table(f"{title} in {found['seconds']:.1f} s", rows)
+
+
+def _zeros(report: Report) -> Rows:
+    """What unstructured pruning adds."""
+    found = report.report
+    if "expert_zeros" not in found:
+        return []
+    kurtosis = " -> ".join("none" if k is None else f"{k:.3f}" for k in found["kurtosis"].values())
+    cold = len(found["cold_experts"])
+    return [
+        ("zeros in experts", f"{found['expert_zeros']:,}"),
+        ("kurtosis of their weights", kurtosis),
+        ("experts too cold to calibrate", f"{cold:,}" + (" (pruned by magnitude)" if cold else "")),
+    ]
+
+
+def show_packed(report: Report, asked: Asked) -> Iterator[str]:
+    """What packing or unpacking made of the bytes."""
+    found = report.report
+    done = found["packed"] if "packed" in found else found["unpacked"]
+    before, after = done["before"], done["after"]
+    out = asked["out"] if "out" in asked else asked["dense"]
+    rows = [("bytes", f"{before:,} -> {after:,} ({after / before:.3f})"), ("matrices", f"{done['tensors']:,}")]
+    rows += [("of which zeros", f"{100 * done['zeros']:.2f} %")] if "zeros" in done else []
+    return table("planned, nothing written" if found.get("dry_run") else f"{out}: done", rows)
