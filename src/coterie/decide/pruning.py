@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, Dtype
+from coterie.forward.data import calibration_files
+from coterie.forward.samples import DATA, Calibration, Dtype
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
 from coterie.model.stats import parse_weights
@@ -50,6 +51,8 @@ Weights = Annotated[  # of domains; those not named count 1
     Help("How often each domain of STATS counts [default: 1 each].", "NAME=W,...", given=str, read=parse_weights,
          default=None),
 ]  # fmt: skip
+# Options come first: a dictionary's files are looked at when they are read.
+LATER = replace(DATA, read=lambda data: data if isinstance(data, dict) else calibration_files(data))
 NoGuard = Annotated[bool, Help("Let experts with extreme outputs be removed too.")]
 
 
@@ -91,7 +94,7 @@ class Pruning:
     base: Annotated[
         str | None, Help("The checkpoint before training, for router-norm-change.", "MODEL0", read=as_text)
     ] = None
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: Annotated[Calibration, {"data": LATER}] = field(default_factory=Calibration)
     dtype: Dtype = "auto"
     removed: Annotated[
         str | None,

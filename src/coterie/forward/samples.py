@@ -57,7 +57,7 @@ def read_samples(model: Model, calibration: Calibration) -> tuple[dict[str, list
     The model's tokenizer is loaded only where there is text.
     Raises: CoterieError as `data.draw` and `data.calibration_files`.
     """
-    files = calibration.data
+    files = calibration_files(calibration.data)
     notes = [] if files else [SHIPPED]
     documents = {name: list(read_documents(file, notes)) for name, file in (files or CALIBRATION).items()}
     is_text = any(d.input_ids is None for entries in documents.values() for d in entries)
