@@ -80,7 +80,7 @@ def compare(
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Standing:
     """What a criterion keeps by layer, how stable that is (None where unknown), and the seconds it took."""
 
     kept: dict[str, list[int]]
@@ -108,7 +108,7 @@ class Contest:
         stats = criteria.read_stats(model, str(options.stats), methods.names("stats"))
         return cls(task, options, stats, criteria.guard(task, None if options.no_guard else stats))
 
-    def result(self, name: str) -> Comparison:
+    def result(self, name: str) -> Standing:
         """What a criterion keeps by layer, how stable that is, and the seconds it took."""
         began, needs = time.monotonic(), methods.load(name).NEEDS
         if needs == "router":
@@ -120,7 +120,7 @@ class Contest:
             stable, unstable = criteria.how_stable(self.stats, f"{name} is", choose)
             self.notes += unstable
         seconds = round(time.monotonic() - began, 3)
-        return Comparison({key: list(ids) for key, ids in kept.items()}, stable, seconds)
+        return Standing({key: list(ids) for key, ids in kept.items()}, stable, seconds)
 
     def drawn(self, seed: int) -> Kept:
         """Experts kept at random."""
@@ -136,7 +136,7 @@ class Contest:
         return criteria.kept_of(self.task, clusterer.choose(stats, nearest)[0])
 
 
-def _against_draws(contest: Contest, seed: int, results: dict[str, Comparison]) -> dict[str, object]:
+def _against_draws(contest: Contest, seed: int, results: dict[str, Standing]) -> dict[str, object]:
     """How far what each criterion keeps agrees with random draws, and what is to be expected of that."""
     draws, measured = [contest.drawn(seed + i) for i in range(DRAWS)], contest.task.measured
     return {
