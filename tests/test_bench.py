@@ -10,7 +10,7 @@ import coterie
 import tiny
 from coterie.cli import main
 from coterie.codecs.bits import decode, encode
-from coterie.codecs.open import opened
+from coterie.codecs.open import coded, opened
 from coterie.errors import CoterieError
 from coterie.judge import speed
 from coterie.judge.speed import bytes_per_token, kernel_rows, quantiles, read_bandwidth, subject
@@ -83,7 +83,7 @@ def test_bytes_of_a_tied_head_are_read(tiny_checkpoint, tmp_path):
 def test_bytes_of_packed_experts_are_those_stored(folders):
     """A quarter of the packed experts, and everything else as it is."""
     view, dense = opened(Checkpoint.open(folders[1])), opened(Checkpoint.open(folders[0]))
-    saved = sum(dense.tensors[n].num_bytes - entry.num_bytes for n, entry in view.packed.items())
+    saved = sum(dense.tensors[n].num_bytes - entry.num_bytes for n, entry in coded(view).items())
     assert bytes_per_token(dense) - bytes_per_token(view) == saved * 2 // 8
 
 
@@ -118,7 +118,7 @@ def test_kernels_are_measured_on_a_matrix_of_the_checkpoint(folders):
     """Its own zeros and bytes, beside every rival; a small matrix is said to be one."""
     view, notes = opened(Checkpoint.open(folders[1])), []
     found = kernel_rows(view, 1, notes)
-    assert found["zeros"] == pytest.approx(0.5, abs=0.05) and found["tensor"] in view.packed
+    assert found["zeros"] == pytest.approx(0.5, abs=0.05) and found["tensor"] in coded(view)
     rows = {row["name"]: row for row in found["rows"]}
     assert {"torch F.linear f32", "torch.mv f32"} <= set(rows) and any("outweighs" in note for note in notes)
     for level in kernels.available()[:-1]:

@@ -150,7 +150,6 @@ def test_decisions_are_the_same_bit_for_bit_outside_memory(
     folder = tiny_checkpoint(model_type)
     inside = condense(folder, tmp_path / "inside", layers=2, select=select, data=data)
     monkeypatch.setattr(calibrate, "IN_MEMORY", 0)
-    monkeypatch.delattr(calibrate.Stream, "_run_together")  # nothing waits inside a layer, not for candidates either
     outside = condense(folder, tmp_path / "outside", layers=2, select=select, data=data)
     assert outside.plan == inside.plan
     for name in ("layer_order", "layer_scores", "layer_error"):

@@ -66,7 +66,6 @@ def test_similarities_are_the_same_bit_for_bit_outside_memory(
     folder = tiny_checkpoint(model_type)
     inside = drop(folder, tmp_path / "inside", unit=unit, data=data).report
     monkeypatch.setattr(calibrate, "IN_MEMORY", 0)
-    monkeypatch.delattr(calibrate.Stream, "_run_together")  # nothing waits inside a layer
     outside = drop(folder, tmp_path / "outside", unit=unit, data=data).report
     assert outside["similarity"] == inside["similarity"] and outside["layer_order"] == inside["layer_order"]
 

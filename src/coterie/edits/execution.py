@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.codecs.open import opened
+from coterie.codecs.open import check_coded, opened
 from coterie.edits.counts import count, removed_shares
 from coterie.edits.outputs import check_plan, experts_left, patched_config, plan_outputs, planned, sealed, with_holes
 from coterie.edits.plan import Decision, Plan, kinds, read_plan
@@ -197,6 +197,7 @@ def _written(execution: Execution, request: Request) -> Report:
     checkpoint = execution.model.checkpoint
     if execution.fill:
         outputs = with_holes(outputs, execution.view)
+    check_coded(checkpoint, request.on_progress)  # damage is found before anything is written
     identity = {k: getattr(report, k) for k in ("command", "options", "plan")} | {"source": checkpoint.hash}
     with (
         engine.connected(),

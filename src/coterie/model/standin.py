@@ -26,7 +26,7 @@ class StandIn(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """(..., D) -> (..., D); what else a block is given, such as token ids, is of no use here."""
-        gate, up, down = (self.get_parameter(f"{name}.weight") for name in GATED)
+        gate, up, down = (getattr(self, name).weight for name in GATED)
         experts: Any = self._experts[0]
         return F.linear(experts._apply_gate(F.linear(x, torch.cat([gate, up]))), down)
 
