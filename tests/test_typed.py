@@ -4,12 +4,12 @@ import shlex
 
 import pytest
 import typer
+from test_measure import files, sequences
 
 import coterie
 from coterie.cli import application
 from coterie.judge.facts import _command
 from coterie.storage.record import typed
-from test_collect import files, sequences
 
 CONDENSED = {"layers": {"1": {"condensed": {"experts": [0, 2], "gates": [0.5, 0.5], "shared_gate": 1.0}}}}
 VERBS = {  # options of each verb that writes a checkpoint; D, S, P and T: data, statistics, a plan and a teacher

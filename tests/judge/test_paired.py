@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_evaluate import END, PROBLEM, make_model, make_tokenizer, scripted, text_of, write
 
 import coterie
 from coterie.edits.lineage import fate, plans_between
@@ -19,7 +20,6 @@ from coterie.model.loading import load
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.eval import evaluate
 from handmade import qwen
-from test_evaluate import END, PROBLEM, make_model, make_tokenizer, scripted, text_of, write
 
 
 @pytest.fixture(scope="module")

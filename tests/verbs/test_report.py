@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_evaluate import PROBLEM, make_model, make_tokenizer, text_of, write
+from test_page import browser, opened  # noqa: F401 - fixtures
 
 import coterie
 from coterie.cli import main
@@ -22,8 +24,6 @@ from coterie.model.layer import Model
 from coterie.model.loading import load
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.report import report
-from test_evaluate import PROBLEM, make_model, make_tokenizer, text_of, write
-from test_page import browser, opened  # noqa: F401 - fixtures
 
 EVIL = "<img src=x onerror=alert(1)>"
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_stream import FOLLOWED
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tiny
@@ -25,7 +26,6 @@ from coterie.model.stats import SUMS, Stats, merge
 from coterie.reference_model import CALIBRATION
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.collect import collect
-from test_calibrate import FOLLOWED
 
 LENGTHS = {"prose": (9, 24, 9), "code": (5,), "a/b": (24, 1)}
 

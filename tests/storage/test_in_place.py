@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_interruption import MUTATING, kill_everywhere, names
 
 from coterie.cli import main
 from coterie.errors import CoterieError
@@ -20,7 +21,6 @@ from coterie.verbs.apply import apply
 from coterie.verbs.prune import prune
 from coterie.verbs.status import status
 from handmade import file_bytes, qwen, read_all, save
-from test_interruption import MUTATING, kill_everywhere, names
 
 BLOCK = 4096
 NOT_HERE = "the filesystem of temporary files cannot cut ranges out of a file (ext4 and XFS can)"
