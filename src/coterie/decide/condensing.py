@@ -8,13 +8,14 @@ from typing import Annotated
 
 from coterie.codecs.open import coded
 from coterie.edits.folding import check_foldable, shared_names
-from coterie.edits.kinds.condense import check_writable, is_stock, num_layers
+from coterie.edits.kinds.condense import check_writable, is_stock
 from coterie.edits.kinds.convert import CONVERSIONS, conversion
 from coterie.edits.plan import Condensed, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype
 from coterie.methods import condense as methods
 from coterie.methods.layer_search import SEARCHES
+from coterie.model.family import num_layers
 from coterie.model.layer import Model
 from coterie.options import Help, flat
 from coterie.storage.planned import Planned
@@ -108,7 +109,7 @@ def check_model(model: Model, options: Condensing) -> tuple[int, list[str]]:
     wanted = options.layer_ids if options.layer_ids is not None else []
     for index in wanted:
         if index not in indices:
-            total = num_layers(model)
+            total = num_layers(model.checkpoint.config)
             fault = (
                 f"the model's {total} layers end at {total - 1}" if not 0 <= index < total else "it is dense already"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -36,11 +36,10 @@ if TYPE_CHECKING:
     import torch
 
     from coterie.decide.linears import Linears
-    from coterie.decide.pruner import Pruner
+    from coterie.decide.pruner import Pruner, Put
     from coterie.decide.spread import Spread
     from coterie.forward.stream import Stream, Walk
 
-Put = Callable[[str, int, bytes], None]  # (tensor, offset in it, bytes)
 Shares = dict[str, Fraction]  # sparsity by layer
 OF_SAMPLING = ("samples", "seq_len", "seed", "dtype")
 ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated on the driver's machine alone"
@@ -285,14 +284,10 @@ class ZeroingRun:
         """What prunes experts on the engine's nodes, in place of the pruner."""
         from coterie.decide.spread import Spread
 
-        found, options, scoring = (
-            Spread(self.request.engine, writer, workers.pruner),
-            self.options,
-            self.options.scoring,
-        )
+        found, options = Spread(self.request.engine, writer, workers.pruner), self.options
         found.describe({
             "plan": self.plan.as_dict(), "method": options.method, "total": options.total, "pattern": options.pattern,
-            "one_pass": scoring.one_pass, "min_tokens": scoring.min_tokens,
+            "one_pass": options.scoring.one_pass, "min_tokens": options.scoring.min_tokens,
             "dtype": str(workers.pruner.dtype).partition(".")[2],
             "shares": {key: str(share) for key, share in workers.shares.items()},
         })  # fmt: skip

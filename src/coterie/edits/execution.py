@@ -101,7 +101,7 @@ class Filled:
     """What became of the weights: shares of zeros by layer and role, zeros by the report's bases, and more for it."""
 
     sparsity: dict[str, dict[str, float]]
-    zeros: dict[str, int]  # by the bases of `report.count`
+    zeros: dict[str, int]  # by the bases of `edits/counts.py`
     report: dict[str, Any]
     notes: list[str]
 
@@ -338,17 +338,17 @@ def _numbers(
         "before": {
             "parameters": opened(root(checkpoint)).num_parameters,
             "bytes": root(checkpoint).num_bytes,
-            "experts": _one_or_all({b.key: b.num_experts for b in model.main}),
+            "experts": one_or_all({b.key: b.num_experts for b in model.main}),
         },
         "after": {
             "parameters": counts[1]["all"],
             "bytes": sum(t.num_bytes for t in after),
-            "experts": _one_or_all(left),
+            "experts": one_or_all(left),
         },
         "sparsity": removed_shares(counts[0], {base: n - (zeros or {}).get(base, 0) for base, n in counts[1].items()}),
     }
 
 
-def _one_or_all(counts: dict[str, int]) -> int | dict[str, int]:
+def one_or_all(counts: dict[str, int]) -> int | dict[str, int]:
     """One number where all layers agree, else the number of each."""
     return next(iter(counts.values()), 0) if len(set(counts.values())) <= 1 else counts

@@ -65,10 +65,6 @@ def limited_to(threads: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def clock_name(threads: int) -> str:
-    return "processor time of the one thread" if threads == 1 else "wall time"
-
-
 def described(
     path: str, view: Checkpoint, speeds: Speeds, bandwidth: float | None, notes: list[str]
 ) -> dict[str, object]:

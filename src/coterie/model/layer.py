@@ -1,4 +1,4 @@
-"""The MoE blocks of a checkpoint in canonical form: which tensor is what, and each expert's matrices.
+"""The MoE blocks of a checkpoint in canonical form: which tensor is what (`experts.py` reads their matrices).
 
 Axes: L layer, E expert, K top-k, T token, D hidden, F expert hidden, O/I out/in.
 `find_blocks` claims every tensor of a checkpoint by exactly one rule of its family, or refuses.

@@ -240,7 +240,7 @@ def _check_shapes(place: Placed, stacks: list[Stack]) -> None:
 
 
 def stored(name: str, matrices: list[Matrix], num_axes: int) -> dict[str, torch.Tensor]:
-    """The tensors of `format` for one name, or the dense tensor where packing would not shrink it."""
+    """The tensors that `codecs/bits.py` has for one name, or the dense tensor where packing would not shrink it."""
     packed = [m.packed() for m in matrices]
     shape = (*((len(packed),) if num_axes == 3 else ()), *packed[0].shape)
     dtype = packed[0].dtype

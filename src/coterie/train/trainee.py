@@ -248,11 +248,8 @@ def memory_bytes(trainee: Trainee) -> int:
     """About what training takes: both models, 16 bytes a trained weight, logits of one batch four times over, and, for
     the closed form, five float64 matrices between the hidden units of a layer."""
     config = trainee.model.checkpoint.config
-    size = (
-        2
-        if trainee.options.dtype == "bfloat16" or (trainee.options.dtype == "auto" and stored_dtype(trainee) == "BF16")
-        else 4
-    )
+    dtype = trainee.options.dtype
+    size = 2 if dtype == "bfloat16" or (dtype == "auto" and stored_dtype(trainee) == "BF16") else 4
     weights = sum(c.num_parameters for c in (trainee.model.checkpoint, trainee.teacher) if c)
     vocabulary = next((v for _, _, v in lookup(config, ("vocab_size",)) if type(v) is int), 0)
     tokens = trainee.options.batch_size * trainee.options.seq_len

@@ -18,8 +18,6 @@ from coterie.storage.files import check_new_file
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
 
-# One streaming forward over the samples of all domains together, so that each expert is read once; every token knows
-# its domain and half (of the domain's samples, every second one), and is added to their sums.
 @public
 def collect(
     model: ModelPath,

@@ -36,17 +36,14 @@ def read(at: str, value: Any) -> dict[str, object]:
         raise CoterieError(f"{at}: merged experts need their clusters")
     if not isinstance(aligned, bool) or ((shares or aligned) and not merged):
         raise CoterieError(f"{at}: `shares` and `aligned` (a boolean) are of merged experts")
-    if not isinstance(shares, list) or (shares and [len(c) for c in clusters] != _lengths(shares)):
+    if not isinstance(shares, list) or (
+        shares and [*map(len, clusters)] != [len(s) if isinstance(s, list) else -1 for s in shares]
+    ):
         raise CoterieError(f"{at}: `shares` must give one number for every member of every cluster")
     numbers = [n for s in shares for n in s]
     if not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers) or any(abs(sum(s) - 1) > 1e-6 for s in shares):
         raise CoterieError(f"{at}: `shares` must be numbers from 0 to 1 that sum to 1 in every cluster")
     return {"merged": merged, "shares": tuple(tuple(map(float, s)) for s in shares), "aligned": aligned}
-
-
-def _lengths(lists: list[Any]) -> list[int]:
-    """Of lists; -1 for what is none."""
-    return [len(found) if isinstance(found, list) else -1 for found in lists]
 
 
 def check(model: Model, plan: Plan) -> None:
