@@ -293,17 +293,14 @@ def observe(
     module, _ = blocks.module(index)
     sums: list[torch.Tensor] = []
     tap = Tap(spread(sum(batch.num_tokens for batch in batches)))
-    handle = module.register_forward_hook(tap.hook)
 
     def noted(routed: Routed) -> torch.Tensor:
         total = (walk or blocks.walk)(routed)
         sums.append(total[tap.rows])
         return total
 
-    try:
+    with module.register_forward_hook(tap.hook):
         go(batches, noted, keep)
-    finally:
-        handle.remove()
     x, y = torch.cat(tap.x), torch.cat(tap.y)
     check_sum(blocks, index, x, y, sums[0])
     return x, y

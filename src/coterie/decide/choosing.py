@@ -233,16 +233,12 @@ def surroundings(blocks: Blocks, go: Any, index: int, batches: list[Batch], keep
         keep(Around(before.flatten(0, -2), x.flatten(0, -2), y, after))
         advance(batch, output)
 
-    with _inputs_of_norms(blocks.stream.layers[index]) as norms:
-        handles = [
-            module.register_forward_pre_hook(lambda _, args: entered.append((norms.get(args[0].data_ptr()), args[0]))),
-            module.register_forward_hook(lambda _, args, output: left.append(output)),
-        ]
-        try:
-            go(batches, blocks.walk, through)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with (
+        _inputs_of_norms(blocks.stream.layers[index]) as norms,
+        module.register_forward_pre_hook(lambda _, args: entered.append((norms.get(args[0].data_ptr()), args[0]))),
+        module.register_forward_hook(lambda _, args, output: left.append(output)),
+    ):
+        go(batches, blocks.walk, through)
 
 
 @contextmanager
@@ -263,9 +259,5 @@ def _inputs_of_norms(layer: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]
         if module in parts and isinstance(output, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
             found[output.data_ptr()] = args[0]
 
-    handles = [register_module_forward_pre_hook(begin), register_module_forward_hook(note)]
-    try:
+    with register_module_forward_pre_hook(begin), register_module_forward_hook(note):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,7 +12,7 @@ token; sets then cost a routing each. Importing this module imports torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -175,16 +175,11 @@ class Sets:
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self._weights = self._products = torch.empty(0)
 
-    @contextmanager
-    def seen(self) -> Iterator[None]:
-        """Takes down what the block is called with, once a batch."""
-        handle = self._module.register_forward_pre_hook(
+    def seen(self) -> AbstractContextManager[Any]:
+        """While entered, takes down what the block is called with, once a batch."""
+        return self._module.register_forward_pre_hook(
             lambda module, args, kwargs: self._calls.append((args, kwargs)), with_kwargs=True
         )
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def walk(self, dtype: torch.dtype) -> Walk:
         """Every expert on every token: their inner products are kept, and their weighted sums returned."""

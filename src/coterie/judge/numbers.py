@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from coterie.methods.merge.m_smoe import cosines
+
 DIGITS = 4  # of matrices: an E x E matrix is most of what is written
 
 Found = Mapping[str, object]  # what was measured of a layer, as it becomes JSON: read with `at`
@@ -54,11 +56,8 @@ def cosine(rows: np.ndarray) -> np.ndarray:
 
 
 def cosine_of_products(products: np.ndarray) -> np.ndarray:
-    """Cosines (E, E) from inner products (E, E)."""
-    norms = np.sqrt(np.diag(products).astype(np.float64))
-    scale = np.outer(norms, norms)
-    found = np.divide(products, scale, out=np.zeros(products.shape), where=scale > 0)
-    return np.clip(found, -1.0, 1.0)
+    """Cosines (E, E) from inner products (E, E) in float64; 0 beside a row of zeros."""
+    return np.clip(cosines(products), -1.0, 1.0)
 
 
 def pairs(matrix: np.ndarray) -> np.ndarray:

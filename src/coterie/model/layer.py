@@ -267,6 +267,12 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
         raise CoterieError(f"{where}: {block.constants!r} has shape {found}; {gone} router rows lead to no expert")
 
 
+def has_routers(checkpoint: Checkpoint, family: Family) -> bool:
+    """Whether any layer has a router; none has where every layer was condensed."""
+    rest = {match["rest"] for name in checkpoint.tensors if (match := LAYER.fullmatch(name))}
+    return not rest.isdisjoint(layout.router for layout in family.layouts)
+
+
 def mtp_names(model: Model) -> list[str]:
     """All tensors of the multi-token-prediction layers, with what stands beside them (`mtp.fc.weight`)."""
     stacks = {block.stack for block in model.moe if not block.mtp}  # other stacks, such as vision, are longer

@@ -26,6 +26,7 @@ from coterie.storage.tensors import read, read_into, stored_dtype
 
 IMPLEMENTATION = "coterie"  # our name in the registry
 Answer = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # the parameters of an experts module that hold matrices
 PLAIN = FLOATS[1:]  # stored so, weights need no arithmetic but a cast
 MOST_TOKENS = 1024  # of one expert at a time: what lies between its matrices stays small, and near the processor
 

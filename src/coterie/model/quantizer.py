@@ -42,12 +42,10 @@ from coterie.kernels.memory import TORCH, Arena, Matrix, Stack, load
 from coterie.model.experts import expert_matrices
 from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.loading import decoder_layers
-from coterie.model.moe import enter, experts_modules
+from coterie.model.moe import WEIGHTS, enter, experts_modules
 from coterie.model.sparse import SparseExperts, SparseLinear, stock
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode as encode_values
-
-WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # the parameters of an experts module that are left out
 
 
 @dataclass

@@ -27,7 +27,7 @@ from coterie.errors import CoterieError
 from coterie.forward.samples import DATA, Calibration
 from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
-from coterie.model.layer import LAYER, Model, MoE, find_blocks
+from coterie.model.layer import LAYER, Model, MoE, find_blocks, has_routers
 from coterie.model.loading import DTYPES
 from coterie.options import Help, as_text
 from coterie.storage.checkpoint import FLOATS, Checkpoint
@@ -132,10 +132,7 @@ def open_model(checkpoint: Checkpoint) -> Model:
     if codec_of(checkpoint):
         raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
     family = detect(checkpoint.config)
-    rest = {match["rest"] for name in checkpoint.tensors if (match := LAYER.fullmatch(name))}
-    if rest.isdisjoint({layout.router for layout in family.layouts}):
-        return Model(checkpoint, family, (), {})
-    return find_blocks(checkpoint, family)
+    return find_blocks(checkpoint, family) if has_routers(checkpoint, family) else Model(checkpoint, family, (), {})
 
 
 def chosen_layers(model: Model, plan: Plan, options: Training) -> tuple[list[int], list[str]]:

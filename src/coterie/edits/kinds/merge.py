@@ -36,9 +36,8 @@ def read(at: str, value: Any) -> dict[str, object]:
         raise CoterieError(f"{at}: merged experts need their clusters")
     if not isinstance(aligned, bool) or ((shares or aligned) and not merged):
         raise CoterieError(f"{at}: `shares` and `aligned` (a boolean) are of merged experts")
-    if not isinstance(shares, list) or (
-        shares and [*map(len, clusters)] != [len(s) if isinstance(s, list) else -1 for s in shares]
-    ):
+    sizes = [len(s) if isinstance(s, list) else -1 for s in shares] if isinstance(shares, list) else [-1]
+    if sizes not in ([], [len(c) for c in clusters]):
         raise CoterieError(f"{at}: `shares` must give one number for every member of every cluster")
     numbers = [n for s in shares for n in s]
     if not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers) or any(abs(sum(s) - 1) > 1e-6 for s in shares):
