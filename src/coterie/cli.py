@@ -55,7 +55,7 @@ def commands() -> list[str]:
 
 
 def _docstring(file: Path) -> str:
-    """Of a file that is not imported."""
+    """The docstring of a file, which is not imported for it."""
     return file.read_text(encoding="utf-8").split('"""')[1]
 
 

@@ -22,7 +22,8 @@ from coterie.decide.always_on import Blocks, Routing, Work, leave, moments, obse
 from coterie.edits.folding import shared_names
 from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
-from coterie.forward.stream import Batch, advance
+from coterie.forward.activations import Batch
+from coterie.forward.stream import advance
 from coterie.methods.condense import official
 from coterie.storage.record import Progress
 

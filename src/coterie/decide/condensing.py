@@ -99,6 +99,7 @@ def target_type(model: Model, layers: int | None, layer_ids: list[int] | None = 
 
 
 def plan_of(layer_ids: list[int], condensed: Condensed | None = None, target: str | None = None) -> Plan:
+    """The plan that condenses these layers alike: to nothing, where only which they are matters."""
     condensed = condensed or Condensed((), ())
     return Plan({}, condensed={str(index): condensed for index in layer_ids}, converted=target)
 

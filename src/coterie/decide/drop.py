@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from coterie.decide.always_on import Blocks, Work
-    from coterie.forward.stream import Batch
+    from coterie.forward.activations import Batch
 
 UNITS = ("layer", "block")
 NOTHING = Condensed((), (), 0.0)  # a dense MLP that gives zero

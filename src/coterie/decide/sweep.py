@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from coterie.decide.always_on import Blocks, Work, copies
 from coterie.decide.choosing import divergence, text_weights
 from coterie.edits.plan import Condensed
-from coterie.forward.stream import Batch
+from coterie.forward.activations import Batch
 from coterie.storage.record import Progress
 
 BESIDE = 4  # sets of hidden states, beside one of each candidate: embedded, before the first, base and original

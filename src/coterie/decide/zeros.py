@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from coterie.decide.linears import Linears
     from coterie.decide.pruner import Pruner, Put
     from coterie.decide.spread import Spread
-    from coterie.forward.stream import Stream, Walk
+    from coterie.forward.activations import Walk
+    from coterie.forward.stream import Stream
 
 Shares = dict[str, Fraction]  # sparsity by layer
 OF_SAMPLING = ("samples", "seq_len", "seed", "dtype")
@@ -153,7 +154,7 @@ class Calibrated:
         return self.stream.embed(samples, spill=self._spill)
 
     def batches(self) -> Any:
-        """The samples at the first layer's door."""
+        """The samples as the first layer's inputs."""
         found, self._embedded = self._embedded or self.embed(self.samples), None
         return found
 

@@ -281,6 +281,7 @@ def write(
     config: dict[str, Any],
     on_progress: Progress,
 ) -> None:
+    """Begins OUT and writes its shards, config.json and the files that travel along; not the record."""
     writer.begin(root(checkpoint), outputs)
     total, done = sum(map(num_copied, outputs.values())), 0
 

@@ -53,6 +53,7 @@ class Judging:
 
 
 def check_stride(window: int, stride: int | None) -> None:
+    """Raises: CoterieError for a stride that would leave a token without one before it in its window."""
     if stride is not None and stride >= window:
         raise CoterieError(
             f"stride is {stride} and the window {window} tokens; expected a stride of at most {window - 1}, "

@@ -250,7 +250,7 @@ def stored(name: str, matrices: list[Matrix], num_axes: int) -> dict[str, torch.
 
 
 def register() -> None:
-    """Makes transformers know `quant_method: "coterie"`; again is nothing."""
+    """Makes transformers know `quant_method: "coterie"`; a second call changes nothing."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(CoterieConfig)
         register_quantizer(METHOD)(CoterieQuantizer)

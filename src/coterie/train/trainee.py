@@ -6,7 +6,7 @@
     distill   the divergence from the original's logits
 
 Only the condensed MLPs change; every other tensor keeps its bytes. Rows and columns of zeros that pad an MLP to the
-model's one dense width stay zero: their gradients are.
+model's one dense width stay zero, as their gradients are.
 Source: CD-MoE, arXiv 2412.00069 (lm: only the condensed layers learn, AdamW, linear decay).
 Deviates: float32 masters, no padding in the loss, no balancing loss of the layers that still route; the constant gates
 are folded into the MLPs, and so learn with them.
