@@ -26,7 +26,7 @@ from coterie.decide.criteria import UNMEASURED, Guarded, Selected, Task, by_weig
 from coterie.edits.masked import MaskedRouting, twin
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
-from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk
+from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk, samples_of
 from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.forward.stream import Stream, advance
 from coterie.forward.suspended import ExpertsCall, asked_by
@@ -154,8 +154,8 @@ class TokenWeights:
         weight = [weights.get(name, 1.0) for name, given in samples.items() for _ in given]
         if not any(weight):
             raise CoterieError("--weights: every domain weighs 0; give one of them more")
-        order = [i for batch in batches for i in batch.samples for _ in range(batch.hidden.shape[1])]
-        return cls(torch.tensor([half[i] for i in order]), torch.tensor([weight[i] for i in order]).double())
+        order = samples_of(batches)
+        return cls(torch.tensor(half)[order], torch.tensor(weight)[order].double())
 
 
 class Sets:

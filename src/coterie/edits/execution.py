@@ -164,17 +164,12 @@ def _checked(model: Model, decision: Decision, request: Request, prepare: Prepar
     notes += left_over(request.out) if request.options.get("save") == "dense" else []
     view = planned(model, plan, outputs) if prepare else model
     fill = prepare(view) if prepare else None
-    report = _begun(model.checkpoint, plan, request)
+    # A dry run reads headers and routers only; the fingerprint reads a few blocks of every shard.
+    source = {"path": str(request.path), "hash": None if request.writing.dry_run else model.checkpoint.hash}
+    report = Report(request.command, request.options, source, plan.as_dict(), {}, versions())
     report.report.update(numbers | request.clock.read() | {"cold_experts": [], "warnings": notes})
     report.report.update({"dry_run": request.writing.dry_run} | decision.findings)
     return Execution(model, plan, outputs, view, fill, report)
-
-
-def _begun(checkpoint: Checkpoint, plan: Plan, request: Request) -> Report:
-    """The report, without its numbers. A dry run reads headers and routers only; the fingerprint reads a few blocks of
-    every shard."""
-    source = {"path": str(request.path), "hash": None if request.writing.dry_run else checkpoint.hash}
-    return Report(request.command, request.options, source, plan.as_dict(), {}, versions())
 
 
 def _consumed(execution: Execution, request: Request) -> Report:
