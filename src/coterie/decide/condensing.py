@@ -17,7 +17,7 @@ from coterie.methods import condense as methods
 from coterie.methods.layer_search import SEARCHES
 from coterie.model.family import num_layers
 from coterie.model.layer import Model
-from coterie.options import Help, flat
+from coterie.options import Help, flag_of, flat
 from coterie.storage.planned import Planned
 
 logger = logging.getLogger("coterie")
@@ -76,7 +76,7 @@ def unused(options: Condensing) -> list[str]:
     default = flat(Condensing())
     given = [name for name, value in flat(options).items() if value != default[name] and name != "layers"]
     idle = given if options.layers == 0 else []
-    return [f"--{name.replace('_', '-')} had no effect: --layers 0 condenses none, it repackages" for name in idle]
+    return [f"{flag_of(name)} had no effect: --layers 0 condenses none, it repackages" for name in idle]
 
 
 def target_type(model: Model, layers: int | None, layer_ids: list[int] | None = None) -> str | None:

@@ -21,7 +21,7 @@ from coterie.model.experts import read_layer
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import check_routable
 from coterie.model.stats import KNOWN, MERGING, Stats
-from coterie.options import Help, as_text, flat
+from coterie.options import Help, as_text, flag_of, flat
 from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
 
@@ -77,8 +77,9 @@ def check_options(options: Merging) -> None:
     if absent:
         raise CoterieError(f"--weights: domain {sorted(absent)[0]!r} is not in the data: {', '.join(data)}")
     if options.stats and given:
-        flag = f"--{given[0].replace('_', '-')}"
-        raise CoterieError(f"{flag} is of calibration and would be ignored: --stats were measured already; give one")
+        raise CoterieError(
+            f"{flag_of(given[0])} is of calibration and would be ignored: --stats were measured already; give one"
+        )
 
 
 def decided(model: Model, options: Merging, spill: Path, on_progress: Progress = no_progress) -> Decision:

@@ -27,7 +27,7 @@ from coterie.methods import sparsify as methods
 from coterie.methods.masks import check_pattern
 from coterie.model.experts import Experts, expert_shapes
 from coterie.model.layer import Model
-from coterie.options import Help, flat
+from coterie.options import Help, flag_of, flat
 from coterie.storage.folders import existing
 from coterie.storage.record import Progress
 from coterie.storage.writer import Writer
@@ -91,7 +91,7 @@ def idle(options: Zeroing) -> tuple[str, ...]:
         raise CoterieError(f"--data and --one-pass would be ignored: {options.method} needs no data")
     asked, default = flat(options.scoring), flat(Scoring())
     given = [name for name in OF_SAMPLING if asked[name] != default[name]]
-    return tuple(f"--{name.replace('_', '-')} had no effect: {options.method} needs no data" for name in given)
+    return tuple(f"{flag_of(name)} had no effect: {options.method} needs no data" for name in given)
 
 
 def check_options(options: Zeroing) -> None:

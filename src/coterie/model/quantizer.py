@@ -44,6 +44,7 @@ from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.loading import decoder_layers
 from coterie.model.moe import WEIGHTS, enter, experts_modules
 from coterie.model.sparse import SparseExperts, SparseLinear, stock
+from coterie.model.targets import targets
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode as encode_values
 
@@ -122,15 +123,8 @@ class CoterieQuantizer(HfQuantizer):
 
     def _place_linears(self, model: Any, names: list[str]) -> None:
         """Puts packed linear layers where the other packed weights belong. Raises: CoterieError for other modules."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping: Any = get_model_conversion_mapping(model) or []
-        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in mapping if isinstance(m, WeightConverter)]
         state = model.state_dict()
-        for name in names:
-            target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        for name, (target, _) in targets(model, names).items():
             path, _, leaf = target.rpartition(".")
             module = model.get_submodule(path) if target in state else None
             if leaf != "weight" or type(module) is not torch.nn.Linear:

@@ -29,7 +29,7 @@ from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.model.layer import LAYER, Model, MoE, find_blocks, has_routers
 from coterie.model.loading import DTYPES
-from coterie.options import Help, as_text
+from coterie.options import Help, as_text, flag_of
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.record import record_of
 from coterie.storage.shards import Output, whole
@@ -71,7 +71,7 @@ def check_options(options: Training, save_every: int = 1) -> None:
     for name, low in least.items():
         value = save_every if name == "save_every" else getattr(options, name)
         if type(value) is not int or value < low:
-            raise CoterieError(f"--{name.replace('_', '-')} {value!r}: expected a whole number, at least {low}")
+            raise CoterieError(f"{flag_of(name)} {value!r}: expected a whole number, at least {low}")
     if options.lr is not None and not (isinstance(options.lr, (int, float)) and 0 < options.lr < 1):
         raise CoterieError(f"--lr {options.lr!r}: expected a learning rate between 0 and 1, such as 1e-4")
     if options.dtype not in DTYPES or options.dtype == "float16":
