@@ -18,7 +18,7 @@ from coterie.verbs.apply import apply
 from coterie.verbs.condense import condense
 from coterie.verbs.verify import verify
 
-decision = importlib.import_module("coterie.decide.condensed")
+decision = importlib.import_module("coterie.decide.condenser")
 MIX = {"experts": [5, 0], "gates": [0.7, -0.3], "shared_gate": 0.6}
 
 

@@ -22,7 +22,7 @@ from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import prunable
 from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import DATA, Calibration, Dtype, compute_dtype, read_samples
+from coterie.forward.samples import DATA, Calibration, Dtype, compute_dtype, counted, read_samples
 from coterie.methods import sparsify as methods
 from coterie.methods.masks import check_pattern
 from coterie.model.experts import Experts, expert_shapes
@@ -171,9 +171,6 @@ class Calibrated:
         outliers = Outliers(self.stream, self.options.scoring.outliers, self.options.scoring.kinds)
         return chosen_shares(self.view, self.options, outliers.shares(self.batches(), on_progress))
 
-    def summary(self) -> dict[str, dict[str, int]]:
-        return {k: {"samples": len(given), "tokens": sum(map(len, given))} for k, given in self.by_domain.items()}
-
 
 def uniform(view: Model, options: Zeroing) -> Shares:
     layers = {b.key for b in view.main} | set(map(str, beside.by_layer(view, options.scoring.kinds)))
@@ -279,7 +276,7 @@ class ZeroingRun:
         for path in writer.partial.glob("hidden-*.safetensors"):
             path.unlink()
         notes = [*calibration.notes, *([ALSO_HERE] if engine.spread and also else [])]
-        return self._filled(workers, {"calibration": calibration.summary()}, notes)
+        return self._filled(workers, {"calibration": counted(calibration.by_domain)}, notes)
 
     def _spread(self, writer: Writer, workers: Workers) -> Spread:
         """What prunes experts on the engine's nodes, in place of the pruner."""

@@ -14,7 +14,7 @@ import torch
 
 from coterie.edits.folding import shared_names
 from coterie.errors import CoterieError
-from coterie.forward.samples import read_samples
+from coterie.forward.samples import counted, read_samples
 from coterie.model import causal
 from coterie.model.loading import available_memory, load
 from coterie.storage.checkpoint import Checkpoint
@@ -146,7 +146,7 @@ class Course:
             "stages": state.stages,
             "curve": state.curve,
             "dtype": str(self.student.dtype).removeprefix("torch."),
-            "data": {k: {"samples": len(v), "tokens": sum(map(len, v))} for k, v in self.by_name.items()},
+            "data": counted(self.by_name),
             "held_out": {"samples": len(self.held_out), "tokens": sum(map(len, self.held_out))},
         }
         if self.teacher is not None:
