@@ -74,7 +74,7 @@ class Chooser:
         return result
 
     def by_routing(self, batches: list[Batch], indices: list[int]) -> Fits:
-        """By the router's weights in the model as it is, under the published gates."""
+        """Experts by the router's weights in the model as it is, under the published gates."""
         result = Fits()
 
         def choose(index: int, found: Routing, x: torch.Tensor, y: torch.Tensor) -> None:

@@ -51,6 +51,13 @@ Weights = Annotated[  # of domains; those not named count 1
     Help("How often each domain of STATS counts [default: 1 each].", "NAME=W,...", given=str, read=parse_weights,
          default=None),
 ]  # fmt: skip
+
+
+def spelled(weights: dict[str, float]) -> str | None:
+    """Weights of domains as --weights has them; None where none is given."""
+    return ",".join(f"{name}={weight}" for name, weight in weights.items()) or None
+
+
 # Options come first: a dictionary's files are looked at when they are read.
 LATER = replace(DATA, read=lambda data: data if isinstance(data, dict) else calibration_files(data))
 NoGuard = Annotated[bool, Help("Let experts with extreme outputs be removed too.")]
@@ -115,10 +122,9 @@ class Pruning:
         return methods.load(self.method).NEEDS
 
     def record(self) -> dict[str, Any]:
-        """As they are spelled on the command line, without those that only other kinds of methods read."""
-        weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
+        """The options as spelled on the command line, without those that only other kinds of methods read."""
         others = [n for n in ("base", "data", "samples", "seq_len", "dtype") if self.needs not in READ_BY[n]]
-        found = flat(self) | {"weights": weights or None, "data": self.calibration.named, "removed": self.fate}
+        found = flat(self) | {"weights": spelled(self.weights), "data": self.calibration.named, "removed": self.fate}
         return {n: v for n, v in found.items() if n not in others}
 
 

@@ -201,7 +201,7 @@ class Sets:
         return walk
 
     def _outputs(self, routed: Routed, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Of every expert on some rows, (T, E, D) in float32."""
+        """Outputs of every expert on some rows, (T, E, D) in float32."""
         ones = torch.ones(len(rows))
         experts = moe.read_experts(self._checkpoint, routed.block, range(routed.block.num_experts), dtype)
         found = [torch.cat([piece.y.float() for piece in routed.pieces(e, rows, ones)]) for e in experts]

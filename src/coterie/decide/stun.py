@@ -91,7 +91,7 @@ class Stunning:
         return Zeroing(method=self.second, sparsity=Fraction(0), weighted=not self.paper, scoring=scoring)
 
     def record(self) -> dict[str, object]:
-        """As they are spelled on the command line."""
+        """The options as spelled on the command line."""
         return flat(self) | self.scoring.record() | {"min_tokens": self.min_tokens, "stats": self.stats or None}
 
 

@@ -58,7 +58,7 @@ class Scoring:
     dtype: Dtype = "auto"
 
     def record(self) -> dict[str, Any]:
-        """As they are spelled on the command line."""
+        """The options as spelled on the command line."""
         return flat(self) | {"data": self.calibration.named}
 
     @property
@@ -316,7 +316,7 @@ class ZeroingRun:
 
 
 def before_dropping(source: Model, plan: Plan, kept: Moments) -> Moments:
-    """Of all experts' weights, before any were dropped; `kept` are those of the experts that stayed."""
+    """Moments of all experts' weights before any were dropped; `kept` are those of the experts that stayed."""
     merged = any(choice.merged for choice in plan.layers.values())
     moments = Moments() if merged else kept
     for block in source.main:

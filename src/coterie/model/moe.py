@@ -126,7 +126,7 @@ def _read_numbered(checkpoint: Checkpoint, names: list[str]) -> tuple[torch.Tens
 def _read_fused(
     checkpoint: Checkpoint, block: MoE, e: int, names: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Of tensors (E, rows, columns) or (E * rows, columns)."""
+    """As `_stored`, of fused tensors (E, rows, columns) or (E * rows, columns); None for other shapes."""
     layout, parts = block.layout, []
     for name in names:
         shape = checkpoint.tensors[name].shape

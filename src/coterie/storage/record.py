@@ -43,7 +43,7 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that shaped the result (read from metadata: nothing is imported)."""
+    """Versions of Python and of the packages that shaped the result (read from metadata: nothing is imported)."""
     found = {"python": platform.python_version()}
     for package in ("coterie", "numpy", "scipy", "torch", "transformers", "safetensors"):
         try:

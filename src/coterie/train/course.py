@@ -51,7 +51,7 @@ class Course:
         self.objectives = self._objectives()
 
     def _objectives(self) -> dict[str, objectives.Objective]:
-        """By the name of the stage that minimises it; all are measured on held-out samples."""
+        """Each objective by the name of the stage that minimises it; all are measured on held-out samples."""
         found: dict[str, objectives.Objective] = {"lm": objectives.language_modelling(self.student)}
         if self.teacher is not None:
             found["distill"] = objectives.distillation(self.student, self.teacher)

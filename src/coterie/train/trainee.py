@@ -256,5 +256,5 @@ def memory_bytes(trainee: Trainee) -> int:
 
 
 def stored_dtype(trainee: Trainee) -> str:
-    """Of the weights that are trained."""
+    """The dtype of the weights that are trained."""
     return trainee.model.checkpoint.tensors[trainee.tensors[0]].dtype

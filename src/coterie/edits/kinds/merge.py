@@ -116,20 +116,20 @@ class Members:
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def numbered(self, i: int, key: str) -> Iterator[np.ndarray]:
-        """Of cluster i, every member's tensor `key` ("gate_proj.weight")."""
+        """Every member's tensor `key` of cluster i ("gate_proj.weight")."""
         for e in self.choice.clusters[i]:
             values = self.checkpoint.read(self.block.experts[e][key])
             yield self._arranged(i, e, values, *_numbered_axis(self.block, key))
 
     def fused(self, i: int, name: str) -> Iterator[np.ndarray]:
-        """Of cluster i, every member's part of a fused tensor."""
+        """Every member's part of a fused tensor, of cluster i."""
         rows = self.checkpoint.tensors[name].shape[0] // self.block.num_experts
         for e in self.choice.clusters[i]:
             values = self.checkpoint.read_rows(name, e * rows, (e + 1) * rows)
             yield self._arranged(i, e, values[0] if rows == 1 else values, *_fused_axis(self.block, name))
 
     def rows(self, i: int, name: str) -> Iterator[np.ndarray]:
-        """Of cluster i, every member's row of the router or of what stands beside it."""
+        """Every member's row of the router, or of what stands beside it, of cluster i."""
         tensor = self.checkpoint.tensors[name]
         size = tensor.num_bytes // self.block.num_experts
         for e in self.choice.clusters[i]:
