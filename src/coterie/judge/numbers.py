@@ -13,6 +13,7 @@ from coterie.methods.merge.m_smoe import cosines
 DIGITS = 4  # of matrices: an E x E matrix is most of what is written
 
 Found = Mapping[str, object]  # what was measured of a layer, as it becomes JSON: read with `at`
+Layers = Sequence[Found]
 
 
 def listed(values: Any, digits: int = DIGITS) -> list[Any]:
@@ -36,7 +37,7 @@ def at(found: Found, path: str) -> Any:
     return value
 
 
-def mean_at(layers: Sequence[Found], path: str) -> float | None:
+def mean_at(layers: Layers, path: str) -> float | None:
     """The mean over layers of a number; those that lack it are left out."""
     known = [value for layer in layers if (value := at(layer, path)) is not None]
     return number(sum(known) / len(known)) if known else None

@@ -120,7 +120,7 @@ def expert_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, in
 def expert_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
     """The tensors that hold the experts' matrices, without scales and biases."""
     if block.experts:
-        parts = [part for part in (block.layout.gate, block.layout.up, block.layout.down) if part]
+        parts = block.layout.parts
         return [n for e in block.experts for k, n in e.items() if k in parts or k.removesuffix(".weight") in parts]
     return [matrix.name for matrix in expert_storage(checkpoint, block, 0)]
 
@@ -158,8 +158,8 @@ def _place(checkpoint: Checkpoint, block: MoE, e: int, key: str) -> Place:
     said = (value for _, _, value in lookup(checkpoint.config, ("quantization_config",)) if value is not None)
     settings: object = next(said, {})
     if block.experts:
-        name, parts = f"{block.prefix}{layout.experts}{e}.{key}", (layout.gate, layout.up, layout.down)
-        return Place(name, key, 0, block.experts[e], tuple(part for part in parts if part), settings=settings)
+        name = f"{block.prefix}{layout.experts}{e}.{key}"
+        return Place(name, key, 0, block.experts[e], layout.parts, settings=settings)
     beside = {name.removeprefix(block.prefix): name for name in block.fused}
     weights = tuple(name.removesuffix(".weight") for name in layout.fused)
     two = layout.gate and not layout.transposed and not layout.interleaved and len(layout.fused) == 2

@@ -210,8 +210,7 @@ def _stacks(block: MoE) -> list[list[str]] | None:
     """Tensor names of each stack; None where disk and memory disagree about what a matrix is."""
     layout = block.layout
     if block.experts:
-        roles = [part for part in (layout.gate, layout.up, layout.down) if part]
-        keys = [next((k for k in (f"{r}.weight", r) if k in block.experts[0]), None) for r in roles]
+        keys = [next((k for k in (f"{r}.weight", r) if k in block.experts[0]), None) for r in layout.parts]
         return [[expert[str(key)] for expert in block.experts] for key in keys]
     plain = not layout.transposed and not layout.interleaved and len(layout.fused) == 2
     return [[block.prefix + name] for name in layout.fused] if plain else None

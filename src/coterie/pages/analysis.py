@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.judge.numbers import Found, at
+from coterie.judge.numbers import Found, Layers, at
 from coterie.judge.rounding import LEVELS
 from coterie.pages.page import (
     Bar,
@@ -80,7 +80,6 @@ ROUTING = {
     "unused": "load unused",
     "between domains": "load domain_gap",
 }
-Layers = Sequence[Found]
 
 
 def shown(result: Found) -> str:
