@@ -17,7 +17,7 @@ from coterie.methods.sparsify import magnitude, moe_pruner, owl, sparsegpt, wand
 
 
 def test_every_rule_is_a_file():
-    """The names are those of the files but `select`, which is no rule; each loads and says what it needs."""
+    """The names are those of the files; each loads and says what it needs."""
     assert sparsify.names() == ["magnitude", "moe-pruner", "owl", "sparsegpt", "wanda"]
     needs = {name: sparsify.load(name).NEEDS for name in sparsify.names()}
     assert needs == {
