@@ -33,8 +33,9 @@ import torch
 
 from coterie.decide.pruner import Pruner
 from coterie.edits.budget import zeros_per_row
+from coterie.forward.activations import Walk, plain_walk
 from coterie.forward.measure import measuring_walk
-from coterie.forward.stream import Stream, Walk, plain_walk
+from coterie.forward.stream import Stream
 from coterie.methods import sparsify as methods
 from coterie.model.layer import Model
 from coterie.model.loading import quiet_transformers

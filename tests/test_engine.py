@@ -15,7 +15,7 @@ from coterie import engine as engines
 from coterie.decide.stun import Split
 from coterie.engine import Engine, perform
 from coterie.errors import CoterieError
-from coterie.storage import movers as spread
+from coterie.storage import movers
 from coterie.storage.copying import Move
 from coterie.verbs.prune import prune
 from coterie.verbs.sparsify import sparsify
@@ -85,8 +85,8 @@ def fake(monkeypatch):
     """A cluster of one node, which the caller may change before the run; windows of 300 bytes."""
     cluster = FakeRay()
     monkeypatch.setattr(engines, "_import_ray", lambda: cluster)
-    monkeypatch.setattr(spread, "WINDOW", 300)
-    spread.check_source.cache_clear()
+    monkeypatch.setattr(movers, "WINDOW", 300)
+    movers.check_source.cache_clear()
     return cluster
 
 
@@ -136,7 +136,7 @@ def same_both_ways(verb, source, folder, **options):
 def test_windows_cut_moves_at_multiples_of_the_target():
     """Bytes 0:10 of a go to 5:15 and 20:24 of b to 15:19: in windows of 8 bytes, each byte in the one it belongs to."""
     a, b = Path("a"), Path("b")
-    found = list(spread.windows([Move(a, 0, 10, 5), Move(b, 20, 24, 15)], 8))
+    found = list(movers.windows([Move(a, 0, 10, 5), Move(b, 20, 24, 15)], 8))
     assert found == [[Move(a, 0, 3, 5)], [Move(a, 3, 10, 8), Move(b, 20, 21, 15)], [Move(b, 21, 24, 16)]]
 
 
@@ -283,13 +283,13 @@ def test_a_node_that_does_not_see_out_refuses(tmp_path):
 
 def test_a_node_with_another_model_refuses(model, tmp_path, fake, monkeypatch):
     """A checkpoint of the same name with other weights is told by its fingerprint."""
-    monkeypatch.setattr(spread, "describe_source", lambda scratch, source: _lie(scratch, source))
+    monkeypatch.setattr(movers, "describe_source", lambda scratch, source: _lie(scratch, source))
     with pytest.raises(CoterieError, match="is another checkpoint than on the driver's machine"):
         prune(model, tmp_path / "out", engine="ray", **EXPERTS)
 
 
 def _lie(scratch, source):
-    (scratch / spread.SOURCE).write_text(json.dumps({"path": str(source.path), "hash": "0" * 64}))
+    (scratch / movers.SOURCE).write_text(json.dumps({"path": str(source.path), "hash": "0" * 64}))
 
 
 def test_a_full_disk_on_a_node_is_our_error(model, tmp_path, fake, monkeypatch):
@@ -298,7 +298,7 @@ def test_a_full_disk_on_a_node_is_our_error(model, tmp_path, fake, monkeypatch):
     def full(**_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(spread, "copy", full)
+    monkeypatch.setattr(movers, "copy", full)
     with pytest.raises(CoterieError, match=r"node .*No space left on device; .*--resume"):
         prune(model, tmp_path / "out", engine="ray", **EXPERTS)
 
@@ -416,8 +416,8 @@ def cluster():
 @pytest.mark.slow
 def test_a_killed_worker_changes_no_byte(cluster, model, undisturbed, tmp_path, monkeypatch):
     """A worker garbles its window and gets SIGKILL in the middle: Ray runs the unit again, and the bytes are right."""
-    monkeypatch.setattr(spread, "UNIT", "lethal:copy")
-    monkeypatch.setattr(spread, "WINDOW", 300)
+    monkeypatch.setattr(movers, "UNIT", "lethal:copy")
+    monkeypatch.setattr(movers, "WINDOW", 300)
     died = []
     prune(model, tmp_path / "out", engine="ray", on_progress=_watch(tmp_path, died), **EXPERTS)
     assert weights(tmp_path / "out") == undisturbed and died
@@ -439,7 +439,7 @@ def test_a_worker_killed_while_it_prunes_changes_no_byte(cluster, tiny_checkpoin
 @pytest.mark.slow
 def test_a_unit_that_always_dies_ends_the_run(cluster, model, undisturbed, tmp_path, monkeypatch):
     """When Ray's retries and the driver's are used up, the run stops; what it left is gone on from."""
-    monkeypatch.setattr(spread, "UNIT", "lethal:always")
+    monkeypatch.setattr(movers, "UNIT", "lethal:always")
     monkeypatch.setattr(engines, "RETRIES", 0)
     monkeypatch.setattr(engines, "RESUBMITTED", 1)
     with pytest.raises(CoterieError, match=r"lost 2 times with all retries \(WorkerCrashedError\)"):

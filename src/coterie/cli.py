@@ -23,7 +23,7 @@ import typer
 
 import coterie
 from coterie.errors import CoterieError, printable
-from coterie.options import Help, help_of
+from coterie.options import Help, flag_of, help_of
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
@@ -55,7 +55,7 @@ def commands() -> list[str]:
 
 
 def _docstring(file: Path) -> str:
-    """Of a file that is not imported."""
+    """The docstring of a file, which is not imported for it."""
     return file.read_text(encoding="utf-8").split('"""')[1]
 
 
@@ -99,7 +99,7 @@ def _option(name: str, parameter: Parameter, shown: Help) -> Parameter:
     """A public function's parameter as typer has it: positional ones are arguments, unless they have flags."""
     kind = shown.given or parameter.annotation.__origin__
     default = None if parameter.default == () else False if parameter.default is True else parameter.default
-    info: Any = typer.Option(*(shown.flags or (f"--{name.replace('_', '-')}",)), metavar=shown.metavar, help=shown.text)
+    info: Any = typer.Option(*(shown.flags or (flag_of(name),)), metavar=shown.metavar, help=shown.text)
     if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD and not shown.flags:
         info = typer.Argument(metavar=shown.metavar, help=shown.text)
     annotation: Any = Annotated[kind | None if default is None else kind, info]

@@ -226,7 +226,7 @@ class Engine:
 
     @property
     def summary(self) -> dict[str, object]:
-        """For the report."""
+        """What the report says of the engine: its name, nodes, units, and how many were given up and done again."""
         return {"name": self.name, "nodes": self._nodes, **self._count}
 
 

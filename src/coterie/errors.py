@@ -1,4 +1,4 @@
-"""The one exception users meet, and how text of unknown origin is shown."""
+"""The one exception users meet, what makes one of failing file operations, and how text of unknown origin is shown."""
 
 from __future__ import annotations
 

@@ -45,6 +45,11 @@ def as_text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
+def flag_of(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
 ModelPath = Annotated[str | Path, Help("A folder of safetensors, or a hub id.", "MODEL", given=str)]
 OutPath = Annotated[str | Path, Help("The folder to write; must not exist.", "OUT", given=Path)]
 

@@ -12,7 +12,6 @@ import tiny
 from coterie import condense, drop, merge, prune, sparsify
 from coterie.errors import CoterieError
 from coterie.forward import activations
-from coterie.forward import stream as calibrate
 from coterie.forward.activations import Batch, Routed, plain_walk, shared, weighted_sums
 from coterie.forward.stream import Stream
 from coterie.kernels.products import padded
@@ -322,7 +321,7 @@ def test_verbs_put_large_activations_beside_out(tiny_checkpoint, tmp_path, monke
     given = [draw.integers(3, tiny.VOCABULARY, length).tolist() for length in (20, 9, 14, 11)]
     file.write_text("\n".join(json.dumps({"input_ids": ids}) for ids in given))
     inside = verb(tiny_checkpoint("qwen2_moe"), tmp_path / "inside", data=[f"x={file}"], **options)
-    monkeypatch.setattr(calibrate, "IN_MEMORY", 0)
+    monkeypatch.setattr("coterie.forward.stream.IN_MEMORY", 0)
     monkeypatch.setattr(tensors.Maps, "zeros", lambda self, *args: folders.add(self.folder) or zeros(self, *args))
     outside = verb(tiny_checkpoint("qwen2_moe"), tmp_path / "a" / "b" / "out", data=[f"x={file}"], **options)
     assert folders == {tmp_path}

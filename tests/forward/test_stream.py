@@ -18,7 +18,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import tiny
 from coterie.errors import CoterieError
 from coterie.forward import activations, skeleton
-from coterie.forward.stream import Stream, plain_walk, restore, save
+from coterie.forward.activations import plain_walk, restore, save
+from coterie.forward.stream import Stream
 from coterie.model import moe, opened
 from coterie.model.family import registry
 from coterie.model.layer import Model
@@ -322,7 +323,8 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
     code = """
 import resource, sys, torch
 from pathlib import Path
-from coterie.forward.stream import Stream, plain_walk
+from coterie.forward.activations import plain_walk
+from coterie.forward.stream import Stream
 from coterie.model.layer import Model
 
 stream = Stream(Model.open(sys.argv[1]), torch.float32)

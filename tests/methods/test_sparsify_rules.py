@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from coterie.edits.budget import row_zeros
 from coterie.errors import CoterieError
-from coterie.methods import masks as select
-from coterie.methods import sparsify
+from coterie.methods import masks, sparsify
 from coterie.methods.masks import choose, lowest_per_group, lowest_per_row, zero
 from coterie.methods.sparsify import magnitude, moe_pruner, owl, sparsegpt, wanda
 
@@ -18,7 +17,7 @@ from coterie.methods.sparsify import magnitude, moe_pruner, owl, sparsegpt, wand
 
 
 def test_every_rule_is_a_file():
-    """The names are those of the files but `select`, which is no rule; each loads and says what it needs."""
+    """The names are those of the files; each loads and says what it needs."""
     assert sparsify.names() == ["magnitude", "moe-pruner", "owl", "sparsegpt", "wanda"]
     needs = {name: sparsify.load(name).NEEDS for name in sparsify.names()}
     assert needs == {
@@ -84,7 +83,7 @@ def test_the_same_whatever_the_scores_and_however_the_rows_are_taken(case, chunk
     """Equal to a stable sort, which puts NaN last, whichever rows share a chunk of the work."""
     scores, counts = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "CHUNK", chunk)
+        patch.setattr(masks, "CHUNK", chunk)
         mask = lowest_per_row(scores, counts)
     places = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1, kind="stable")
     assert np.array_equal(mask, places < counts[:, None])
@@ -109,7 +108,7 @@ def test_choosing_scores_and_selects_a_few_rows_at_a_time(case, chunk, pattern):
         return magnitude.score(part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "CHUNK", chunk)
+        patch.setattr(masks, "CHUNK", chunk)
         found = choose(-weight, score, counts, pattern)
     assert np.array_equal(found, lowest_per_group(weight, *pattern) if pattern else lowest_per_row(weight, counts))
     assert sum(rows for rows, _ in seen) == len(weight)

@@ -1,6 +1,5 @@
 """`recover`: only condensed MLPs learn, losses are what they say, an interrupted run ends as an undisturbed one."""
 
-import importlib
 import json
 import shutil
 
@@ -19,9 +18,9 @@ from coterie.train.refit import Sums, refit
 from coterie.train.trainable import Part, mlp, routed
 from coterie.train.trainee import Training, mlp_names, peak_rate, trainee_of
 from coterie.verbs.apply import apply
+from coterie.verbs.recover import recover
 from coterie.verbs.verify import verify
 
-recover = importlib.import_module("coterie.verbs.recover").recover
 PLAN = {
     "1": {"condensed": {"experts": [5, 0], "gates": [0.7, -0.3], "shared_gate": 0.6}},
     "3": {"condensed": {"experts": [2, 1], "gates": [1.5, 0.2], "shared_gate": 0.4}},

@@ -1,6 +1,5 @@
 """`condense`: searches equal to slow obvious ones, folded layers equal to explicit sums, errors before any work."""
 
-import importlib
 import json
 import shutil
 
@@ -11,14 +10,12 @@ import torch
 import slow_condense
 import tiny
 from coterie.errors import CoterieError
-from coterie.forward import stream as calibrate
 from coterie.model.loading import is_ours, load, load_stock
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.apply import apply
 from coterie.verbs.condense import condense
 from coterie.verbs.verify import verify
 
-decision = importlib.import_module("coterie.decide.condensed")
 MIX = {"experts": [5, 0], "gates": [0.7, -0.3], "shared_gate": 0.6}
 
 
@@ -60,7 +57,7 @@ def loaded_logits(folder):
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "deepseek_v2"])
 def test_official_equals_the_slow_search(tiny_checkpoint, tmp_path, data, monkeypatch, model_type, keep):
     """Experts, gates and layers in the order chosen; gates from whole texts, searches on their first 12 tokens."""
-    monkeypatch.setattr(decision, "SEARCHED_TOKENS", 12)
+    monkeypatch.setattr("coterie.decide.condenser.SEARCHED_TOKENS", 12)
     folder, kept = tiny_checkpoint(model_type), tiny.TOP_K if keep is None else keep
     report = condense(folder, tmp_path / "out", layers=2, keep=keep, select="official", data=data)
     expected, order = slow_condense.official(folder, texts(), kept, 2, searched=12)
@@ -149,7 +146,7 @@ def test_decisions_are_the_same_bit_for_bit_outside_memory(
     """With a budget of no bytes for activations: experts, gates, layers, and what they were judged by."""
     folder = tiny_checkpoint(model_type)
     inside = condense(folder, tmp_path / "inside", layers=2, select=select, data=data)
-    monkeypatch.setattr(calibrate, "IN_MEMORY", 0)
+    monkeypatch.setattr("coterie.forward.stream.IN_MEMORY", 0)
     outside = condense(folder, tmp_path / "outside", layers=2, select=select, data=data)
     assert outside.plan == inside.plan
     for name in ("layer_order", "layer_scores", "layer_error"):

@@ -10,7 +10,6 @@ import slow_condense
 import tiny
 from coterie.decide.drop import spare
 from coterie.errors import CoterieError
-from coterie.forward import stream as calibrate
 from coterie.model.loading import is_ours, load
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.apply import apply
@@ -65,7 +64,7 @@ def test_similarities_are_the_same_bit_for_bit_outside_memory(
     """With a budget of no bytes for activations."""
     folder = tiny_checkpoint(model_type)
     inside = drop(folder, tmp_path / "inside", unit=unit, data=data).report
-    monkeypatch.setattr(calibrate, "IN_MEMORY", 0)
+    monkeypatch.setattr("coterie.forward.stream.IN_MEMORY", 0)
     outside = drop(folder, tmp_path / "outside", unit=unit, data=data).report
     assert outside["similarity"] == inside["similarity"] and outside["layer_order"] == inside["layer_order"]
 

@@ -1,6 +1,6 @@
 """MoE blocks in the streaming forward, beside what would stand in for them: always-on experts with constant gates.
 
-Here live the measurements that `condense` decides by: routing weights, the Gram matrix of all experts' outputs on all
+The measurements that `condense` decides by: routing weights, the Gram matrix of all experts' outputs on all
 tokens, and what reaches and leaves a block. Importing this module imports torch.
 Axes: T token, D hidden, E expert, n regressors (E, and one more where there is a shared expert).
 """
@@ -18,7 +18,8 @@ import torch
 from coterie.edits.folding import DOWN, GATE, UP, folded, natural_width, parts, shared_names, weights
 from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
-from coterie.forward.stream import Batch, Routed, Stream, Walk, advance, plain_walk
+from coterie.forward.activations import Batch, Routed, Walk, plain_walk
+from coterie.forward.stream import Stream, advance
 from coterie.methods.condense.official import fixed_gates
 from coterie.model import moe
 from coterie.model.layer import Model
@@ -293,17 +294,14 @@ def observe(
     module, _ = blocks.module(index)
     sums: list[torch.Tensor] = []
     tap = Tap(spread(sum(batch.num_tokens for batch in batches)))
-    handle = module.register_forward_hook(tap.hook)
 
     def noted(routed: Routed) -> torch.Tensor:
         total = (walk or blocks.walk)(routed)
         sums.append(total[tap.rows])
         return total
 
-    try:
+    with module.register_forward_hook(tap.hook):
         go(batches, noted, keep)
-    finally:
-        handle.remove()
     x, y = torch.cat(tap.x), torch.cat(tap.y)
     check_sum(blocks, index, x, y, sums[0])
     return x, y

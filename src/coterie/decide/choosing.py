@@ -22,7 +22,8 @@ from coterie.decide.always_on import Blocks, Routing, Work, leave, moments, obse
 from coterie.edits.folding import shared_names
 from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
-from coterie.forward.stream import Batch, advance
+from coterie.forward.activations import Batch
+from coterie.forward.stream import advance
 from coterie.methods.condense import official
 from coterie.storage.record import Progress
 
@@ -73,7 +74,7 @@ class Chooser:
         return result
 
     def by_routing(self, batches: list[Batch], indices: list[int]) -> Fits:
-        """By the router's weights in the model as it is, under the published gates."""
+        """Experts by the router's weights in the model as it is, under the published gates."""
         result = Fits()
 
         def choose(index: int, found: Routing, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -233,16 +234,12 @@ def surroundings(blocks: Blocks, go: Any, index: int, batches: list[Batch], keep
         keep(Around(before.flatten(0, -2), x.flatten(0, -2), y, after))
         advance(batch, output)
 
-    with _inputs_of_norms(blocks.stream.layers[index]) as norms:
-        handles = [
-            module.register_forward_pre_hook(lambda _, args: entered.append((norms.get(args[0].data_ptr()), args[0]))),
-            module.register_forward_hook(lambda _, args, output: left.append(output)),
-        ]
-        try:
-            go(batches, blocks.walk, through)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with (
+        _inputs_of_norms(blocks.stream.layers[index]) as norms,
+        module.register_forward_pre_hook(lambda _, args: entered.append((norms.get(args[0].data_ptr()), args[0]))),
+        module.register_forward_hook(lambda _, args, output: left.append(output)),
+    ):
+        go(batches, blocks.walk, through)
 
 
 @contextmanager
@@ -263,9 +260,5 @@ def _inputs_of_norms(layer: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]
         if module in parts and isinstance(output, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
             found[output.data_ptr()] = args[0]
 
-    handles = [register_module_forward_pre_hook(begin), register_module_forward_hook(note)]
-    try:
+    with register_module_forward_pre_hook(begin), register_module_forward_hook(note):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()

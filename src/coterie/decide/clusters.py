@@ -72,7 +72,10 @@ class Clusterer:
         return self._representatives(clusters, usage, nearest, on_progress), found
 
     def _usage(self, stats: Stats | None) -> dict[MoE, Usage]:
-        """By measured block. Raises: CoterieError for a layer that the statistics do not hold, or without any token."""
+        """What the statistics say of each measured block.
+
+        Raises: CoterieError for a layer that they do not hold, or without any token.
+        """
         found = {}
         for block in self.task.measured if stats else ():
             assert stats
@@ -182,7 +185,7 @@ class Clusterer:
 
 
 def nearest(layer: Layer, members: tuple[int, ...]) -> int:
-    """Of three or more, the one nearest to the mean of their weights."""
+    """The member, of three or more, that is nearest to the mean of their weights."""
     return stun.representative(members, layer.experts, layer.router)
 
 

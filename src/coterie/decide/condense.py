@@ -40,7 +40,7 @@ def decided(original: Model, source: Model, target: str | None, options: Condens
     elif options.layers == 0:
         found = Decision(Plan({}, converted=target))
     else:
-        from coterie.decide.condensed import searched  # imports torch
+        from coterie.decide.condenser import searched  # imports torch
 
         found = searched(source, options, keep, target, by_domain, request)
     converted = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}} if target else {}

@@ -8,15 +8,16 @@ from typing import Annotated
 
 from coterie.codecs.open import coded
 from coterie.edits.folding import check_foldable, shared_names
-from coterie.edits.kinds.condense import check_writable, is_stock, num_layers
+from coterie.edits.kinds.condense import check_writable, is_stock
 from coterie.edits.kinds.convert import CONVERSIONS, conversion
 from coterie.edits.plan import Condensed, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype
 from coterie.methods import condense as methods
 from coterie.methods.layer_search import SEARCHES
+from coterie.model.family import num_layers
 from coterie.model.layer import Model
-from coterie.options import Help, flat
+from coterie.options import Help, flag_of, flat
 from coterie.storage.planned import Planned
 
 logger = logging.getLogger("coterie")
@@ -75,7 +76,7 @@ def unused(options: Condensing) -> list[str]:
     default = flat(Condensing())
     given = [name for name, value in flat(options).items() if value != default[name] and name != "layers"]
     idle = given if options.layers == 0 else []
-    return [f"--{name.replace('_', '-')} had no effect: --layers 0 condenses none, it repackages" for name in idle]
+    return [f"{flag_of(name)} had no effect: --layers 0 condenses none, it repackages" for name in idle]
 
 
 def target_type(model: Model, layers: int | None, layer_ids: list[int] | None = None) -> str | None:
@@ -98,6 +99,7 @@ def target_type(model: Model, layers: int | None, layer_ids: list[int] | None = 
 
 
 def plan_of(layer_ids: list[int], condensed: Condensed | None = None, target: str | None = None) -> Plan:
+    """The plan that condenses these layers alike: to nothing, where only which they are matters."""
     condensed = condensed or Condensed((), ())
     return Plan({}, condensed={str(index): condensed for index in layer_ids}, converted=target)
 
@@ -108,7 +110,7 @@ def check_model(model: Model, options: Condensing) -> tuple[int, list[str]]:
     wanted = options.layer_ids if options.layer_ids is not None else []
     for index in wanted:
         if index not in indices:
-            total = num_layers(model)
+            total = num_layers(model.checkpoint.config)
             fault = (
                 f"the model's {total} layers end at {total - 1}" if not 0 <= index < total else "it is dense already"
             )

@@ -90,7 +90,7 @@ def tokens_of(stats: Stats, block: MoE, weights: Mapping[str, float]) -> np.ndar
 
 
 def origin(stats: Stats, path: str | None) -> dict[str, object]:
-    """For a plan's budget: which statistics decided."""
+    """Which statistics decided, for a plan's budget."""
     return {"stats": {"path": path, "model": stats.model, "samples": stats.samples}}
 
 

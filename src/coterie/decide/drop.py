@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from coterie.edits.execution import Request
 from coterie.edits.folding import check_foldable
-from coterie.edits.kinds.condense import check_writable, num_layers
+from coterie.edits.kinds.condense import check_writable
 from coterie.edits.kinds.drop import check as check_dropped
 from coterie.edits.outputs import patched_config
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
+from coterie.model.family import num_layers
 from coterie.model.layer import Model
 from coterie.options import Help
 from coterie.storage.folders import existing
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from coterie.decide.always_on import Blocks, Work
-    from coterie.forward.stream import Batch
+    from coterie.forward.activations import Batch
 
 UNITS = ("layer", "block")
 NOTHING = Condensed((), (), 0.0)  # a dense MLP that gives zero
@@ -60,7 +61,7 @@ def check_model(model: Model, options: Dropping) -> list[int]:
     sparse = [int(block.key) for block in model.main]
     for block in model.main if options.unit == "layer" else ():
         check_foldable(model.checkpoint, block)
-    candidates = sparse if options.unit == "layer" else list(range(num_layers(model)))
+    candidates = sparse if options.unit == "layer" else list(range(num_layers(model.checkpoint.config)))
     if options.unit == "layer":
         check_writable(model, make_plan(model, options, candidates, None))
     most = len(candidates) - (options.unit == "block")

@@ -25,7 +25,8 @@ from coterie.model.layer import LAYER, Model
 if TYPE_CHECKING:
     import torch
 
-    from coterie.forward.stream import Stream, Walk
+    from coterie.forward.activations import Walk
+    from coterie.forward.stream import Stream
 
 
 @dataclass

@@ -12,16 +12,17 @@ from typing import Annotated
 
 from coterie.decide.criteria import Task, by_weights, guard, how_stable, keep, origin, tokens_of, total
 from coterie.decide.experts import count_kept, num_kept
-from coterie.decide.pruning import Remaining, Weights
+from coterie.decide.pruning import Remaining, Weights, spelled
 from coterie.edits.plan import Choice, Decision, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.methods import merge as methods
+from coterie.methods.prune.stun import Clusters
 from coterie.model.experts import read_layer
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import check_routable
 from coterie.model.stats import KNOWN, MERGING, Stats
-from coterie.options import Help, as_text, flat
+from coterie.options import Help, as_text, flag_of, flat
 from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
 
@@ -30,7 +31,6 @@ LONGEST, WHOLE = "the longest router rows stay", "they stay whole"
 ROUTERS = ("mean", "alias")
 OURS = "--router alias: several router rows lead to one expert, which only `coterie.load` reads; stock software refuses"
 OF_CALIBRATION = ("data", "samples", "seq_len", "seed", "dtype")
-Clusters = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ class Merging:
     dtype: Dtype = "auto"
 
     def record(self) -> dict[str, object]:
-        """As they are spelled on the command line, without those of calibration where statistics were given."""
-        weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
-        found = flat(self) | {"weights": weights or None, "data": self.calibration.named}
+        """The options as spelled on the command line, without those of calibration where statistics were given."""
+        found = flat(self) | {"weights": spelled(self.weights), "data": self.calibration.named}
         others = OF_CALIBRATION if self.stats else ("stats",)
         return {name: value for name, value in found.items() if name not in others}
 
@@ -77,8 +76,9 @@ def check_options(options: Merging) -> None:
     if absent:
         raise CoterieError(f"--weights: domain {sorted(absent)[0]!r} is not in the data: {', '.join(data)}")
     if options.stats and given:
-        flag = f"--{given[0].replace('_', '-')}"
-        raise CoterieError(f"{flag} is of calibration and would be ignored: --stats were measured already; give one")
+        raise CoterieError(
+            f"{flag_of(given[0])} is of calibration and would be ignored: --stats were measured already; give one"
+        )
 
 
 def decided(model: Model, options: Merging, spill: Path, on_progress: Progress = no_progress) -> Decision:

@@ -23,13 +23,12 @@ from coterie.forward.activations import Piece, Routed, weighted_sums
 from coterie.methods.masks import choose, zero
 from coterie.methods.sparsify import magnitude
 from coterie.model import moe
-from coterie.model.experts import expert_biases, expert_matrices, expert_weights, store_expert, zero_expert
+from coterie.model.experts import Matrices, expert_biases, expert_matrices, expert_weights, store_expert, zero_expert
 from coterie.model.layer import Model, MoE
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import decode, encode
 from coterie.storage.record import Progress
 
-Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # gate, up, down
 Put = Callable[[str, int, bytes], None]  # (tensor, offset in it, bytes)
 
 

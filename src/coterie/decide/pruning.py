@@ -13,7 +13,7 @@ from coterie.forward.samples import DATA, Calibration, Dtype
 from coterie.methods import prune as methods
 from coterie.methods.prune import stun
 from coterie.model.stats import parse_weights
-from coterie.options import Help, as_text, flat
+from coterie.options import Help, as_text, flag_of, flat
 
 CHOICES = {
     "budget": ("uniform", "global"),
@@ -51,6 +51,13 @@ Weights = Annotated[  # of domains; those not named count 1
     Help("How often each domain of STATS counts [default: 1 each].", "NAME=W,...", given=str, read=parse_weights,
          default=None),
 ]  # fmt: skip
+
+
+def spelled(weights: dict[str, float]) -> str | None:
+    """Weights of domains as --weights has them; None where none is given."""
+    return ",".join(f"{name}={weight}" for name, weight in weights.items()) or None
+
+
 # Options come first: a dictionary's files are looked at when they are read.
 LATER = replace(DATA, read=lambda data: data if isinstance(data, dict) else calibration_files(data))
 NoGuard = Annotated[bool, Help("Let experts with extreme outputs be removed too.")]
@@ -115,10 +122,9 @@ class Pruning:
         return methods.load(self.method).NEEDS
 
     def record(self) -> dict[str, Any]:
-        """As they are spelled on the command line, without those that only other kinds of methods read."""
-        weights = ",".join(f"{name}={weight}" for name, weight in self.weights.items())
+        """The options as spelled on the command line, without those that only other kinds of methods read."""
         others = [n for n in ("base", "data", "samples", "seq_len", "dtype") if self.needs not in READ_BY[n]]
-        found = flat(self) | {"weights": weights or None, "data": self.calibration.named, "removed": self.fate}
+        found = flat(self) | {"weights": spelled(self.weights), "data": self.calibration.named, "removed": self.fate}
         return {n: v for n, v in found.items() if n not in others}
 
 
@@ -126,9 +132,8 @@ def check_options(options: Pruning) -> None:
     """Raises: CoterieError for a value out of its range, or for two options that contradict or ignore each other."""
     methods.load(options.method)
     for name, allowed in CHOICES.items():
-        if getattr(options, name) not in allowed:
-            flag = f"--{name.replace('_', '-')}"
-            raise CoterieError(f"{flag} {getattr(options, name)!r}: unknown; expected one of {', '.join(allowed)}")
+        if (value := getattr(options, name)) not in allowed:
+            raise CoterieError(f"{flag_of(name)} {value!r}: unknown; expected one of {', '.join(allowed)}")
     options.remaining.check()
     if options.kappa < 0:
         raise CoterieError(f"--kappa {options.kappa}: expected a number of clusters, 0 or more")
@@ -137,8 +142,7 @@ def check_options(options: Pruning) -> None:
     default, readers = Pruning(), ", ".join(methods.names("clusters"))
     given = [n for n in SHAPING if getattr(options, n) != getattr(default, n)]
     if options.needs != "clusters" and given:
-        flag = f"--{given[0].replace('_', '-')}"
-        raise CoterieError(f"{flag} shapes the method {readers} and would be ignored by {options.method}")
+        raise CoterieError(f"{flag_of(given[0])} shapes the method {readers} and would be ignored by {options.method}")
     if options.min_experts is not None and options.budget != "global":
         raise CoterieError("--min-experts is the floor of a global budget and would be ignored; add --budget global")
     if options.non_uniform != default.non_uniform and options.budget != "global":
@@ -161,8 +165,7 @@ def _check_needs(options: Pruning) -> None:
     for name, needs in READ_BY.items():
         if given[name] != default[name] and options.needs not in needs:
             readers = sorted(methods.names(*needs), key=lambda n: methods.load(n).NEEDS != "clusters")  # those first
-            flag = f"--{name.replace('_', '-')}"
-            raise CoterieError(f"{flag} would be ignored by {method}; it is of {', '.join(readers)}")
+            raise CoterieError(f"{flag_of(name)} would be ignored by {method}; it is of {', '.join(readers)}")
     if options.needs == "stats" and not options.stats:
         raise CoterieError(
             f"--method {method} decides by statistics; add --stats FILE, which `coterie collect MODEL FILE` writes"

@@ -12,7 +12,7 @@ token; sets then cost a routing each. Importing this module imports torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from coterie.decide.criteria import UNMEASURED, Guarded, Selected, Task, by_weig
 from coterie.edits.masked import MaskedRouting, twin
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
-from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk
+from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk, samples_of
 from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.forward.stream import Stream, advance
 from coterie.forward.suspended import ExpertsCall, asked_by
@@ -154,8 +154,8 @@ class TokenWeights:
         weight = [weights.get(name, 1.0) for name, given in samples.items() for _ in given]
         if not any(weight):
             raise CoterieError("--weights: every domain weighs 0; give one of them more")
-        order = [i for batch in batches for i in batch.samples for _ in range(batch.hidden.shape[1])]
-        return cls(torch.tensor([half[i] for i in order]), torch.tensor([weight[i] for i in order]).double())
+        order = samples_of(batches)
+        return cls(torch.tensor(half)[order], torch.tensor(weight)[order].double())
 
 
 class Sets:
@@ -175,16 +175,11 @@ class Sets:
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self._weights = self._products = torch.empty(0)
 
-    @contextmanager
-    def seen(self) -> Iterator[None]:
-        """Takes down what the block is called with, once a batch."""
-        handle = self._module.register_forward_pre_hook(
+    def seen(self) -> AbstractContextManager[Any]:
+        """While entered, takes down what the block is called with, once a batch."""
+        return self._module.register_forward_pre_hook(
             lambda module, args, kwargs: self._calls.append((args, kwargs)), with_kwargs=True
         )
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def walk(self, dtype: torch.dtype) -> Walk:
         """Every expert on every token: their inner products are kept, and their weighted sums returned."""
@@ -206,7 +201,7 @@ class Sets:
         return walk
 
     def _outputs(self, routed: Routed, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Of every expert on some rows, (T, E, D) in float32."""
+        """Outputs of every expert on some rows, (T, E, D) in float32."""
         ones = torch.ones(len(rows))
         experts = moe.read_experts(self._checkpoint, routed.block, range(routed.block.num_experts), dtype)
         found = [torch.cat([piece.y.float() for piece in routed.pieces(e, rows, ones)]) for e in experts]

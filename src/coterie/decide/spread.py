@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -178,14 +179,12 @@ def prune_expert(
     worker, files = worker_of(scratch), Places(places)
     block = worker.blocks[layer]
     pruner = replace(worker.pruner, put=files.put, cold=[], num_zeros=Counter(), before=Moments(), after=Moments())
-    try:
+    with closing(files):
         if tokens is None:
             pruner.prune(block, expert, read_finite(pruner.checkpoint, block, expert), None)
         else:
             _on_tokens(worker, pruner, block, expert, TokenFile(**tokens))
         files.sync()
-    finally:
-        files.close()
     return pruner.state()
 
 

@@ -91,7 +91,7 @@ class Stunning:
         return Zeroing(method=self.second, sparsity=Fraction(0), weighted=not self.paper, scoring=scoring)
 
     def record(self) -> dict[str, object]:
-        """As they are spelled on the command line."""
+        """The options as spelled on the command line."""
         return flat(self) | self.scoring.record() | {"min_tokens": self.min_tokens, "stats": self.stats or None}
 
 
@@ -236,16 +236,12 @@ def held_out_loss(calibration: Calibrated, on_progress: Progress) -> float:
         )
     calibration.use([s for i, s in enumerate(samples) if i % HELD_OUT != HELD_OUT - 1])
     shares = calibration.shares(on_progress)
-    workers = Workers.of(calibration.view, calibration.options, shares, _discard, calibration.dtype)
+    workers = Workers.of(calibration.view, calibration.options, shares, lambda *_: None, calibration.dtype)
     workers.pruner.num_judged = sum(map(len, calibration.samples))
     taught, held = calibration.batches(), calibration.embed(judges)
     for index in workers.layers(stream, [*taught, *held]):
         on_progress("pruning layers", index + 1, len(stream.layers))
     return loss(stream.logits, held, judges)
-
-
-def _discard(name: str, offset: int, data: bytes) -> None:
-    """A trial writes nothing."""
 
 
 def loss(logits: Callable[[Any], Any], batches: list[Any], samples: list[tuple[int, ...]]) -> float:

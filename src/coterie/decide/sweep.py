@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from coterie.decide.always_on import Blocks, Work, copies
 from coterie.decide.choosing import divergence, text_weights
 from coterie.edits.plan import Condensed
-from coterie.forward.stream import Batch
+from coterie.forward.activations import Batch
 from coterie.storage.record import Progress
 
 BESIDE = 4  # sets of hidden states, beside one of each candidate: embedded, before the first, base and original
@@ -86,13 +86,10 @@ def hidden_divergence(blocks: Blocks) -> Metric:
 def _normed(blocks: Blocks, batches: list[Batch]) -> Iterator[torch.Tensor]:
     """What the head reads: (T, D) of each batch."""
     head, seen = blocks.stream.model.get_output_embeddings(), list[torch.Tensor]()
-    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
+    with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
         for batch in batches:
             blocks.stream.logits(batch)
             yield seen.pop().flatten(0, -2)
-    finally:
-        handle.remove()
 
 
 def logit_divergence(blocks: Blocks) -> Metric:

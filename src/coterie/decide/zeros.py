@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -22,12 +22,12 @@ from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import prunable
 from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import DATA, Calibration, Dtype, compute_dtype, read_samples
+from coterie.forward.samples import DATA, Calibration, Dtype, compute_dtype, counted, read_samples
 from coterie.methods import sparsify as methods
 from coterie.methods.masks import check_pattern
 from coterie.model.experts import Experts, expert_shapes
 from coterie.model.layer import Model
-from coterie.options import Help, flat
+from coterie.options import Help, flag_of, flat
 from coterie.storage.folders import existing
 from coterie.storage.record import Progress
 from coterie.storage.writer import Writer
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     import torch
 
     from coterie.decide.linears import Linears
-    from coterie.decide.pruner import Pruner
+    from coterie.decide.pruner import Pruner, Put
     from coterie.decide.spread import Spread
-    from coterie.forward.stream import Stream, Walk
+    from coterie.forward.activations import Walk
+    from coterie.forward.stream import Stream
 
-Put = Callable[[str, int, bytes], None]  # (tensor, offset in it, bytes)
 Shares = dict[str, Fraction]  # sparsity by layer
 OF_SAMPLING = ("samples", "seq_len", "seed", "dtype")
 ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated on the driver's machine alone"
@@ -58,7 +58,7 @@ class Scoring:
     dtype: Dtype = "auto"
 
     def record(self) -> dict[str, Any]:
-        """As they are spelled on the command line."""
+        """The options as spelled on the command line."""
         return flat(self) | {"data": self.calibration.named}
 
     @property
@@ -91,7 +91,7 @@ def idle(options: Zeroing) -> tuple[str, ...]:
         raise CoterieError(f"--data and --one-pass would be ignored: {options.method} needs no data")
     asked, default = flat(options.scoring), flat(Scoring())
     given = [name for name in OF_SAMPLING if asked[name] != default[name]]
-    return tuple(f"--{name.replace('_', '-')} had no effect: {options.method} needs no data" for name in given)
+    return tuple(f"{flag_of(name)} had no effect: {options.method} needs no data" for name in given)
 
 
 def check_options(options: Zeroing) -> None:
@@ -154,7 +154,7 @@ class Calibrated:
         return self.stream.embed(samples, spill=self._spill)
 
     def batches(self) -> Any:
-        """The samples at the first layer's door."""
+        """The samples as the first layer's inputs."""
         found, self._embedded = self._embedded or self.embed(self.samples), None
         return found
 
@@ -170,9 +170,6 @@ class Calibrated:
 
         outliers = Outliers(self.stream, self.options.scoring.outliers, self.options.scoring.kinds)
         return chosen_shares(self.view, self.options, outliers.shares(self.batches(), on_progress))
-
-    def summary(self) -> dict[str, dict[str, int]]:
-        return {k: {"samples": len(given), "tokens": sum(map(len, given))} for k, given in self.by_domain.items()}
 
 
 def uniform(view: Model, options: Zeroing) -> Shares:
@@ -279,20 +276,16 @@ class ZeroingRun:
         for path in writer.partial.glob("hidden-*.safetensors"):
             path.unlink()
         notes = [*calibration.notes, *([ALSO_HERE] if engine.spread and also else [])]
-        return self._filled(workers, {"calibration": calibration.summary()}, notes)
+        return self._filled(workers, {"calibration": counted(calibration.by_domain)}, notes)
 
     def _spread(self, writer: Writer, workers: Workers) -> Spread:
         """What prunes experts on the engine's nodes, in place of the pruner."""
         from coterie.decide.spread import Spread
 
-        found, options, scoring = (
-            Spread(self.request.engine, writer, workers.pruner),
-            self.options,
-            self.options.scoring,
-        )
+        found, options = Spread(self.request.engine, writer, workers.pruner), self.options
         found.describe({
             "plan": self.plan.as_dict(), "method": options.method, "total": options.total, "pattern": options.pattern,
-            "one_pass": scoring.one_pass, "min_tokens": scoring.min_tokens,
+            "one_pass": options.scoring.one_pass, "min_tokens": options.scoring.min_tokens,
             "dtype": str(workers.pruner.dtype).partition(".")[2],
             "shares": {key: str(share) for key, share in workers.shares.items()},
         })  # fmt: skip
@@ -323,7 +316,7 @@ class ZeroingRun:
 
 
 def before_dropping(source: Model, plan: Plan, kept: Moments) -> Moments:
-    """Of all experts' weights, before any were dropped; `kept` are those of the experts that stayed."""
+    """Moments of all experts' weights before any were dropped; `kept` are those of the experts that stayed."""
     merged = any(choice.merged for choice in plan.layers.values())
     moments = Moments() if merged else kept
     for block in source.main:

@@ -101,7 +101,7 @@ class Filled:
     """What became of the weights: shares of zeros by layer and role, zeros by the report's bases, and more for it."""
 
     sparsity: dict[str, dict[str, float]]
-    zeros: dict[str, int]  # by the bases of `report.count`
+    zeros: dict[str, int]  # by the bases of `edits/counts.py`
     report: dict[str, Any]
     notes: list[str]
 
@@ -164,17 +164,12 @@ def _checked(model: Model, decision: Decision, request: Request, prepare: Prepar
     notes += left_over(request.out) if request.options.get("save") == "dense" else []
     view = planned(model, plan, outputs) if prepare else model
     fill = prepare(view) if prepare else None
-    report = _begun(model.checkpoint, plan, request)
+    # A dry run reads headers and routers only; the fingerprint reads a few blocks of every shard.
+    source = {"path": str(request.path), "hash": None if request.writing.dry_run else model.checkpoint.hash}
+    report = Report(request.command, request.options, source, plan.as_dict(), {}, versions())
     report.report.update(numbers | request.clock.read() | {"cold_experts": [], "warnings": notes})
     report.report.update({"dry_run": request.writing.dry_run} | decision.findings)
     return Execution(model, plan, outputs, view, fill, report)
-
-
-def _begun(checkpoint: Checkpoint, plan: Plan, request: Request) -> Report:
-    """The report, without its numbers. A dry run reads headers and routers only; the fingerprint reads a few blocks of
-    every shard."""
-    source = {"path": str(request.path), "hash": None if request.writing.dry_run else checkpoint.hash}
-    return Report(request.command, request.options, source, plan.as_dict(), {}, versions())
 
 
 def _consumed(execution: Execution, request: Request) -> Report:
@@ -281,6 +276,7 @@ def write(
     config: dict[str, Any],
     on_progress: Progress,
 ) -> None:
+    """Begins OUT and writes its shards, config.json and the files that travel along; not the record."""
     writer.begin(root(checkpoint), outputs)
     total, done = sum(map(num_copied, outputs.values())), 0
 
@@ -338,17 +334,17 @@ def _numbers(
         "before": {
             "parameters": opened(root(checkpoint)).num_parameters,
             "bytes": root(checkpoint).num_bytes,
-            "experts": _one_or_all({b.key: b.num_experts for b in model.main}),
+            "experts": one_or_all({b.key: b.num_experts for b in model.main}),
         },
         "after": {
             "parameters": counts[1]["all"],
             "bytes": sum(t.num_bytes for t in after),
-            "experts": _one_or_all(left),
+            "experts": one_or_all(left),
         },
         "sparsity": removed_shares(counts[0], {base: n - (zeros or {}).get(base, 0) for base, n in counts[1].items()}),
     }
 
 
-def _one_or_all(counts: dict[str, int]) -> int | dict[str, int]:
+def one_or_all(counts: dict[str, int]) -> int | dict[str, int]:
     """One number where all layers agree, else the number of each."""
     return next(iter(counts.values()), 0) if len(set(counts.values())) <= 1 else counts

@@ -1,7 +1,7 @@
 """From which checkpoint another one was made, by which plans, and what became of the original's experts.
 
 Read from `coterie.json`, step by step back: OUT may have been made from another result of ours. Used by `eval
---against` and `report`. Imports neither torch nor transformers.
+--against`, `report` and `verify`. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A loaded model that routes as if some of its experts were gone: what its pruned checkpoint must compute.
 
-Used by `verify`. Masking logits alone is not removal: a bias that joins after a sigmoid can still choose a masked
-expert, and a table can name it, so those are masked too. Importing this module imports torch.
+Used by `verify`, and by criteria that try sets of experts (`decide/reconstruct.py`). Masking logits alone is not
+removal: a bias that joins after a sigmoid can still choose a masked expert, and a table can name it, so those are
+masked too. Importing this module imports torch.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Choice:
         return index
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON, without what has its default."""
+        """The choice as JSON, without what has its default."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {f.name: as_json(found[f.name]) for f in fields(self) if found[f.name] != f.default}
 

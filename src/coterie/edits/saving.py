@@ -23,13 +23,12 @@ from coterie.storage.folders import Folders, check_out, is_first, partial_of
 from coterie.storage.record import Progress, Report
 
 SAVES = ("dense", "sparse")
-IN_PLACE = "packing needs the dense checkpoint beside it; leave --in-place out"
 Verb = Callable[..., Report]
 
 
 def needs_room(*, in_place: bool = False, **_: object) -> str:
     """Why what is asked for cannot be packed: there is no room for the dense checkpoint."""
-    return IN_PLACE if in_place else ""
+    return "packing needs the dense checkpoint beside it; leave --in-place out" if in_place else ""
 
 
 def savable(*, makes_zeros: bool = True, obstacle: Callable[..., str] = needs_room) -> Callable[[Verb], Verb]:

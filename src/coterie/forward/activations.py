@@ -193,6 +193,11 @@ class Routed:
             self.maps.touched(tensor, len(rows))
 
 
+def samples_of(batches: list[Batch]) -> torch.Tensor:
+    """The sample (T,) of every row that a layer routes, in the order of `Routed.x`."""
+    return torch.cat([torch.tensor(b.samples).repeat_interleave(b.hidden.shape[1]) for b in batches])
+
+
 def dense_weights(chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Weights (T, E) in float32 of ids and weights (T, K); ids beyond the experts stand for none."""
     width = max(num_experts, int(chosen.max()) + 1)

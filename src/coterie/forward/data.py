@@ -159,7 +159,7 @@ def encode(document: Document, tokenizer: Any) -> list[int]:
 
 
 def _plain_ids(text: str, tokenizer: Any) -> list[int]:
-    """Without special tokens, but for those that the text itself spells out."""
+    """Token ids of a text without special tokens, but for those that the text itself spells out."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

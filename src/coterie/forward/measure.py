@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from coterie.errors import CoterieError
-from coterie.forward.activations import ROWS, Batch, Piece, Routed, Walk, weighted_sums
+from coterie.forward.activations import ROWS, Piece, Routed, Walk, samples_of, weighted_sums
 from coterie.forward.stream import Stream
 from coterie.model import moe
 from coterie.model.layer import Model, MoE
@@ -44,7 +44,7 @@ def measure(
     stream = Stream(model, dtype)
     batches = stream.embed([sample for given in by_domain.values() for sample in given], **activations)
     group_of = [HALVES * d + i % HALVES for d, given in enumerate(by_domain.values()) for i in range(len(given))]
-    groups, num_groups = _group_of_tokens(batches, group_of), HALVES * len(by_domain)
+    groups, num_groups = torch.tensor(group_of)[samples_of(batches)], HALVES * len(by_domain)
     stats = Stats(model.checkpoint.hash, {name: len(given) for name, given in by_domain.items()})
     routers = Routers(stream, groups, num_groups, products="logit_products" in extra)
 
@@ -64,12 +64,6 @@ def measure(
                 stats.notes.append(f"{block.name}: its router's logits could not be seen, and are left out")
         on_progress("measuring layers", index + 1, len(stream.layers))
     return stats
-
-
-def _group_of_tokens(batches: list[Batch], group_of: list[int]) -> torch.Tensor:
-    """The group (G) of every row that a layer routes, in the order of `Routed.x`, from the group of every sample."""
-    rows = [torch.tensor([group_of[i] for i in b.samples]).repeat_interleave(b.hidden.shape[1]) for b in batches]
-    return torch.cat(rows)
 
 
 class Routers:

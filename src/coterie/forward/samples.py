@@ -71,6 +71,11 @@ def read_samples(model: Model, calibration: Calibration) -> tuple[dict[str, list
     return drawn, notes + more
 
 
+def counted(by_domain: dict[str, list[tuple[int, ...]]]) -> dict[str, dict[str, int]]:
+    """Samples and tokens of each domain, for the record."""
+    return {name: {"samples": len(given), "tokens": sum(map(len, given))} for name, given in by_domain.items()}
+
+
 def max_positions(config: dict[str, Any]) -> int | None:
     """The longest sequence that the config admits, if it says."""
     return next((v for _, _, v in lookup(config, POSITIONS) if type(v) is int and v > 0), None)

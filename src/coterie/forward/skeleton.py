@@ -10,7 +10,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from coterie.model import moe
 from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.loading import NO_DATA, convert, decoder_layers, empty_stock, guarded, quiet_transformers
 from coterie.model.opened import open_experts
+from coterie.model.targets import targets
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.tensors import Maps, read, trim
 
@@ -133,31 +134,6 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with guarded(checkpoint.path, "does not take our experts", advice):
         moe.enter(model)
     return model.eval()
-
-
-class Target(NamedTuple):
-    """Where a stored tensor goes in the model, and whether the library converts it (splits, fuses, transposes)."""
-
-    name: str
-    converted: bool
-
-
-def targets(model: Any, names: list[str]) -> dict[str, Target]:
-    """Name of each stored tensor -> its place in the model, by the library's renaming."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping: Any = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
-    found = {}
-    for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:  # as the library's loader: it should not have been renamed
-            target, pattern = rename_source_key(name, [], [], prefix, state)
-        found[name] = Target(target, pattern is not None)
-    return found
 
 
 def own_tensors(modules: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:

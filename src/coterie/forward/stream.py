@@ -21,14 +21,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from coterie.errors import CoterieError
-from coterie.forward.activations import Arguments, Batch, Piece, Routed, Walk, plain_walk, restore, save, shared
+from coterie.forward.activations import Arguments, Batch, Routed, Walk, shared
 from coterie.forward.skeleton import Skeleton, free, own_tensors
 from coterie.forward.suspended import Suspended, Unrepeatable, instead, unobserved
 from coterie.model.layer import Model
 from coterie.model.loading import NO_DATA
 from coterie.storage.tensors import Maps
-
-__all__ = ["Batch", "Piece", "Rehearse", "Routed", "Samples", "Stream", "Walk", "plain_walk", "restore", "save"]
 
 Samples = Sequence[Sequence[int]]
 Rehearse = Callable[[int, torch.nn.Module, Callable[[Walk], None]], None]  # (index, layer, forward)

@@ -5,12 +5,11 @@ Thresholds are conventions, named in the sentences; none of them replaces an eva
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from coterie.judge.numbers import Found, at, correlation, mean_at, number, pairs
+from coterie.judge.numbers import Found, Layers, at, correlation, mean_at, number, pairs
 from coterie.judge.rounding import LEVELS
 from coterie.methods.prune.stun import dendrogram
 
@@ -19,8 +18,6 @@ SMALL = 0.01  # share of the hidden states' energy: a layer below loses little w
 TOLERATED = 0.2  # error of a layer's weighted sum, norm over norm
 NAMED = 5  # layers named in a sentence
 CLEAR = 0.05  # of the energy above chance: below it a barycentre is not worth its bytes
-
-Layers = Sequence[Found]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Facts:
     notes: tuple[str, ...] = ()  # of what is unknown
 
     def as_dict(self) -> dict[str, object]:
-        """As `report` returns them."""
+        """The facts as `report` returns them."""
         return {key: value for key, value in vars(self).items() if key not in ("calibrated", "notes")}
 
     @classmethod

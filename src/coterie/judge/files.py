@@ -9,7 +9,7 @@ from coterie.codecs.open import check_coded, codec_of, coded, inexact, opened
 from coterie.edits.plan import Plan, kinds, read_plan
 from coterie.errors import CoterieError
 from coterie.model.family import detect
-from coterie.model.layer import LAYER, Model, MoE
+from coterie.model.layer import Model, MoE, has_routers
 from coterie.storage.checkpoint import INDEX, Checkpoint, load_json
 from coterie.storage.planned import root
 from coterie.storage.record import Progress, no_progress, record_of
@@ -54,9 +54,7 @@ def check_files(out: Checkpoint) -> tuple[bool, str, Checkpoint | None]:
 
 def _all_condensed(out: Checkpoint, plan: Plan) -> bool:
     """Whether the plan left no layer with experts, and none has a router."""
-    routers = {layout.router for layout in detect(out.config).layouts}
-    rest = {match["rest"] for name in out.tensors if (match := LAYER.fullmatch(name))}
-    return bool(plan.condensed) and not routers & rest
+    return not has_routers(out, detect(out.config)) and bool(plan.condensed)
 
 
 def _check_index(out: Checkpoint) -> None:

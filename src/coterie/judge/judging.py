@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from coterie.errors import CoterieError
 from coterie.forward.data import parse_data
@@ -13,6 +13,7 @@ from coterie.model.loading import DTYPES
 from coterie.options import Help
 
 Files = Mapping[str, str | Path]  # by the name of the data set
+Load = Callable[[str | Path], Any]  # the model at a path
 
 
 def judged_files(data: Files | Sequence[str] | str | None) -> Files:
@@ -53,6 +54,7 @@ class Judging:
 
 
 def check_stride(window: int, stride: int | None) -> None:
+    """Raises: CoterieError for a stride that would leave a token without one before it in its window."""
     if stride is not None and stride >= window:
         raise CoterieError(
             f"stride is {stride} and the window {window} tokens; expected a stride of at most {window - 1}, "

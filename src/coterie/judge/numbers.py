@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from coterie.methods.merge.m_smoe import cosines
+
 DIGITS = 4  # of matrices: an E x E matrix is most of what is written
 
 Found = Mapping[str, object]  # what was measured of a layer, as it becomes JSON: read with `at`
+Layers = Sequence[Found]
 
 
 def listed(values: Any, digits: int = DIGITS) -> list[Any]:
@@ -34,7 +37,7 @@ def at(found: Found, path: str) -> Any:
     return value
 
 
-def mean_at(layers: Sequence[Found], path: str) -> float | None:
+def mean_at(layers: Layers, path: str) -> float | None:
     """The mean over layers of a number; those that lack it are left out."""
     known = [value for layer in layers if (value := at(layer, path)) is not None]
     return number(sum(known) / len(known)) if known else None
@@ -54,11 +57,8 @@ def cosine(rows: np.ndarray) -> np.ndarray:
 
 
 def cosine_of_products(products: np.ndarray) -> np.ndarray:
-    """Cosines (E, E) from inner products (E, E)."""
-    norms = np.sqrt(np.diag(products).astype(np.float64))
-    scale = np.outer(norms, norms)
-    found = np.divide(products, scale, out=np.zeros(products.shape), where=scale > 0)
-    return np.clip(found, -1.0, 1.0)
+    """Cosines (E, E) from inner products (E, E) in float64; 0 beside a row of zeros."""
+    return np.clip(cosines(products), -1.0, 1.0)
 
 
 def pairs(matrix: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ class Kept:
         with ExitStack() as hooks:
             for key, (module, _) in routers.items():
                 note = partial(_note, found.setdefault(key, []))
-                hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
             yield
         self.chosen[name] = {key: np.concatenate(parts) for key, parts in found.items() if parts}
 

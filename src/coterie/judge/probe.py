@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from coterie.errors import CoterieError
-from coterie.forward.activations import Batch, Routed, dense_weights
+from coterie.forward.activations import Batch, Routed, dense_weights, samples_of
 from coterie.forward.measure import Routers
 from coterie.forward.stream import Stream
 from coterie.judge import locality
@@ -92,8 +92,7 @@ def probe(
 def tokens_of(batches: list[Batch], by_domain: dict[str, list[tuple[int, ...]]]) -> Tokens:
     """Sample and domain of every row that a layer routes."""
     domain_of = np.repeat(np.arange(len(by_domain)), [len(given) for given in by_domain.values()])
-    samples = [np.repeat(np.array(b.samples), b.hidden.shape[1]) for b in batches]
-    sample = np.concatenate(samples)
+    sample = samples_of(batches).numpy()
     return Tokens(sample, domain_of[sample], tuple(by_domain))
 
 

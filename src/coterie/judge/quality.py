@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, encode
 from coterie.judge import harness, paired
-from coterie.judge.judging import Judging, check_stride
+from coterie.judge.judging import Judging, Load, check_stride
 from coterie.judge.paired import Interval, Kept, Paired, bootstrap_mean
 from coterie.model import causal, loading
 from coterie.model.family import lookup
@@ -38,8 +38,6 @@ ANSWER = re.compile(r"Answer:([^\n]*)")
 COMPLETE = re.compile(r"Answer:[^\n]*\n")
 NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-
-Load = Callable[[str | Path], Any]
 
 
 class Judged(TypedDict):

@@ -18,7 +18,7 @@ import torch
 from coterie.errors import CoterieError
 from coterie.model.experts import expert_shapes, expert_weights
 from coterie.model.layer import Model
-from coterie.model.moe import Expert, experts_modules
+from coterie.model.moe import WEIGHTS, Expert, experts_modules
 from coterie.storage.checkpoint import FLOATS
 
 BITS = (8, 4, 3, 2)  # of even levels
@@ -29,7 +29,6 @@ LEVELS = f"even levels from the lowest to the highest weight of each group of {G
 DESCRIPTION = (
     f"plain rounding of the experts to {REFERENCE_BITS} bits, symmetric, one scale per group of {GROUP}, simulated"
 )
-WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def even(weights: torch.Tensor, bits: int, group: int = GROUP) -> torch.Tensor:

@@ -39,6 +39,7 @@ Speeds = dict[str, dict[str, dict[str, float]]]  # "prefill" or "decode" -> batc
 
 
 def batch_sizes(given: str | list[int]) -> list[int]:
+    """Numbers of sequences from a list, or from text as in "1,4,16". Raises: CoterieError for anything else."""
     parts = given.split(",") if isinstance(given, str) else list(given)
     numbers = [int(str(part)) if str(part).strip().isdecimal() else 0 for part in parts]
     if not numbers or not all(1 <= n <= 1024 for n in numbers) or len(set(numbers)) < len(numbers):
@@ -47,6 +48,7 @@ def batch_sizes(given: str | list[int]) -> list[int]:
 
 
 def check_threads(threads: int | None) -> None:
+    """Raises: CoterieError for more threads than cores, or none."""
     cores = os.cpu_count() or 1
     if threads is not None and (type(threads) is not int or not 1 <= threads <= cores):
         raise CoterieError(f"--threads {threads!r}: this machine has {cores} cores; expected 1 to {cores}")
@@ -63,10 +65,6 @@ def limited_to(threads: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-def clock_name(threads: int) -> str:
-    return "processor time of the one thread" if threads == 1 else "wall time"
 
 
 def described(

@@ -3,7 +3,7 @@
 Every function takes one job, a record of 64-bit fields (`JOB`): pointers into one packed matrix, the rows to do, and
 where input and output are. Per 32 columns a kernel loads one word of the mask and as many values as it has bits,
 spreads the values to their columns (`vpexpandw`, `vpexpandd`, or a byte shuffle by a table under AVX2) and multiplies.
-It reads up to 64 bytes beyond a row's last value: buffers have slack (`arena`).
+It reads up to 64 bytes beyond a row's last value: buffers have slack (`memory.Arena`).
 """
 
 from __future__ import annotations

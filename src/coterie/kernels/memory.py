@@ -91,7 +91,7 @@ class Matrix:
         return found
 
     def _expanded(self, first: int, last: int, which: str) -> torch.Tensor:
-        """By the kernel, in about the time that reading takes."""
+        """The bit patterns of rows, expanded by the kernel in about the time that reading takes."""
         num_words = words(self.shape[1])
         out = np.empty((last - first, 32 * num_words), CODES[self.dtype])
         assert self.mask is not None and self.offsets is not None
@@ -101,7 +101,7 @@ class Matrix:
         return torch.from_numpy(out).view(TORCH[self.dtype])
 
     def _scattered(self, first: int, last: int, device: Any) -> torch.Tensor:
-        """By torch operations: only the packed bytes travel to the device."""
+        """The bit patterns of rows, expanded by torch operations: only the packed bytes travel to the device."""
         assert self.mask is not None and self.offsets is not None
         end = self.offsets[last] if last < len(self.offsets) else len(self.values)
         values = torch.from_numpy(self.values[int(self.offsets[first]) : int(end)]).view(TORCH[self.dtype]).to(device)

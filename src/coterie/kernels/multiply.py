@@ -43,7 +43,7 @@ def multiply(stacks: Sequence[Stack], pairs: Pairs, x: torch.Tensor) -> torch.Te
 def _multiply_packed(
     stacks: Sequence[Stack], pairs: Pairs, x: torch.Tensor, y: torch.Tensor, variant: kernels.Variant
 ) -> None:
-    """By the kernels, all experts and matrices in one parallel region."""
+    """Fills y by the kernels, all experts and matrices in one parallel region."""
     num_columns, width = x.shape[1], 32 * stacks[0].num_words
     x = x.to(torch.bfloat16 if variant.x == "BF16" else torch.float32)
     x = (x if num_columns == width else F.pad(x, (0, width - num_columns))).contiguous()
@@ -63,7 +63,7 @@ def _multiply_packed(
 
 
 def _multiply_tiles(stacks: Sequence[Stack], pairs: Pairs, x: torch.Tensor, y: torch.Tensor) -> None:
-    """By torch, from tiles that were just expanded. Token counts are padded to a few sizes (see `products.padded`)."""
+    """Fills y by torch, from tiles that were just expanded. Token counts are padded (see `products.padded`)."""
     for e, start, count in pairs.each():
         rows = x if len(x) == 1 and count == 1 else x[start : start + count]
         rows, first = F.pad(rows, (0, 0, 0, padded(count, x.dtype) - count)), 0

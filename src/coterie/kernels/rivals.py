@@ -1,6 +1,7 @@
-"""What sparse kernels are measured against: reading alone, and dense int4. Only the benchmarks run these.
+"""What sparse kernels are measured against: reading alone, and dense int4.
 
-The dense bf16 kernel is `kernels.gemv(..., dense=True)`, which also serves matrices below break-even.
+Only `coterie bench` and the benchmarks run these. The dense bf16 kernel is `kernels.gemv(..., dense=True)`, which
+also serves matrices below break-even.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Source: Li et al., MC-SMoE, ICLR 2024: permutation alignment of W_in and W_out w
 
 import numpy as np
 
-Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # gate (F, D), up (F, D), down (D, F)
+from coterie.model.experts import Matrices
 
 
 def neurons(matrices: Matrices, bias: np.ndarray | None = None) -> np.ndarray:

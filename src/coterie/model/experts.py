@@ -1,6 +1,5 @@
 """Experts one at a time, in canonical form, whatever the layout on disk: `experts[e] -> (gate, up, down)`.
 
-Matrices are float32 (out, in): gate and up (F, D), down (D, F); gate is None where the family has none.
 One layer of the largest models holds 30 GB of experts, so the expert, not the layer, is the unit of memory.
 """
 
@@ -19,6 +18,8 @@ from coterie.model.layer import MoE
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode
 
+Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # of an expert: gate (F, D), up (F, D), down (D, F)
+
 
 @dataclass(frozen=True)
 class Experts(Sequence):
@@ -34,7 +35,7 @@ class Experts(Sequence):
     def __len__(self) -> int:
         return self.block.num_experts
 
-    def __getitem__(self, e: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:  # type: ignore[override]
+    def __getitem__(self, e: int) -> Matrices:  # type: ignore[override]
         if not 0 <= e < len(self):
             raise IndexError(e)
         return expert_matrices(self.checkpoint, self.block, e)
@@ -76,7 +77,7 @@ def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
     return Layer(block.key, router, Experts(checkpoint, block))
 
 
-def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
     """(gate, up, down) of expert e as float32 (out, in) matrices, whatever the layout on disk."""
     layout = block.layout
     if block.experts:
@@ -119,7 +120,7 @@ def expert_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, in
 def expert_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
     """The tensors that hold the experts' matrices, without scales and biases."""
     if block.experts:
-        parts = [part for part in (block.layout.gate, block.layout.up, block.layout.down) if part]
+        parts = block.layout.parts
         return [n for e in block.experts for k, n in e.items() if k in parts or k.removesuffix(".weight") in parts]
     return [matrix.name for matrix in expert_storage(checkpoint, block, 0)]
 
@@ -157,8 +158,8 @@ def _place(checkpoint: Checkpoint, block: MoE, e: int, key: str) -> Place:
     said = (value for _, _, value in lookup(checkpoint.config, ("quantization_config",)) if value is not None)
     settings: object = next(said, {})
     if block.experts:
-        name, parts = f"{block.prefix}{layout.experts}{e}.{key}", (layout.gate, layout.up, layout.down)
-        return Place(name, key, 0, block.experts[e], tuple(part for part in parts if part), settings=settings)
+        name = f"{block.prefix}{layout.experts}{e}.{key}"
+        return Place(name, key, 0, block.experts[e], layout.parts, settings=settings)
     beside = {name.removeprefix(block.prefix): name for name in block.fused}
     weights = tuple(name.removesuffix(".weight") for name in layout.fused)
     two = layout.gate and not layout.transposed and not layout.interleaved and len(layout.fused) == 2
@@ -191,17 +192,13 @@ def expert_biases(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndarra
     return first_row, rows[-1]
 
 
-def store_expert(
-    checkpoint: Checkpoint, block: MoE, e: int, matrices: tuple[np.ndarray | None, np.ndarray, np.ndarray]
-) -> list[tuple[str, int, bytes]]:
+def store_expert(checkpoint: Checkpoint, block: MoE, e: int, matrices: Matrices) -> list[tuple[str, int, bytes]]:
     """(tensor name, offset in it, bytes) of expert e's changed (gate, up, down): the inverse of `expert_matrices`."""
     found = [(n, encode(m, checkpoint.tensors[n].dtype, n)) for n, m in _as_stored(block, e, matrices)]
     return [(n, 0 if block.experts else e * len(raw), raw) for n, raw in found]
 
 
-def zero_expert(
-    checkpoint: Checkpoint, block: MoE, e: int, masks: tuple[np.ndarray | None, np.ndarray, np.ndarray]
-) -> list[tuple[str, int, bytes]]:
+def zero_expert(checkpoint: Checkpoint, block: MoE, e: int, masks: Matrices) -> list[tuple[str, int, bytes]]:
     """As `store_expert`, of expert e's stored bytes with zeros where the masks (gate, up, down) are true.
 
     Bytes that stay are never decoded, so quantised weights (FP8) keep their scales.
@@ -225,9 +222,7 @@ def zeroed(raw: bytes, mask: np.ndarray, name: str) -> bytes:
     return values.tobytes()
 
 
-def _as_stored(
-    block: MoE, e: int, matrices: tuple[np.ndarray | None, np.ndarray, np.ndarray]
-) -> list[tuple[str, np.ndarray]]:
+def _as_stored(block: MoE, e: int, matrices: Matrices) -> list[tuple[str, np.ndarray]]:
     """(tensor name, its matrix or its part of expert e) of canonical (gate, up, down)."""
     layout, (gate, up, down) = block.layout, matrices
     if block.experts:

@@ -67,6 +67,11 @@ class Layout:
             whole=below(named.whole),
         )
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of an expert's matrices: gate, where there is one, up and down."""
+        return tuple(part for part in (self.gate, self.up, self.down) if part)
+
     def is_fused(self, name: str) -> bool:
         """Whether a tensor holds all experts, or something beside one that does."""
         return any(name == fused or name.startswith((f"{fused}_", f"{fused}.")) for fused in self.fused)

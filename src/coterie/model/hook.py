@@ -1,7 +1,7 @@
 """Registers the sparse format with transformers when transformers is imported, and not before.
 
 `install()` is called by `import coterie`. If transformers' quantisers are loaded already, they are told at once; else a
-finder that knows a single name, `transformers.quantizers.auto`, waits for them, tells them and is gone.
+finder that knows a single name, `transformers.quantizers.auto`, waits for them, tells them and takes itself out.
 """
 
 from __future__ import annotations

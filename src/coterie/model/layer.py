@@ -1,4 +1,4 @@
-"""The MoE blocks of a checkpoint in canonical form: which tensor is what, and each expert's matrices.
+"""The MoE blocks of a checkpoint in canonical form: which tensor is what (`experts.py` reads their matrices).
 
 Axes: L layer, E expert, K top-k, T token, D hidden, F expert hidden, O/I out/in.
 `find_blocks` claims every tensor of a checkpoint by exactly one rule of its family, or refuses.
@@ -265,6 +265,12 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
     if block.constants and tensors[block.constants].shape[:1] != (block.routes.count(-1),):
         found, gone = list(tensors[block.constants].shape), block.routes.count(-1)
         raise CoterieError(f"{where}: {block.constants!r} has shape {found}; {gone} router rows lead to no expert")
+
+
+def has_routers(checkpoint: Checkpoint, family: Family) -> bool:
+    """Whether any layer has a router; none has where every layer was condensed."""
+    rest = {match["rest"] for name in checkpoint.tensors if (match := LAYER.fullmatch(name))}
+    return not rest.isdisjoint(layout.router for layout in family.layouts)
 
 
 def mtp_names(model: Model) -> list[str]:

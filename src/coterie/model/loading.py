@@ -140,7 +140,7 @@ def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:
 
     checkpoint = Checkpoint.open(path)
     own, wanted = own_layout(checkpoint.config), _wanted(checkpoint, dtype)
-    routed = _routed_blocks(checkpoint, own)
+    routed = [block for block in Model.of(checkpoint).main if block.routes] if own.routes else []
     with guarded(path, "cannot load it"):
         model = _empty_ours(checkpoint, own, wanted)
         files = [safe_open(str(checkpoint.path / shard), "pt") for shard in checkpoint.shards]
@@ -188,12 +188,6 @@ def _fill(model: Any, slices: Mapping[str, Any], dtype: Any, checkpoint: Checkpo
         "mismatched_keys": sorted(map(str, info.mismatched_keys)),
         "conversion_errors": sorted(map(str, info.conversion_errors)),
     }
-
-
-def _routed_blocks(checkpoint: Checkpoint, own: OwnLayout) -> list[MoE]:
-    """The blocks whose router knows more experts than are stored."""
-    found = Model.of(checkpoint).main if own.routes else []
-    return [block for block in found if block.routes]
 
 
 def _route(model: Any, block: MoE, constants: Any) -> None:

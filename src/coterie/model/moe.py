@@ -26,6 +26,7 @@ from coterie.storage.tensors import read, read_into, stored_dtype
 
 IMPLEMENTATION = "coterie"  # our name in the registry
 Answer = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # the parameters of an experts module that hold matrices
 PLAIN = FLOATS[1:]  # stored so, weights need no arithmetic but a cast
 MOST_TOKENS = 1024  # of one expert at a time: what lies between its matrices stays small, and near the processor
 
@@ -125,7 +126,7 @@ def _read_numbered(checkpoint: Checkpoint, names: list[str]) -> tuple[torch.Tens
 def _read_fused(
     checkpoint: Checkpoint, block: MoE, e: int, names: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Of tensors (E, rows, columns) or (E * rows, columns)."""
+    """As `_stored`, of fused tensors (E, rows, columns) or (E * rows, columns); None for other shapes."""
     layout, parts = block.layout, []
     for name in names:
         shape = checkpoint.tensors[name].shape

@@ -110,8 +110,9 @@ def renumber(config: dict[str, Any], dropped: tuple[int, ...]) -> None:
     section = config.get(OWN, {})
     for name in LAYERED & section.keys():
         left = {key: value for key, value in section[name].items() if key not in map(str, dropped)}
-        section[name] = {_moved(key, dropped): value for key, value in left.items()}
+        section[name] = {moved(key, dropped): value for key, value in left.items()}
 
 
-def _moved(key: str, dropped: tuple[int, ...]) -> str:
+def moved(key: str, dropped: tuple[int, ...]) -> str:
+    """A layer's key once the dropped ones are left out."""
     return str(int(key) - sum(d < int(key) for d in dropped)) if key.isdecimal() else key

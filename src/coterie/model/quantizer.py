@@ -42,12 +42,11 @@ from coterie.kernels.memory import TORCH, Arena, Matrix, Stack, load
 from coterie.model.experts import expert_matrices
 from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.loading import decoder_layers
-from coterie.model.moe import enter, experts_modules
+from coterie.model.moe import WEIGHTS, enter, experts_modules
 from coterie.model.sparse import SparseExperts, SparseLinear, stock
+from coterie.model.targets import targets
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode as encode_values
-
-WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # the parameters of an experts module that are left out
 
 
 @dataclass
@@ -124,15 +123,8 @@ class CoterieQuantizer(HfQuantizer):
 
     def _place_linears(self, model: Any, names: list[str]) -> None:
         """Puts packed linear layers where the other packed weights belong. Raises: CoterieError for other modules."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping: Any = get_model_conversion_mapping(model) or []
-        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in mapping if isinstance(m, WeightConverter)]
         state = model.state_dict()
-        for name in names:
-            target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        for name, (target, _) in targets(model, names).items():
             path, _, leaf = target.rpartition(".")
             module = model.get_submodule(path) if target in state else None
             if leaf != "weight" or type(module) is not torch.nn.Linear:
@@ -218,8 +210,7 @@ def _stacks(block: MoE) -> list[list[str]] | None:
     """Tensor names of each stack; None where disk and memory disagree about what a matrix is."""
     layout = block.layout
     if block.experts:
-        roles = [part for part in (layout.gate, layout.up, layout.down) if part]
-        keys = [next((k for k in (f"{r}.weight", r) if k in block.experts[0]), None) for r in roles]
+        keys = [next((k for k in (f"{r}.weight", r) if k in block.experts[0]), None) for r in layout.parts]
         return [[expert[str(key)] for expert in block.experts] for key in keys]
     plain = not layout.transposed and not layout.interleaved and len(layout.fused) == 2
     return [[block.prefix + name] for name in layout.fused] if plain else None
@@ -240,7 +231,7 @@ def _check_shapes(place: Placed, stacks: list[Stack]) -> None:
 
 
 def stored(name: str, matrices: list[Matrix], num_axes: int) -> dict[str, torch.Tensor]:
-    """The tensors of `format` for one name, or the dense tensor where packing would not shrink it."""
+    """The tensors that `codecs/bits.py` has for one name, or the dense tensor where packing would not shrink it."""
     packed = [m.packed() for m in matrices]
     shape = (*((len(packed),) if num_axes == 3 else ()), *packed[0].shape)
     dtype = packed[0].dtype
@@ -252,7 +243,7 @@ def stored(name: str, matrices: list[Matrix], num_axes: int) -> dict[str, torch.
 
 
 def register() -> None:
-    """Makes transformers know `quant_method: "coterie"`; again is nothing."""
+    """Makes transformers know `quant_method: "coterie"`; a second call changes nothing."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(CoterieConfig)
         register_quantizer(METHOD)(CoterieQuantizer)

@@ -48,7 +48,7 @@ class SparseExperts:
         return total.view(num_tokens, top_k, -1).sum(1).to(x.dtype)
 
     def _one_token(self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The same for a single token, whose experts all differ, in as few operations as it takes."""
+        """The answer for a single token, whose experts all differ, in as few operations as it takes."""
         ids = chosen[0].cpu().numpy()
         y = self._outputs(module, Pairs(ids, np.arange(len(ids)), np.ones(len(ids), np.int64)), x)
         return (weights.to(y.dtype) @ y).to(x.dtype)

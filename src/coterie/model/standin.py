@@ -1,6 +1,7 @@
 """The dense MLP that stands in for a MoE block, in a stock model whose own classes have none.
 
-Used to load our own layout. Importing this module imports torch.
+Used to load our own layout; `block_of` also where blocks are measured, replaced or taught.
+Importing this module imports torch.
 """
 
 from __future__ import annotations

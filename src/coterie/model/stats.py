@@ -68,10 +68,6 @@ class Stats:
         self.sums[key] = joined(name)(self.sums[key], value) if key in self.sums else value
 
     @property
-    def domains(self) -> list[str]:
-        return list(self.samples)
-
-    @property
     def layers(self) -> list[str]:
         return sorted(
             {layer for _, layer, _ in self.sums}, key=lambda k: (not k.isdigit(), int(k) if k.isdigit() else 0)

@@ -1,1 +1,1 @@
-"""Pages that open from disk: their parts (`page`, `page.css`, `page.js`), and that of `coterie report` (`summary`)."""
+"""Pages that open from disk: their parts (`page.py`, `page.css`, `page.js`), and those of `report` and `analyze`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.judge.numbers import Found, at
+from coterie.judge.numbers import Found, Layers, at
 from coterie.judge.rounding import LEVELS
 from coterie.pages.page import (
     Bar,
@@ -80,7 +80,6 @@ ROUTING = {
     "unused": "load unused",
     "between domains": "load domain_gap",
 }
-Layers = Sequence[Found]
 
 
 def shown(result: Found) -> str:
@@ -128,7 +127,7 @@ def _likeness(layers: Layers) -> tuple[Part, ...]:
 
 
 def _heatmap(name: str, path: str, layers: Layers) -> Heatmap:
-    """Of the experts that the numbers are of: some of them may have been left out."""
+    """A matrix of each layer, over the experts that its numbers are of: some may have been left out."""
 
     def grid(entry: Found) -> tuple[Grid]:
         ids = at(entry, f"{path.split()[0]} experts") or range(at(entry, "num_experts"))
@@ -181,7 +180,7 @@ def _routing(layers: Layers) -> tuple[Part, ...]:
 
 
 def _load_bars(entry: Found) -> tuple[Bar, ...]:
-    """Of many experts, sums over groups of neighbours."""
+    """The share of choices by domain and expert; of many experts, sums over groups of neighbours."""
     groups = _groups(range(at(entry, "num_experts")))
     return tuple(
         Bar(domain, name, round(float(np.array(shares)[group].sum()), 6))

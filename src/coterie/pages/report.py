@@ -129,7 +129,7 @@ def _points(entries: list[Measured], values: list[Interval | None]) -> tuple[Poi
 
 
 def _losses(entries: list[Measured]) -> list[Part]:
-    """Of every data set, with intervals."""
+    """The loss on every data set, with intervals."""
     of = [(m["name"], n, p) for m in entries for n, p in m["perplexity"].items()]
     if not of:
         return []
@@ -208,7 +208,7 @@ def _grid(fate: dict[str, list[int]]) -> Grid:
 
 
 def _kurtosis(models: list[Measured]) -> list[Part]:
-    """Of expert weights: as a command recorded it before, between and after its steps, or as it is."""
+    """The kurtosis of expert weights, as a command recorded it before, between and after its steps, or as it is."""
     rows = tuple((m["name"], stage, value) for m in models for stage, value in m["kurtosis"].items())
     if not rows:
         return []
@@ -264,7 +264,7 @@ def _loss(perplexity: Interval) -> Interval:
 
 
 def _bars(title: str, y: str, of: Sequence[tuple[str, str, Interval]], *, dots: bool) -> Bars:
-    """By model and data set."""
+    """A plot of values with intervals, by model and data set."""
     return Bars(title, y, (View("all", tuple(_bar(*each) for each in of)),), dots)
 
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,17 +66,15 @@ def load_json(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
     """
     if "\0" in str(path):
         raise CoterieError(f"{str(path)!r:.200}: not a file name")
-    try:
+    with reading(path):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise CoterieError(f"{path}: not a regular file; expected one with a JSON object")
         with path.open("rb") as file:  # some files of the system say that they have no size
             raw = b"" if status.st_size > limit else file.read(limit + 1)
-        if max(status.st_size, len(raw)) > limit:
-            raise CoterieError(f"{path}: {max(status.st_size, len(raw)):,} bytes of JSON; expected at most {limit:,}")
-        return parse_json(raw, str(path))
-    except OSError as error:
-        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if max(status.st_size, len(raw)) > limit:
+        raise CoterieError(f"{path}: {max(status.st_size, len(raw)):,} bytes of JSON; expected at most {limit:,}")
+    return parse_json(raw, str(path))
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
@@ -133,7 +131,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     ranges must tile the data exactly: no overlap, no hole, no trailing bytes.
     Raises: CoterieError naming the file and the first fault.
     """
-    try:
+    with reading(path):
         if not stat.S_ISREG(path.stat().st_mode):  # a named pipe would be waited for
             raise CoterieError(f"{path}: cannot be read (not a regular file)")
         with path.open("rb") as file:
@@ -148,8 +146,6 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if length > MAX_HEADER:
                 raise CoterieError(f"{path}: header of {length:,} bytes; expected at most {MAX_HEADER:,}")
             header = parse_json(file.read(length), f"{path} (header)")
-    except OSError as error:
-        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CoterieError(f"{path}: __metadata__ must map strings to strings")
@@ -257,21 +253,17 @@ class Checkpoint:
 
         A fingerprint that tells two checkpoints apart without reading a terabyte; not a proof of equality.
         """
-        try:
+        with reading(self.path):
             digest = hashlib.sha256((self.path / "config.json").read_bytes())
             for shard in self.shards:
                 _hash_shard(digest, self.path / shard)
-        except OSError as error:
-            raise CoterieError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         return digest.hexdigest()
 
     @property
     def stamps(self) -> dict[str, list[int]]:
         """Bytes and time of the last change (nanoseconds) of every shard: what tells that somebody wrote to one."""
-        try:
+        with reading(self.path):
             found = {shard: (self.path / shard).stat() for shard in self.shards}
-        except OSError as error:
-            raise CoterieError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         return {shard: [status.st_size, status.st_mtime_ns] for shard, status in found.items()}
 
     def raw(self, name: str, start: int = 0, length: int | None = None) -> bytes:
@@ -318,11 +310,9 @@ def _hash_shard(digest: hashlib._Hash, path: Path) -> None:
 def read_bytes(path: Path, start: int, length: int, name: str) -> bytes:
     """`length` bytes of a file, of the tensor `name`. Raises: CoterieError where they cannot be had."""
     try:
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             file.seek(start)
             found = file.read(length)
-    except OSError as error:
-        raise CoterieError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (MemoryError, OverflowError) as error:
         raise CoterieError(f"{path}: {name!r} has {length:,} bytes, more than fit into memory") from error
     if len(found) != length:

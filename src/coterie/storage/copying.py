@@ -21,6 +21,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -273,13 +274,10 @@ class Copier:
         Raises: CoterieError when the way asked for does not work here, or a source is shorter than it was; OSError
         when the target cannot be written.
         """
-        files = Files(target)
-        try:
+        with closing(Files(target)) as files:
             for way, run in self._ladder():
                 if moves:
                     moves = run(files, moves, partial(self._count, way, on_bytes), self._refuse)
-        finally:
-            files.close()
         assert not moves
 
     def _ladder(self) -> list[tuple[str, Callable[..., list[Move]]]]:
@@ -313,12 +311,11 @@ def can_share(source: Path, folder: Path) -> bool:
     """Whether files in `folder` can share blocks with `source`: tried on its first page."""
     probe = folder / "probe.tmp"
     try:
-        files = Files(probe)
         probe.touch()
         try:
-            share(files.source(source), files.target(), Move(source, 0, PAGE, 0))
+            with closing(Files(probe)) as files:
+                share(files.source(source), files.target(), Move(source, 0, PAGE, 0))
         finally:
-            files.close()
             probe.unlink()
     except OSError:
         return False

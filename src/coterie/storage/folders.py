@@ -117,7 +117,7 @@ def is_first(folder: Path) -> bool:
 
 
 def left_over(out: Path) -> list[str]:
-    """For a run that saves dense: a note that names what `--save sparse` has beside the same OUT, if anything."""
+    """A note, for a run that saves dense, that names what `--save sparse` has beside the same OUT, if anything."""
     folders = Folders(out)
     unfinished = partial_of(folders.dense)
     try:

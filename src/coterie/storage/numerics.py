@@ -79,7 +79,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 
 def _odd_float32(values: np.ndarray) -> np.ndarray:
-    """As float32, cut short with an odd last bit where that is inexact: rounding again is then rounding once."""
+    """Values as float32, cut short with an odd last bit where that is inexact: rounding again is then rounding once."""
     with np.errstate(over="ignore"):
         single = values.astype(np.float32)
     bits = single.view(np.uint32)

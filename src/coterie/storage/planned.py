@@ -6,6 +6,7 @@ Lets one step plan on the result of the step before, and calibration read it, wi
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -150,11 +151,8 @@ def _resolved(checkpoint: Planned, output: Output, places: dict[str, list[Tensor
 def _traced(checkpoint: Planned, run: Run, places: dict[str, list[Tensor]]) -> Iterator[Run | Made | Hole]:
     """The parts behind a run of planned bytes: runs name whole tensors, or rows of one."""
     group = places[run.file]
-    low, high = 0, len(group)
-    while low < high:  # the first tensor that ends beyond the run's beginning
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if group[middle].end <= run.start else (low, middle)
-    for tensor in group[low:]:
+    first_beyond = bisect_right(group, run.start, key=lambda tensor: tensor.end)  # that ends beyond the run's beginning
+    for tensor in group[first_beyond:]:
         if tensor.start >= run.end:
             break
         first, last = max(run.start, tensor.start), min(run.end, tensor.end)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import printable
+from coterie.options import flag_of
 from coterie.storage.checkpoint import load_json
 
 OBJECT = "(given as an object)"  # what is recorded of a plan that is no file
@@ -42,7 +43,7 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that shaped the result (read from metadata: nothing is imported)."""
+    """Versions of Python and of the packages that shaped the result (read from metadata: nothing is imported)."""
     found = {"python": platform.python_version()}
     for package in ("coterie", "numpy", "scipy", "torch", "transformers", "safetensors"):
         try:
@@ -97,7 +98,7 @@ def typed(command: str, options: Mapping[str, object]) -> str:
     """The command as one would type it, in one line, from what it recorded; MODEL, OUT and PLAN stand for paths."""
     words = ["coterie", command, "MODEL", "OUT"]
     for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         if command == "apply" and name == "plan":
             words.insert(3, "PLAN" if value == OBJECT else str(value))
         elif isinstance(value, dict):

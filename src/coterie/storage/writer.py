@@ -223,7 +223,7 @@ class Writer:
 
     @property
     def io(self) -> dict[str, object]:
-        """For the report: the way asked for, bytes by the way they went, and files kept from an interrupted run."""
+        """What the report says: the way asked for, bytes by the way they went, files kept from an interrupted run."""
         return {"asked": self.copier.io, "bytes": dict(self.copier.moved), "kept_files": len(self._done)}
 
     def put(self, name: str, offset: int, data: bytes) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from coterie.edits.folding import shared_names
 from coterie.errors import CoterieError
-from coterie.forward.samples import read_samples
+from coterie.forward.samples import counted, read_samples
 from coterie.model import causal
 from coterie.model.loading import available_memory, load
 from coterie.storage.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ class Course:
         self.objectives = self._objectives()
 
     def _objectives(self) -> dict[str, objectives.Objective]:
-        """By the name of the stage that minimises it; all are measured on held-out samples."""
+        """Each objective by the name of the stage that minimises it; all are measured on held-out samples."""
         found: dict[str, objectives.Objective] = {"lm": objectives.language_modelling(self.student)}
         if self.teacher is not None:
             found["distill"] = objectives.distillation(self.student, self.teacher)
@@ -146,7 +146,7 @@ class Course:
             "stages": state.stages,
             "curve": state.curve,
             "dtype": str(self.student.dtype).removeprefix("torch."),
-            "data": {k: {"samples": len(v), "tokens": sum(map(len, v))} for k, v in self.by_name.items()},
+            "data": counted(self.by_name),
             "held_out": {"samples": len(self.held_out), "tokens": sum(map(len, self.held_out))},
         }
         if self.teacher is not None:

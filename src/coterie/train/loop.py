@@ -179,7 +179,10 @@ class State:
 
     @classmethod
     def load(cls, learner: Learner, path: Path) -> State:
-        """As saved, into the learner; a fresh one where nothing was saved. Raises: CoterieError for a damaged file."""
+        """The state as saved, its tensors put into the learner; a fresh one where nothing was saved.
+
+        Raises: CoterieError for a damaged file.
+        """
         if not path.is_file():
             return cls()
         from safetensors import safe_open

@@ -8,7 +8,7 @@ Importing this module imports torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,12 +139,10 @@ def _watched(modules: dict[int, torch.nn.Module], found: dict[int, Call]) -> Ite
     def note(index: int) -> Callable[..., None]:
         return lambda module, args, kwargs: found.update({index: (args, kwargs)})
 
-    handles = [m.register_forward_pre_hook(note(index), with_kwargs=True) for index, m in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for index, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(note(index), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _output(found: Any) -> torch.Tensor:

@@ -25,7 +25,6 @@ class Sums:
     gram: torch.Tensor
     cross: torch.Tensor
     power: float = 0.0
-    num_tokens: int = 0
 
     def add(self, hidden: torch.Tensor, wanted: torch.Tensor) -> None:
         """Tokens: hidden (T, F), wanted (T, D)."""
@@ -33,7 +32,6 @@ class Sums:
         self.gram += (h.T @ h).double()
         self.cross += (h.T @ y).double()
         self.power += float(y.double().square().sum())
-        self.num_tokens += len(h)
 
     def error(self, down: torch.Tensor) -> float:
         """sum |y - W h|^2 over sum |y|^2 for any W (D, F)."""

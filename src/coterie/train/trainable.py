@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from coterie.errors import CoterieError
-from coterie.forward.skeleton import targets
 from coterie.model import moe
-from coterie.model.experts import expert_matrices, store_expert
+from coterie.model.experts import Matrices, expert_matrices, store_expert
 from coterie.model.layer import MoE
 from coterie.model.loading import decoder_layers
+from coterie.model.targets import targets
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode
 
@@ -99,7 +99,7 @@ def _placed(
     return (first.T, second.T) if module.is_transposed else (first, second)
 
 
-def _taken(module: Any, first: torch.Tensor, down: torch.Tensor) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+def _taken(module: Any, first: torch.Tensor, down: torch.Tensor) -> Matrices:
     """The inverse of `_placed`."""
     if module.is_transposed:
         first, down = first.T, down.T

@@ -6,7 +6,7 @@
     distill   the divergence from the original's logits
 
 Only the condensed MLPs change; every other tensor keeps its bytes. Rows and columns of zeros that pad an MLP to the
-model's one dense width stay zero: their gradients are.
+model's one dense width stay zero, as their gradients are.
 Source: CD-MoE, arXiv 2412.00069 (lm: only the condensed layers learn, AdamW, linear decay).
 Deviates: float32 masters, no padding in the loss, no balancing loss of the layers that still route; the constant gates
 are folded into the MLPs, and so learn with them.
@@ -27,9 +27,9 @@ from coterie.errors import CoterieError
 from coterie.forward.samples import DATA, Calibration
 from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
-from coterie.model.layer import LAYER, Model, MoE, find_blocks
+from coterie.model.layer import LAYER, Model, MoE, find_blocks, has_routers
 from coterie.model.loading import DTYPES
-from coterie.options import Help, as_text
+from coterie.options import Help, as_text, flag_of
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.record import record_of
 from coterie.storage.shards import Output, whole
@@ -71,7 +71,7 @@ def check_options(options: Training, save_every: int = 1) -> None:
     for name, low in least.items():
         value = save_every if name == "save_every" else getattr(options, name)
         if type(value) is not int or value < low:
-            raise CoterieError(f"--{name.replace('_', '-')} {value!r}: expected a whole number, at least {low}")
+            raise CoterieError(f"{flag_of(name)} {value!r}: expected a whole number, at least {low}")
     if options.lr is not None and not (isinstance(options.lr, (int, float)) and 0 < options.lr < 1):
         raise CoterieError(f"--lr {options.lr!r}: expected a learning rate between 0 and 1, such as 1e-4")
     if options.dtype not in DTYPES or options.dtype == "float16":
@@ -132,10 +132,7 @@ def open_model(checkpoint: Checkpoint) -> Model:
     if codec_of(checkpoint):
         raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
     family = detect(checkpoint.config)
-    rest = {match["rest"] for name in checkpoint.tensors if (match := LAYER.fullmatch(name))}
-    if rest.isdisjoint({layout.router for layout in family.layouts}):
-        return Model(checkpoint, family, (), {})
-    return find_blocks(checkpoint, family)
+    return find_blocks(checkpoint, family) if has_routers(checkpoint, family) else Model(checkpoint, family, (), {})
 
 
 def chosen_layers(model: Model, plan: Plan, options: Training) -> tuple[list[int], list[str]]:
@@ -248,11 +245,8 @@ def memory_bytes(trainee: Trainee) -> int:
     """About what training takes: both models, 16 bytes a trained weight, logits of one batch four times over, and, for
     the closed form, five float64 matrices between the hidden units of a layer."""
     config = trainee.model.checkpoint.config
-    size = (
-        2
-        if trainee.options.dtype == "bfloat16" or (trainee.options.dtype == "auto" and stored_dtype(trainee) == "BF16")
-        else 4
-    )
+    dtype = trainee.options.dtype
+    size = 2 if dtype == "bfloat16" or (dtype == "auto" and stored_dtype(trainee) == "BF16") else 4
     weights = sum(c.num_parameters for c in (trainee.model.checkpoint, trainee.teacher) if c)
     vocabulary = next((v for _, _, v in lookup(config, ("vocab_size",)) if type(v) is int), 0)
     tokens = trainee.options.batch_size * trainee.options.seq_len
@@ -262,5 +256,5 @@ def memory_bytes(trainee: Trainee) -> int:
 
 
 def stored_dtype(trainee: Trainee) -> str:
-    """Of the weights that are trained."""
+    """The dtype of the weights that are trained."""
     return trainee.model.checkpoint.tensors[trainee.tensors[0]].dtype

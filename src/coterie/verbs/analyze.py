@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, read_samples
 from coterie.model.layer import Model
 from coterie.options import Help, ModelPath, public
 from coterie.pages.terminal import Asked, paragraphs
@@ -80,7 +80,7 @@ def analyze(
     result = {
         "model": {"path": str(model), "hash": source.checkpoint.hash, "family": source.family.name},
         "options": calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")},
-        "domains": {name: {"samples": len(given), "tokens": sum(map(len, given))} for name, given in by_domain.items()},
+        "domains": counted(by_domain),
         "layers": layers,
         "advice": [vars(advice) for advice in advise(layers)],
         "notes": [*notes, *limits(source, layers)],

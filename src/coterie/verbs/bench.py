@@ -15,7 +15,6 @@ from coterie.judge.speed import (
     Runner,
     batch_sizes,
     check_threads,
-    clock_name,
     described,
     kernel_rows,
     limited_to,
@@ -28,8 +27,6 @@ from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.record import Progress, no_progress
 
 
-# Everything that is compared runs interleaved in one process, and single calls are timed: another process disturbs both
-# sides alike. Whole models first, prefill and decode; then the kernels on one expert matrix.
 @public
 def bench(
     model: Annotated[str | Path, Help("A folder of safetensors, packed or not, or a hub id.", "OUT", given=str)],
@@ -69,7 +66,8 @@ def bench(
         bandwidth = read_bandwidth(number)
         kernels = kernel_rows(views[0], number, notes)
         on_progress("measuring kernels", 1, 1)
-        found = {"machine": cases.machine(number), "clock": clock_name(number), "bandwidth": bandwidth}
+        clock = "processor time of the one thread" if number == 1 else "wall time"
+        found = {"machine": cases.machine(number), "clock": clock, "bandwidth": bandwidth}
     entries = [described(str(p), v, s, bandwidth, notes) for p, v, s in zip(paths, views, speeds, strict=True)]
     return found | {"models": entries, "kernels": kernels, "notes": notes}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, read_samples
 from coterie.model.layer import Model
 from coterie.model.stats import MERGING
 from coterie.options import Help, ModelPath, public
@@ -18,8 +18,6 @@ from coterie.storage.files import check_new_file
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
 
-# One streaming forward over the samples of all domains together, so that each expert is read once; every token knows
-# its domain and half (of the domain's samples, every second one), and is added to their sums.
 @public
 def collect(
     model: ModelPath,
@@ -55,7 +53,7 @@ def collect(
         "options": calibration.sizes
         | {"dtype": str(chosen).removeprefix("torch.")}
         | ({"merging": True} if merging else {}),
-        "domains": {name: {"samples": len(given), "tokens": sum(map(len, given))} for name, given in by_domain.items()},
+        "domains": counted(by_domain),
         "layers": result.layers,
         "notes": [*notes, *result.notes],
         "versions": versions(),

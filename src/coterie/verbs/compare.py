@@ -131,7 +131,7 @@ class Contest:
         return criteria.kept_of(self.task, criteria.keep(self.task, scores, self.guarded))
 
     def _by_clusters(self, stats: Stats) -> dict[str, Collection[int]]:
-        """Of router rows, and of usage where two are alike: as a dry run of `prune` has it, without weights."""
+        """STUN by router rows, and by usage where two are alike: as a dry run of `prune`, without weights."""
         clusterer = Clusterer(self.task, self.options, self.guarded, dry_run=True)
         return criteria.kept_of(self.task, clusterer.choose(stats, nearest)[0])
 

@@ -6,21 +6,19 @@ Example: coterie eval MODEL OUT --data prose=prose.txt --data sums=problems.json
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.errors import CoterieError
 from coterie.forward.data import read_documents
-from coterie.judge.judging import Files, Judging, judged_files
+from coterie.judge.judging import Files, Judging, Load, judged_files
 from coterie.options import Help, public
 from coterie.pages.terminal import Asked, Rows, interval, table
 from coterie.storage.record import Progress, no_progress
 
 if TYPE_CHECKING:
     from coterie.judge.paired import Paired
-
-Load = Callable[[str | Path], Any]
 
 
 @public

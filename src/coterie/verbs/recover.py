@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from coterie.edits.execution import Io, Request, Writing, finished, left_behind, write
+from coterie.edits.execution import Io, Request, Writing, finished, left_behind, one_or_all, write
 from coterie.edits.saving import savable
 from coterie.options import Help, flat, public
 from coterie.pages.terminal import show_report as show
@@ -90,10 +90,8 @@ def recover(
 def started(trainee: Trainee, request: Request) -> Report:
     """The report before training: sizes, which change nothing, and what will be trained."""
     model, checkpoint, teacher = trainee.model, trainee.model.checkpoint, trainee.teacher
-    experts = {b.key: b.num_experts for b in model.main}
-    same = len(set(experts.values())) <= 1
-    size = {"parameters": checkpoint.num_parameters, "bytes": checkpoint.num_bytes}
-    size |= {"experts": next(iter(experts.values()), 0) if same else experts}  # type: ignore[dict-item]
+    experts = one_or_all({b.key: b.num_experts for b in model.main})
+    size = {"parameters": checkpoint.num_parameters, "bytes": checkpoint.num_bytes, "experts": experts}
     writing, notes = request.writing, [*trainee.notes, *left_behind(checkpoint)]
     notes += left_over(request.out) if writing.save == "dense" else []
     return Report(

@@ -99,7 +99,7 @@ class JournalLine:
 
 
 def _run(folder: Path, entries: list[Entry]) -> dict[str, object]:
-    """Of a folder that is being written, or that an ended run left."""
+    """The status of a folder that is being written, or that an ended run left."""
     asked = object_at(entries[0], "asked") if entries else {}
     lines, alive = [JournalLine.read(entry) for entry in entries], is_held(folder)
     begun = [number for number, line in enumerate(lines) if line.began is not None]

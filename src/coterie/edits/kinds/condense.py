@@ -18,8 +18,7 @@ from coterie.edits.folding import DOWN, UP, check_condensed, folded, is_inside, 
 from coterie.edits.outputs import experts_left
 from coterie.edits.plan import CONDENSED, Condensed, Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
-from coterie.model.family import GATED, NUM_LAYERS, Dense, lookup
-from coterie.model.family import num_layers as layers_of
+from coterie.model.family import GATED, NUM_LAYERS, Dense, lookup, num_layers
 from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.own import is_own, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
@@ -45,15 +44,10 @@ def read(at: str, value: Any) -> dict[str, object]:
     return {"condensed": Condensed(tuple(experts), tuple(map(float, numbers[:-1])), float(shared))}
 
 
-def num_layers(model: Model) -> int:
-    """Decoder layers, from the config. Raises: CoterieError when no key says."""
-    return layers_of(model.checkpoint.config)
-
-
 def dense_layers(model: Model, plan: Plan) -> list[int]:
     """The decoder layers without experts once the plan is executed, ascending."""
     sparse = {int(b.key) for b in model.main if b.key not in plan.condensed}
-    return [i for i in range(num_layers(model)) if i not in sparse]
+    return [i for i in range(num_layers(model.checkpoint.config)) if i not in sparse]
 
 
 def is_stock(model: Model, plan: Plan) -> bool:
@@ -80,7 +74,7 @@ def dense_mlps(model: Model) -> list[tuple[str, str, str]]:
     assert dense
     root, found = model.main[0].stack, []
     places = {dense.mlp, model.main[0].layout.blocks[0]}  # some files say "block_sparse_moe." of dense layers as well
-    for index in range(num_layers(model)):
+    for index in range(num_layers(model.checkpoint.config)):
         for place in places if all(b.key != str(index) for b in model.main) else ():
             gate, up, down = (f"{root}.{index}.{place}{part}.weight" for part in dense.names)
             if {gate, up, down} <= tensors.keys():
@@ -174,7 +168,7 @@ def _say_dense(config: dict[str, Any], model: Model, plan: Plan, width: int) -> 
     dense, layers = model.family.dense, dense_layers(model, plan)
     assert dense
     holder = next(holder for _, holder, value in lookup(config, NUM_LAYERS) if type(value) is int)
-    is_dense = [i in layers for i in range(num_layers(model))]
+    is_dense = [i in layers for i in range(num_layers(model.checkpoint.config))]
     leading = (*is_dense, False).index(False)
     holder[dense.width] = width
     if dense.kind == "ids":

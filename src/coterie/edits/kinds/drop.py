@@ -14,7 +14,7 @@ from coterie.edits.plan import Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
 from coterie.model.family import NUM_LAYERS, lookup, num_layers
 from coterie.model.layer import LAYER, Model, MoE, mtp_names, stack_of
-from coterie.model.own import renumber
+from coterie.model.own import moved, renumber
 from coterie.storage.shards import whole
 
 INDICES = ("mlp_only_layers",)  # lists of layer numbers
@@ -82,14 +82,9 @@ def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
         match = LAYER.fullmatch(name)
         if match and stack_of(match["prefix"]) == stack:
             gone = int(match["index"]) in plan.dropped
-            renamed = f"{stack}.{_number(plan, match['index'])}.{match['rest']}"
+            renamed = f"{stack}.{moved(match['index'], plan.dropped)}.{match['rest']}"
             result[name] = () if gone else (whole(tensor, renamed),)
     return result
-
-
-def _number(plan: Plan, key: str) -> int:
-    """A layer's number once the dropped ones are gone."""
-    return int(key) - sum(d < int(key) for d in plan.dropped)
 
 
 def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
@@ -121,7 +116,7 @@ def _cut_lists(holder: dict[str, Any], left: list[int], total: int) -> None:
 def trace(plan: Plan, before: Outcome) -> Outcome:
     gone = int(before.key) in plan.dropped
     found = replace(before, levels={}, routed=()) if gone else before
-    return replace(found, moved=str(_number(plan, before.key)))
+    return replace(found, moved=moved(before.key, plan.dropped))
 
 
 KIND = Kind(

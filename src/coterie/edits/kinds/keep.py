@@ -87,6 +87,7 @@ def check_count(num_kept: int, top_k: int, groups: RoutingGroups, where: str) ->
 
 
 def fits_groups(num_kept: int, top_k: int, groups: RoutingGroups) -> bool:
+    """Whether so many experts make equal routing groups that hold enough for the router to choose from."""
     per_group, rest = divmod(num_kept, groups.num_groups)
     return rest == 0 and per_group >= groups.min_per_group and groups.top_groups * per_group >= min(top_k, num_kept)
 

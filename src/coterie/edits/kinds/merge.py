@@ -36,17 +36,13 @@ def read(at: str, value: Any) -> dict[str, object]:
         raise CoterieError(f"{at}: merged experts need their clusters")
     if not isinstance(aligned, bool) or ((shares or aligned) and not merged):
         raise CoterieError(f"{at}: `shares` and `aligned` (a boolean) are of merged experts")
-    if not isinstance(shares, list) or (shares and [len(c) for c in clusters] != _lengths(shares)):
+    sizes = [len(s) if isinstance(s, list) else -1 for s in shares] if isinstance(shares, list) else [-1]
+    if sizes not in ([], [len(c) for c in clusters]):
         raise CoterieError(f"{at}: `shares` must give one number for every member of every cluster")
     numbers = [n for s in shares for n in s]
     if not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers) or any(abs(sum(s) - 1) > 1e-6 for s in shares):
         raise CoterieError(f"{at}: `shares` must be numbers from 0 to 1 that sum to 1 in every cluster")
     return {"merged": merged, "shares": tuple(tuple(map(float, s)) for s in shares), "aligned": aligned}
-
-
-def _lengths(lists: list[Any]) -> list[int]:
-    """Of lists; -1 for what is none."""
-    return [len(found) if isinstance(found, list) else -1 for found in lists]
 
 
 def check(model: Model, plan: Plan) -> None:
@@ -120,20 +116,20 @@ class Members:
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def numbered(self, i: int, key: str) -> Iterator[np.ndarray]:
-        """Of cluster i, every member's tensor `key` ("gate_proj.weight")."""
+        """Every member's tensor `key` of cluster i ("gate_proj.weight")."""
         for e in self.choice.clusters[i]:
             values = self.checkpoint.read(self.block.experts[e][key])
             yield self._arranged(i, e, values, *_numbered_axis(self.block, key))
 
     def fused(self, i: int, name: str) -> Iterator[np.ndarray]:
-        """Of cluster i, every member's part of a fused tensor."""
+        """Every member's part of a fused tensor, of cluster i."""
         rows = self.checkpoint.tensors[name].shape[0] // self.block.num_experts
         for e in self.choice.clusters[i]:
             values = self.checkpoint.read_rows(name, e * rows, (e + 1) * rows)
             yield self._arranged(i, e, values[0] if rows == 1 else values, *_fused_axis(self.block, name))
 
     def rows(self, i: int, name: str) -> Iterator[np.ndarray]:
-        """Of cluster i, every member's row of the router or of what stands beside it."""
+        """Every member's row of the router, or of what stands beside it, of cluster i."""
         tensor = self.checkpoint.tensors[name]
         size = tensor.num_bytes // self.block.num_experts
         for e in self.choice.clusters[i]:

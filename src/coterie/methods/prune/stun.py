@@ -90,8 +90,8 @@ class Dendrogram:
 
 
 def dendrogram(distance: np.ndarray, linkage: str = "complete") -> Dendrogram:
-    """Agglomerates (E, E) distances; the distance of two clusters is the largest (complete) or smallest
-    (single) between their members. Ties go to scipy's order, which is deterministic."""
+    """Agglomerates (E, E) distances; the distance of two clusters is the largest (complete), mean
+    (average) or smallest (single) between their members. Ties go to scipy's order, which is deterministic."""
     from scipy.cluster.hierarchy import linkage as agglomerate
     from scipy.spatial.distance import squareform
 

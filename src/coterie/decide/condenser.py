@@ -16,8 +16,8 @@ from coterie.decide.condensing import Condensing
 from coterie.decide.sweep import BESIDE, Sweep, hidden_divergence, logit_divergence
 from coterie.edits.execution import Request
 from coterie.edits.plan import Decision, Plan
+from coterie.forward.activations import Batch
 from coterie.forward.samples import compute_dtype
-from coterie.forward.stream import Batch
 from coterie.methods import condense as methods
 from coterie.methods import layer_search
 from coterie.model.layer import Model
