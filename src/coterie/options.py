@@ -81,16 +81,20 @@ def public(body: Callable[..., Result]) -> Callable[..., Result]:
             shown = _split(hint, Help)[1]
             default = parameter.default if shown is None or shown.default is ... else shown.default
             parameters[parameter.name] = parameter.replace(annotation=hint, default=default)
-    signature = inspect.Signature(list(parameters.values()))
+    signature = inspect.Signature(list(parameters.values()), return_annotation=hints.get("return", Any))
 
     @wraps(body)
     def verb(*args: Any, **kwargs: Any) -> Result:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{body.__name__}() {error}") from None
         bound.apply_defaults()
         given = {name: _read(parameters[name], value) for name, value in bound.arguments.items()}
         return body(**{n: _built(hints[n], given) if _is_group(hints[n]) else given[n] for n in hints if n != "return"})
 
     verb.__signature__ = signature  # type: ignore[attr-defined]
+    verb.__annotations__ = {n: p.annotation for n, p in parameters.items()} | {"return": signature.return_annotation}
     return verb
 
 

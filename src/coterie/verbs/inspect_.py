@@ -63,10 +63,12 @@ def inspect(model: ModelPath) -> dict[str, Any]:
 
 def _abilities(model: Model, *, packed: bool) -> list[str]:
     """What the commands can do to this checkpoint, and why they cannot where that is so."""
-    if packed:
-        return ["unpack: back to the dense checkpoint, byte for byte", "verify, eval, generate, bench: as it is"]
     config, kind = model.checkpoint.config, model.checkpoint.config.get("model_type")
-    found = ["prune, apply: experts dropped by editing files", "pack: zeros stored as bits, where there are enough"]
+    storing = "pack: zeros stored as bits, where there are enough"
+    found = [
+        "prune, apply: experts dropped by editing files",
+        "unpack: back to the dense checkpoint, byte for byte" if packed else storing,
+    ]
     if model.family.stock:
         found.append("collect, analyze, sparsify, stun, merge, drop, eval, generate, bench: transformers computes it")
     else:
