@@ -7,9 +7,9 @@ Axes: T token, D hidden, E expert, n regressors (E, and one more where there is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ import torch
 from coterie.edits.folding import DOWN, GATE, UP, folded, natural_width, parts, shared_names, weights
 from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
-from coterie.forward.activations import Batch, Routed, Walk, plain_walk
-from coterie.forward.stream import Stream, advance
+from coterie.forward.activations import Batch, Routed, plain_walk
+from coterie.forward.stream import Keep, Stream, advance
 from coterie.methods.condense.official import fixed_gates
 from coterie.model import moe
 from coterie.model.layer import Model
@@ -87,21 +87,14 @@ class Blocks:
         """One layer (loaded: `go`) over the batches, in place, its block as it is or condensed."""
         if work:
             work.add(batches)
-        if condensed is None:
-            go(batches, self.walk, advance)
-            return
-        with self.replaced(index, self.folded(index, condensed)):
+        with self.replaced(index, self.folded(index, condensed)) if condensed else nullcontext():
             go(batches, self.walk, advance)
 
     def folded(self, index: int, condensed: Condensed) -> Forward:
         """The condensed block as it will be stored: one dense MLP, rounded once."""
         block, (_, experts) = self.by_index[index], self.module(index)
         width = natural_width(self.checkpoint, block, condensed)
-        gate, up, down = (
-            torch.tensor(folded(self.checkpoint, block, condensed, width, which), dtype=self.dtype)
-            for which in (GATE, UP, DOWN)
-        )
-        mlp = moe.Expert(torch.cat([gate, up]), down, has_gate=True)
+        mlp = self._expert(folded(self.checkpoint, block, condensed, width, which) for which in (GATE, UP, DOWN))
         return lambda x: moe.expert_forward(experts, mlp, x)[1]
 
     def explicit(self, index: int, condensed: Condensed) -> Forward:
@@ -110,31 +103,29 @@ class Blocks:
         block, (_, experts) = self.by_index[index], self.module(index)
         dtype = self.checkpoint.tensors[weights(block)[-1]].dtype
 
-        def stored(values: np.ndarray) -> torch.Tensor:
-            found = decode(encode(values, dtype, block.name), dtype, block.name).reshape(values.shape)
-            return torch.tensor(found, dtype=self.dtype)
+        def stored(values: np.ndarray) -> np.ndarray:
+            return decode(encode(values, dtype, block.name), dtype, block.name).reshape(values.shape)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             total = torch.zeros_like(x)
-            for gate, matrices in parts(self.checkpoint, block, condensed):
-                up = torch.cat([stored(matrices[GATE]), stored(matrices[UP])])
-                expert = moe.Expert(up, stored(np.float32(gate) * matrices[DOWN]), has_gate=True)
+            for constant, (gate, up, down) in parts(self.checkpoint, block, condensed):
+                expert = self._expert(map(stored, (gate, up, np.float32(constant) * down)))
                 total += moe.expert_forward(experts, expert, x)[1]
             return total
 
         return forward
 
-    def shared(self, index: int) -> moe.Expert | None:
-        """The layer's shared expert; None where the block has none."""
+    def shared_output(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
+        """S(x) as in the files, without the gate it may have; None where the block has no shared expert."""
         names = shared_names(self.by_index[index])
         if names is None:
             return None
-        gate, up, down = (torch.tensor(self.checkpoint.read(name), dtype=self.dtype) for name in names[0])
-        return moe.Expert(torch.cat([gate, up]), down, has_gate=True)
+        shared = self._expert(map(self.checkpoint.read, names[0]))
+        return moe.expert_forward(self.module(index)[1], shared, x)[1] * scale_of(self.checkpoint)
 
-    def shared_output(self, experts: torch.nn.Module, shared: moe.Expert, x: torch.Tensor) -> torch.Tensor:
-        """S(x) as in the files, without the gate it may have."""
-        return moe.expert_forward(experts, shared, x)[1] * scale_of(self.checkpoint)
+    def _expert(self, matrices: Iterable[np.ndarray]) -> moe.Expert:
+        gate, up, down = (torch.tensor(matrix, dtype=self.dtype) for matrix in matrices)
+        return moe.Expert(torch.cat([gate, up]), down, has_gate=True)
 
     def shared_gates(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """(T,) what the shared expert is multiplied by, token by token, in terms of the files: 1, or sigmoid(v x)."""
@@ -149,38 +140,12 @@ class Blocks:
         _, experts = self.module(index)
         for expert in moe.read_experts(self.checkpoint, self.by_index[index], members, self.dtype):
             yield moe.expert_forward(experts, expert, x)[1]
-        shared = self.shared(index)
-        if shared:
-            yield self.shared_output(experts, shared, x)
+        shared = self.shared_output(index, x)
+        if shared is not None:
+            yield shared
 
 
 # --- what a layer is seen to do --------------------------------------------------------------------------------
-
-
-@dataclass
-class Tap:
-    """What entered and left a block, for some rows of all tokens, in the order of the batches."""
-
-    rows: torch.Tensor
-    x: list[torch.Tensor] = field(default_factory=list)
-    y: list[torch.Tensor] = field(default_factory=list)
-    _seen: int = 0
-
-    def hook(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        if not isinstance(output, torch.Tensor):
-            raise CoterieError(f"{type(module).__name__} returns {type(output).__name__}; expected hidden states alone")
-        x, y = (t.reshape(-1, t.shape[-1]) for t in (args[0], output))
-        first, self._seen = self._seen, self._seen + len(x)
-        some = self.rows[(self.rows >= first) & (self.rows < self._seen)] - first
-        self.x.append(x[some])
-        self.y.append(y[some])
-
-
-def spread(num_tokens: int, most: int = MOST_TOKENS) -> torch.Tensor:
-    """Rows of at most so many tokens, spread evenly."""
-    if num_tokens <= most:
-        return torch.arange(num_tokens)
-    return torch.arange(most) * num_tokens // most
 
 
 @dataclass
@@ -195,21 +160,6 @@ class Routing:
     def gates(self) -> np.ndarray:
         """(E,) the published gates; NaN for experts that no token chose."""
         return fixed_gates(self.sums, self.counts)
-
-
-def routing_walk(blocks: Blocks, found: dict[int, Routing]) -> Walk:
-    """The experts as they are, with the routing weights counted on the way."""
-
-    def walk(routed: Routed) -> torch.Tensor:
-        index, num_experts = int(routed.block.key), routed.block.num_experts
-        flat, weights = routed.chosen.flatten(), routed.weights.flatten().double()
-        sums = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, flat, weights)
-        counts = torch.bincount(flat, minlength=num_experts)
-        shared = sum(blocks.shared_gates(index, x).double().sum() for x in routed.x.split(MOST_TOKENS))
-        found[index] = Routing(sums.numpy(), counts.numpy(), float(shared) / len(routed.x))
-        return blocks.walk(routed)
-
-    return walk
 
 
 @dataclass(frozen=True)
@@ -256,11 +206,9 @@ def moments(
 
 def check_sum(blocks: Blocks, index: int, x: torch.Tensor, y: torch.Tensor, routed: torch.Tensor) -> None:
     """Raises: CoterieError unless the block's output y is its shared expert plus the routed sum: what is folded."""
-    _, experts = blocks.module(index)
-    expected, shared = routed.float(), blocks.shared(index)
-    if shared:
-        gates = blocks.shared_gates(index, x)[:, None]
-        expected = expected + gates * blocks.shared_output(experts, shared, x).float()
+    expected, shared = routed.float(), blocks.shared_output(index, x)
+    if shared is not None:
+        expected = expected + blocks.shared_gates(index, x)[:, None] * shared.float()
     gap = float((y.float() - expected).norm() / y.float().norm().clamp(min=1e-30))
     if gap > ALIKE:
         raise CoterieError(
@@ -284,28 +232,46 @@ def copies(batches: list[Batch]) -> list[Batch]:
 
 
 def observe(
-    blocks: Blocks, go: Any, index: int, batches: list[Batch], keep: Any = advance, walk: Walk | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs a layer as it is, and returns what entered and left its block on some rows: two (T, D).
+    blocks: Blocks, go: Any, index: int, batches: list[Batch], keep: Keep = advance
+) -> tuple[Routing, torch.Tensor, torch.Tensor]:
+    """Runs a layer as it is: its routing weights, and what entered and left its block, (T, D) each, on some rows.
 
-    keep: what becomes of the layer's outputs; walk: how its experts are computed, unless plainly.
+    keep: what becomes of the layer's outputs.
     Raises: CoterieError for a block that is more than shared expert and routed sum.
     """
     module, _ = blocks.module(index)
-    sums: list[torch.Tensor] = []
-    tap = Tap(spread(sum(batch.num_tokens for batch in batches)))
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    rows = torch.arange(min(MOST_TOKENS, num_tokens)) * num_tokens // min(MOST_TOKENS, num_tokens)  # spread evenly
+    entered, left, seen = list[torch.Tensor](), list[torch.Tensor](), 0
+    routings, sums = list[Routing](), list[torch.Tensor]()
 
-    def noted(routed: Routed) -> torch.Tensor:
-        total = (walk or blocks.walk)(routed)
-        sums.append(total[tap.rows])
+    def tap(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        nonlocal seen
+        if not isinstance(output, torch.Tensor):
+            raise CoterieError(f"{type(module).__name__} returns {type(output).__name__}; expected hidden states alone")
+        x, y = (t.reshape(-1, t.shape[-1]) for t in (args[0], output))
+        some = rows[(rows >= seen) & (rows < seen + len(x))] - seen
+        entered.append(x[some])
+        left.append(y[some])
+        seen += len(x)
+
+    def walk(routed: Routed) -> torch.Tensor:
+        routings.append(routing(blocks, index, routed))
+        total = blocks.walk(routed)
+        sums.append(total[rows])
         return total
 
-    with module.register_forward_hook(tap.hook):
-        go(batches, noted, keep)
-    x, y = torch.cat(tap.x), torch.cat(tap.y)
+    with module.register_forward_hook(tap):
+        go(batches, walk, keep)
+    x, y = torch.cat(entered), torch.cat(left)
     check_sum(blocks, index, x, y, sums[0])
-    return x, y
+    return routings[0], x, y
 
 
-def leave(batch: Batch, output: torch.Tensor) -> None:
-    """For `observe`: the batches stay where they are."""
+def routing(blocks: Blocks, index: int, routed: Routed) -> Routing:
+    """The routing weights of a layer, counted."""
+    num_experts, flat = routed.block.num_experts, routed.chosen.flatten()
+    sums = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, flat, routed.weights.flatten().double())
+    counts = torch.bincount(flat, minlength=num_experts)
+    shared = sum(blocks.shared_gates(index, x).double().sum() for x in routed.x.split(MOST_TOKENS))
+    return Routing(sums.numpy(), counts.numpy(), float(shared) / len(routed.x))

@@ -8,17 +8,17 @@ activations that the condensed layers before it produce.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from coterie.decide.always_on import Blocks, Routing, Work, leave, moments, observe, routing_walk
+from coterie.decide.always_on import Blocks, Routing, Work, moments, observe
 from coterie.edits.folding import shared_names
 from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
@@ -30,15 +30,17 @@ from coterie.storage.record import Progress
 ROWS = 4096  # tokens whose divergence is computed at once
 CACHE = 2**31  # bytes of experts' outputs kept between the rounds of the published search
 
-Divergences = Callable[[list[int], list[int]], list[float]]  # (experts chosen, candidates) -> one a candidate
+Result = TypeVar("Result")
 
 
-@dataclass
-class Fits:
-    """What each layer would be condensed to, and the share of its output's square that is lost thereby."""
+class Fit(NamedTuple):
+    """What a layer would be condensed to, and the share of its output's square that is lost thereby."""
 
-    condensed: dict[int, Condensed] = field(default_factory=dict)
-    errors: dict[int, float] = field(default_factory=dict)
+    condensed: Condensed
+    error: float
+
+
+Fits = dict[int, Fit]
 
 
 @dataclass(frozen=True)
@@ -56,95 +58,74 @@ class Chooser:
 
         in_order: layers are condensed as the pass goes on; else all are measured in the model as it is.
         """
-        result = Fits()
 
-        def fit(go: Any, index: int) -> None:
-            x, y = observe(self.blocks, go, index, batches, leave if in_order else advance)
+        def fit(go: Any, index: int) -> Fit:
+            _, x, y = observe(self.blocks, go, index, batches, (lambda *_: None) if in_order else advance)
             found, num_experts = moments(self.blocks, index, x, y), self.blocks.by_index[index].num_experts
             num_shared = len(found.target) - num_experts
             chosen, gates = self.method.choose(found.gram, found.target, self.keep, num_shared)
             shared = float(gates[-1]) if num_shared else 1.0
             condensed = Condensed(tuple(chosen), tuple(map(float, gates[: len(chosen)])), shared)
-            result.condensed[index] = condensed
-            result.errors[index] = found.error([*chosen, *range(num_experts, num_experts + num_shared)], gates)
             if in_order:
                 self.blocks.run(go, index, batches, condensed, self.work)
+            return Fit(condensed, found.error([*chosen, *range(num_experts, num_experts + num_shared)], gates))
 
-        self._each("fitting layers" if in_order else "measuring layers", batches, indices, fit)
-        return result
+        return self._each("fitting layers" if in_order else "measuring layers", batches, indices, fit)
 
     def by_routing(self, batches: list[Batch], indices: list[int]) -> Fits:
         """Experts by the router's weights in the model as it is, under the published gates."""
-        result = Fits()
 
-        def choose(index: int, found: Routing, x: torch.Tensor, y: torch.Tensor) -> None:
-            self._add(result, index, self.method.choose(found.sums, self.keep), found, x, y)
+        def fit(go: Any, index: int) -> Fit:
+            found, x, y = observe(self.blocks, go, index, batches)
+            return self._fit(index, self.method.choose(found.sums, self.keep), found, x, y)
 
-        self._routings(batches, indices, choose)
-        return result
+        return self._each("measuring gates", batches, indices, fit)
 
     def gates(self, batches: list[Batch], indices: list[int]) -> dict[int, Routing]:
         """The routing weights of those layers in the model as it is."""
-        return self._routings(batches, indices, lambda *_: None)
+        return self._each("measuring gates", batches, indices, lambda go, i: observe(self.blocks, go, i, batches)[0])
 
     def by_divergence(self, batches: list[Batch], gates: dict[int, Routing]) -> Fits:
         """The published search: experts whose layer alone, condensed, leaves hidden states that diverge least."""
-        result, weights = Fits(), text_weights(batches)
+        weights = text_weights(batches)
 
-        def search(go: Any, index: int) -> None:
-            parts = list[Around]()
+        def fit(go: Any, index: int) -> Fit:
+            parts, found = list[Around](), gates[index]
             surroundings(self.blocks, go, index, batches, parts.append)
             around = Around(*map(torch.cat, zip(*parts, strict=True)))
-            tried = _divergences(self.blocks, index, around, weights, gates[index])
+            tried = Tried(self.blocks, index, around, found)
 
             def divergences(chosen: list[int], left: list[int]) -> list[float]:
                 self.work.add(batches, len(left))
-                return tried(chosen, left)
+                states = tried.states(chosen, left)
+                return [divergence(around.after.split(ROWS), state.split(ROWS), weights) for state in states]
 
-            chosen = self.method.choose(official.candidates(gates[index].gates), self.keep, divergences)
-            self._add(result, index, chosen, gates[index], around.x, around.y)
+            chosen = self.method.choose(official.candidates(found.gates), self.keep, divergences)
+            return self._fit(index, chosen, found, around.x, around.y)
 
-        self._each("searching experts", batches, list(gates), search)
-        return result
+        return self._each("searching experts", batches, list(gates), fit)
 
-    def _each(self, stage: str, batches: list[Batch], indices: list[int], run: Callable[[Any, int], None]) -> None:
-        """One pass: `run(go, index)` runs each of those layers, loaded; the others run as they are."""
-        last = max(indices)
+    def _each(
+        self, stage: str, batches: list[Batch], indices: list[int], run: Callable[[Any, int], Result]
+    ) -> dict[int, Result]:
+        """One pass: what `run(go, index)`, which runs a loaded layer, says of each of those; others run as they are."""
+        found, last = {}, max(indices)
         for index in range(last + 1):
             with self.blocks.stream.loaded(index) as go:
                 if index in indices:
                     self.work.add(batches)
-                    run(go, index)
+                    found[index] = run(go, index)
                 else:
                     self.blocks.run(go, index, batches, None, self.work)
             self.on_progress(stage, index + 1, last + 1)
-
-    def _routings(
-        self,
-        batches: list[Batch],
-        indices: list[int],
-        use: Callable[[int, Routing, torch.Tensor, torch.Tensor], None],
-    ) -> dict[int, Routing]:
-        """Routing weights of those layers; `use` is given each, with some inputs and outputs (T, D) of its block."""
-        found: dict[int, Routing] = {}
-        walk = routing_walk(self.blocks, found)
-
-        def measure(go: Any, index: int) -> None:
-            x, y = observe(self.blocks, go, index, batches, walk=walk)
-            use(index, found[index], x, y)
-
-        self._each("measuring gates", batches, indices, measure)
         return found
 
-    def _add(
-        self, result: Fits, index: int, chosen: list[int], found: Routing, x: torch.Tensor, y: torch.Tensor
-    ) -> None:
+    def _fit(self, index: int, chosen: list[int], found: Routing, x: torch.Tensor, y: torch.Tensor) -> Fit:
         """Those experts under the published gates, and the share of |y|^2 that they lose on inputs x (T, D)."""
         condensed = Condensed(tuple(chosen), tuple(float(found.gates[e]) for e in chosen), found.shared)
         gates = [*condensed.gates, *([found.shared] if shared_names(self.blocks.by_index[index]) else [])]
         sums = moments(self.blocks, index, x, y, chosen)
-        result.condensed[index] = condensed
-        result.errors[index] = sums.error(list(range(len(gates))), np.array(gates))
+        return Fit(condensed, sums.error(list(range(len(gates))), np.array(gates)))
 
 
 # --- the divergences of the published search ---------------------------------------------------------------------
@@ -166,52 +147,41 @@ def text_weights(batches: list[Batch]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def divergence(expected: Iterator[torch.Tensor], found: Iterator[torch.Tensor], weights: torch.Tensor) -> float:
+def divergence(expected: Iterable[torch.Tensor], found: Iterable[torch.Tensor], weights: torch.Tensor) -> float:
     """The weighted sum of token-wise divergences; hidden states (T, D) come in pieces."""
     total, position = 0.0, 0
     for p, q in zip(expected, found, strict=True):
-        part = weights[position : position + len(p)]
-        total += float(official.jensen_shannon(p, q) @ part)
+        total += float(official.jensen_shannon(p, q) @ weights[position : position + len(p)])
         position += len(p)
     return total
 
 
-def _divergences(blocks: Blocks, index: int, around: Around, weights: torch.Tensor, found: Routing) -> Divergences:
-    """How far the layer's output is from its own with each candidate added to the experts chosen."""
-    outputs, gates = _cached(blocks, index, around.x), found.gates
-    shared = blocks.shared(index)
-    base = torch.zeros_like(around.x)
-    if shared:
-        base += found.shared * blocks.shared_output(blocks.module(index)[1], shared, around.x)
+class Tried:
+    """What leaves a layer with some of its experts; their outputs are computed once where they fit into memory."""
 
-    def divergences(chosen: list[int], left: list[int]) -> list[float]:
-        fixed = base.clone()
-        for e, y in outputs(chosen):
-            fixed += gates[e] * y
-        scores = {}
-        for e, y in outputs(left):
-            states = around.before + (fixed + gates[e] * y)
-            scores[e] = divergence(iter(around.after.split(ROWS)), iter(states.split(ROWS)), weights)
-        return [scores[e] for e in left]
+    def __init__(self, blocks: Blocks, index: int, around: Around, routing: Routing) -> None:
+        self.blocks, self.index, self.around, self.gates = blocks, index, around, routing.gates
+        self.fits = blocks.by_index[index].num_experts * around.x.nbytes <= CACHE
+        self.kept: dict[int, torch.Tensor] = {}
+        self.base, shared = torch.zeros_like(around.x), blocks.shared_output(index, around.x)
+        if shared is not None:
+            self.base += routing.shared * shared
 
-    return divergences
+    def states(self, chosen: list[int], left: list[int]) -> Iterator[torch.Tensor]:
+        """(T, D) with each candidate added to the experts chosen."""
+        fixed = self.base.clone()
+        for part in self._weighted(chosen):
+            fixed += part
+        for part in self._weighted(left):
+            yield self.around.before + (fixed + part)
 
-
-def _cached(blocks: Blocks, index: int, x: torch.Tensor) -> Callable[[list[int]], Iterator[tuple[int, torch.Tensor]]]:
-    """Experts' outputs on x by number, computed once where they fit into memory."""
-    fits = blocks.by_index[index].num_experts * x.nbytes <= CACHE
-    kept: dict[int, torch.Tensor] = {}
-
-    def outputs(members: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        missing = [e for e in members if e not in kept]
-        computed = blocks.outputs(index, x, missing)
+    def _weighted(self, members: list[int]) -> Iterator[torch.Tensor]:
+        computed = self.blocks.outputs(self.index, self.around.x, [e for e in members if e not in self.kept])
         for e in members:
-            y = kept[e] if e in kept else next(computed)
-            if fits:
-                kept[e] = y
-            yield e, y
-
-    return outputs
+            y = self.kept[e] if e in self.kept else next(computed)
+            if self.fits:
+                self.kept[e] = y
+            yield self.gates[e] * y
 
 
 def surroundings(blocks: Blocks, go: Any, index: int, batches: list[Batch], keep: Callable[[Around], None]) -> None:

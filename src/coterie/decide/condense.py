@@ -7,19 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coterie.decide.condensing import (
-    Condensing,
-    announce,
-    calibration_of,
-    check_model,
-    plan_of,
-    unused,
-)
+from coterie.decide.condensing import Condensing, announce, check_model, plan_of, unused
 from coterie.edits.execution import Request
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.forward.samples import read_samples
+from coterie.methods import condense as methods
 from coterie.model.layer import Model
 
+SAMPLES = 128  # unless the selection wants another number
 SIZE_ONLY = "a dry run computes sizes; which layers, experts and gates comes from data"
 
 
@@ -31,7 +26,9 @@ def decided(original: Model, source: Model, target: str | None, options: Condens
     """
     keep, notes = check_model(source, options)
     idle = request.writing.dry_run or options.layers == 0
-    by_domain, said = ({}, []) if idle else read_samples(source, calibration_of(options))
+    calibration, usual = options.calibration, getattr(methods.load(options.select), "SAMPLES", SAMPLES)
+    calibration = replace(calibration, samples=usual) if calibration.samples is None else calibration
+    by_domain, said = ({}, []) if idle else read_samples(source, calibration)
     announce(original, source, options)
     if request.writing.dry_run:
         ids = options.layer_ids or [int(block.key) for block in source.main][: options.layers]
@@ -40,9 +37,9 @@ def decided(original: Model, source: Model, target: str | None, options: Condens
     elif options.layers == 0:
         found = Decision(Plan({}, converted=target))
     else:
-        from coterie.decide.condenser import searched  # imports torch
+        from coterie.decide.condenser import Condenser  # imports torch
 
-        found = searched(source, options, keep, target, by_domain, request)
+        found = Condenser(source, options, keep, by_domain, request).decision(target)
     converted = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}} if target else {}
     notes = [*notes, *said, *unused(options), *found.notes]
     return replace(found, notes=tuple(notes), findings=found.findings | converted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from coterie.codecs.open import coded
@@ -22,8 +22,6 @@ from coterie.storage.planned import Planned
 
 logger = logging.getLogger("coterie")
 logger.addHandler(logging.NullHandler())  # a library says nothing unless it is asked to
-
-SAMPLES = 128
 
 
 def parse_ids(given: list[int] | str | None) -> list[int] | None:
@@ -73,9 +71,8 @@ def check_options(options: Condensing) -> None:
 
 def unused(options: Condensing) -> list[str]:
     """What to say of options that shape what `--layers 0` does not do."""
-    default = flat(Condensing())
-    given = [name for name, value in flat(options).items() if value != default[name] and name != "layers"]
-    idle = given if options.layers == 0 else []
+    asked, default = flat(options), flat(Condensing())
+    idle = [name for name in asked if options.layers == 0 and asked[name] != default[name] and name != "layers"]
     return [f"{flag_of(name)} had no effect: --layers 0 condenses none, it repackages" for name in idle]
 
 
@@ -107,13 +104,11 @@ def plan_of(layer_ids: list[int], condensed: Condensed | None = None, target: st
 def check_model(model: Model, options: Condensing) -> tuple[int, list[str]]:
     """The experts to keep, and what should be said aloud. Raises: CoterieError where model and options do not fit."""
     path, indices = model.checkpoint.path, [int(block.key) for block in model.main]
-    wanted = options.layer_ids if options.layer_ids is not None else []
+    wanted = options.layer_ids or []
     for index in wanted:
         if index not in indices:
             total = num_layers(model.checkpoint.config)
-            fault = (
-                f"the model's {total} layers end at {total - 1}" if not 0 <= index < total else "it is dense already"
-            )
+            fault = "it is dense already" if 0 <= index < total else f"the model's {total} layers end at {total - 1}"
             raise CoterieError(f"--layer-ids {index}: {fault}; layers with experts: {', '.join(map(str, indices))}")
     if len(set(wanted)) != len(wanted) or (options.layer_ids is not None and not wanted):
         raise CoterieError(f"--layer-ids {wanted}: expected distinct layers, one at least")
@@ -122,7 +117,12 @@ def check_model(model: Model, options: Condensing) -> tuple[int, list[str]]:
         raise CoterieError(f"--layers {count}: {path} has {len(indices)} layers with experts; expected at most those")
     if count == 0 and (coded(model.checkpoint) or not isinstance(model.checkpoint, Planned)):
         raise CoterieError("--layers 0: there is nothing to do; it only serves types that need repackaging (deepseek)")
-    keep = _kept(model, options)
+    num_experts = min(block.num_experts for block in model.main)
+    keep = options.keep
+    if keep is None:
+        keep = min(model.family.num_experts_per_token(model.checkpoint.config), num_experts)
+    if keep > num_experts:
+        raise CoterieError(f"--keep {keep}: the layers have {num_experts} experts; keep at most those")
     check_writable(model, plan_of(wanted or indices[:count]))
     for block in model.main if count else ():
         check_foldable(model.checkpoint, block)
@@ -131,19 +131,8 @@ def check_model(model: Model, options: Condensing) -> tuple[int, list[str]]:
                 f"--keep 0: {block.name} of family {model.family.name} has no shared expert, so nothing would be left; "
                 "keep at least 1"
             )
-    said = (
-        [f"all {count} layers with experts are condensed: the result is a dense model"] if count == len(indices) else []
-    )
-    return keep, said
-
-
-def _kept(model: Model, options: Condensing) -> int:
-    num_experts = min(block.num_experts for block in model.main)
-    if options.keep is None:
-        return min(model.family.num_experts_per_token(model.checkpoint.config), num_experts)
-    if options.keep > num_experts:
-        raise CoterieError(f"--keep {options.keep}: the layers have {num_experts} experts; keep at most those")
-    return options.keep
+    said = f"all {count} layers with experts are condensed: the result is a dense model"
+    return keep, [said] if count == len(indices) else []
 
 
 def announce(original: Model, source: Model, options: Condensing) -> None:
@@ -162,10 +151,3 @@ def announce(original: Model, source: Model, options: Condensing) -> None:
             "stock configs of %s can only say that the first layers are dense: unless those are chosen, the result is "
             "written in a layout that `coterie.load` reads", kind,
         )  # fmt: skip
-
-
-def calibration_of(options: Condensing) -> Calibration:
-    """What to measure on; as many samples as the selection wants, unless a number was asked for."""
-    usual = getattr(methods.load(options.select), "SAMPLES", SAMPLES)
-    number = usual if options.calibration.samples is None else options.calibration.samples
-    return replace(options.calibration, samples=number)

@@ -58,11 +58,11 @@ def check_options(options: Dropping) -> None:
 
 def check_model(model: Model, options: Dropping) -> list[int]:
     """The layers that may go. Raises: CoterieError where there are too few, or the config cannot say that one went."""
-    sparse = [int(block.key) for block in model.main]
-    for block in model.main if options.unit == "layer" else ():
-        check_foldable(model.checkpoint, block)
-    candidates = sparse if options.unit == "layer" else list(range(num_layers(model.checkpoint.config)))
+    candidates = list(range(num_layers(model.checkpoint.config)))
     if options.unit == "layer":
+        for block in model.main:
+            check_foldable(model.checkpoint, block)
+        candidates = [int(block.key) for block in model.main]
         check_writable(model, make_plan(model, options, candidates, None))
     most = len(candidates) - (options.unit == "block")
     if options.count > most:
@@ -165,37 +165,31 @@ def ranked(model: Model, options: Dropping, candidates: list[int], target: str |
 def similarities(
     blocks: Blocks, batches: list[Batch], unit: str, candidates: list[int], work: Work, on_progress: Progress
 ) -> dict[int, float]:
-    """Layer -> mean over tokens of the cosine of what comes before and after it."""
-    from coterie.decide.choosing import Around, surroundings
+    """Layer -> mean over tokens of the cosine, in float64, of what comes before and after it."""
+    from torch.nn.functional import cosine_similarity
+
+    from coterie.decide.choosing import surroundings
     from coterie.forward.stream import advance
 
-    found: dict[int, float] = {}
+    found = dict.fromkeys(candidates, 0.0)
     num_tokens = sum(batch.num_tokens for batch in batches)
 
-    def around_block(around: Around) -> None:
-        found[index] += sum_of_cosines(around.before, around.after) / num_tokens
+    def compare(before: torch.Tensor, after: torch.Tensor) -> None:
+        found[index] += float(cosine_similarity(before.double(), after.double(), dim=-1).sum()) / num_tokens
 
     def around_layer(batch: Batch, output: torch.Tensor) -> None:
-        found[index] += sum_of_cosines(batch.loaded(), output) / num_tokens
+        compare(batch.loaded(), output)
         advance(batch, output)
 
     for index in range(blocks.num_layers):
         with blocks.stream.loaded(index) as go:
-            work.add(batches)
-            if index in candidates:
-                found[index] = 0.0
-            if unit == "block":
+            if unit == "layer" and index in candidates:
+                work.add(batches)
+                surroundings(blocks, go, index, batches, lambda around: compare(around.before, around.after))
+            elif unit == "block":
+                work.add(batches)
                 go(batches, blocks.walk, around_layer)
-            elif index in candidates:
-                surroundings(blocks, go, index, batches, around_block)
             else:
-                go(batches, blocks.walk, advance)
+                blocks.run(go, index, batches, None, work)
         on_progress("comparing layers", index + 1, blocks.num_layers)
     return found
-
-
-def sum_of_cosines(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Over all tokens of two (..., D), in float64."""
-    from torch.nn.functional import cosine_similarity
-
-    return float(cosine_similarity(a.double(), b.double(), dim=-1).sum())

@@ -36,14 +36,19 @@ class Sweep:
     on_progress: Progress
 
     def __post_init__(self) -> None:
+        # Batches at a layer's entrance, and which layers before it are condensed in them.
         self._prefix: tuple[int, frozenset[int], list[Batch]] = (0, frozenset(), self.embedded)
-        self._rounds = 0
         self.original = self._advanced(copies(self.embedded), 0, self.blocks.num_layers, ())
 
     def score(self, chosen: tuple[int, ...], left: list[int]) -> list[float]:
         """How far the model is from the original with each candidate condensed on top of those chosen."""
         first, total = min(left), self.blocks.num_layers
-        base = copies(self._before(first, chosen))
+        known, condensed, batches = self._prefix
+        if known > first or condensed != frozenset(c for c in chosen if c < known):
+            known, batches = 0, self.embedded
+        batches = self._advanced(copies(batches), known, first, chosen)
+        self._prefix = (first, frozenset(c for c in chosen if c < first), batches)
+        base = copies(batches)
         running: dict[int, list[Batch]] = {}
         for index in range(first, total):
             with self.blocks.stream.loaded(index) as go:
@@ -57,15 +62,6 @@ class Sweep:
             self.on_progress(f"searching layers, round {len(chosen) + 1}", index + 1 - first, total - first)
         return [self.metric(self.original, running[candidate]) for candidate in left]
 
-    def _before(self, first: int, chosen: tuple[int, ...]) -> list[Batch]:
-        """The batches at a layer's entrance, with those chosen before it condensed."""
-        known, condensed, batches = self._prefix
-        if known > first or condensed != frozenset(c for c in chosen if c < known):
-            known, batches = 0, self.embedded
-        batches = self._advanced(copies(batches), known, first, chosen)
-        self._prefix = (first, frozenset(c for c in chosen if c < first), batches)
-        return batches
-
     def _advanced(self, batches: list[Batch], first: int, last: int, chosen: tuple[int, ...]) -> list[Batch]:
         for index in range(first, last):
             with self.blocks.stream.loaded(index) as go:
@@ -77,8 +73,7 @@ def hidden_divergence(blocks: Blocks) -> Metric:
     """The published metric: of the last hidden states after the final norm, as right after a layer."""
 
     def metric(expected: list[Batch], found: list[Batch]) -> float:
-        weights = text_weights(expected)
-        return divergence(_normed(blocks, expected), _normed(blocks, found), weights)
+        return divergence(_normed(blocks, expected), _normed(blocks, found), text_weights(expected))
 
     return metric
 
