@@ -435,7 +435,7 @@ def test_errors_equal_those_of_smaller_blocks(tiny_checkpoint, model_type):
 def test_what_does_not_route_is_computed_once():
     """It returns what it returned, whatever was done to that since, for an equal input alone."""
     ran = []
-    remembering = reconstruct._Remembering(lambda x: ran.append(x) or 2 * x)
+    remembering = reconstruct.remembering(lambda x: ran.append(x) or 2 * x)
     remembering(torch.ones(2)).zero_()
     assert remembering(torch.ones(2)).tolist() == [2, 2] and len(ran) == 1
     assert remembering(torch.zeros(2)).tolist() == [0, 0] and len(ran) == 2

@@ -1,14 +1,10 @@
-"""STUN on a whole model: distances to clusters under a budget, one expert of each, and how much of it data decided.
-
-Between `experts.py`, which says how many experts stay, and the method (`methods/prune/stun.py`), which is about one
-layer's arrays.
-"""
+"""STUN on a whole model: distances to clusters under a budget, one expert of each, and how much of it data decided."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -25,14 +21,6 @@ from coterie.storage.record import Progress, no_progress
 UNMEASURED = "multi-token-prediction layers are never measured: router rows alone decide there"
 Nearest = Callable[[Layer, tuple[int, ...]], int]  # of three or more members: who is nearest to their mean
 FAR = 1e3  # times the largest distance: of guarded experts
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What statistics say of one block: tokens routed to each expert (E,), and to both of two (E, E)."""
-
-    tokens: np.ndarray
-    pairs: np.ndarray | None  # read where they count
 
 
 @dataclass(frozen=True)
@@ -57,39 +45,30 @@ class Clusterer:
             return Selected(choices, found)
         found |= origin(stats, self.how.stats)
         notes = [UNMEASURED] if any(b.mtp for b in self.task.layers) else []
-        stable, unstable = how_stable(
-            stats, "the choice is", lambda half: kept_of(self.task, self.choose(half, known)[0])
-        )
+        stable, unstable = how_stable(stats, "the choice is", lambda h: kept_of(self.task, self.choose(h, known)[0]))
         found |= {"stability": stable} if stable else {}
         return Selected(choices, found, notes=(*notes, *unstable))
 
     def choose(
         self, stats: Stats | None, nearest: Nearest, on_progress: Progress = no_progress
     ) -> tuple[dict[MoE, Choice], dict[str, object]]:
-        """The choices, and what the budget came to."""
-        usage = self._usage(stats)
-        clusters, found = self._cluster(usage)
-        return self._representatives(clusters, usage, nearest, on_progress), found
+        """The choices, and what the budget came to.
 
-    def _usage(self, stats: Stats | None) -> dict[MoE, Usage]:
-        """What the statistics say of each measured block.
-
-        Raises: CoterieError for a layer that they do not hold, or without any token.
+        Raises: CoterieError for a layer that the statistics do not hold, or without any token.
         """
-        found = {}
+        tokens: dict[MoE, np.ndarray] = {}  # routed to each expert of a measured block, (E,)
+        pairs: dict[MoE, np.ndarray] = {}  # routed to both of two, (E, E)
         for block in self.task.measured if stats else ():
             assert stats
-            weights = self.task.weights
-            pairs = total(stats, block, "coactivation", weights) if self.how.lambda2 else None
-            found[block] = Usage(tokens_of(stats, block, weights), pairs)
-        return found
+            pairs |= {block: total(stats, block, "coactivation", self.task.weights)} if self.how.lambda2 else {}
+            tokens[block] = tokens_of(stats, block, self.task.weights)
+        clusters, found = self._cluster(pairs)
+        return self._representatives(clusters, tokens, nearest, on_progress), found
 
-    def _cluster(self, usage: dict[MoE, Usage]) -> tuple[dict[MoE, stun.Clusters], dict[str, object]]:
+    def _cluster(self, pairs: dict[MoE, np.ndarray]) -> tuple[dict[MoE, stun.Clusters], dict[str, object]]:
         """Each block's clusters under the budget, and what the budget came to."""
         layers, uniform, num_groups = self.task.layers, self.task.kept, self.task.num_groups
-        matrices = {
-            b: _apart(self._distance(b, layer, usage.get(b)), self.guarded.get(b, [])) for b, layer in layers.items()
-        }
+        matrices = {b: self._distance(b, layer, pairs.get(b)) for b, layer in layers.items()}
         if self.how.linkage == "official":
             return self._official(matrices)
         trees = {b: [stun.dendrogram(d) for d in _per_group(m, num_groups)] for b, m in matrices.items()}
@@ -102,15 +81,14 @@ class Clusterer:
             wanted = sum(b.num_experts - uniform for b in main) // num_groups
             cut = stun.cut_globally([heights[b] for b in main], wanted, limits)
             asked = {b: b.num_experts - n * num_groups for b, n in zip(main, cut, strict=True)}
-            found |= {"global": {b.name: n for b, n in asked.items()}}
-            found |= {"global_cost": _cost(heights, asked, num_groups)}
+            found["global"] = {b.name: n for b, n in asked.items()}
+            found["global_cost"] = _cost(heights, asked, num_groups)
             counts |= self._settle(asked, found)
         return {b: _in_layer([t.cut(counts[b] // num_groups) for t in ts], b) for b, ts in trees.items()}, found
 
     def _official(self, matrices: dict[MoE, np.ndarray]) -> tuple[dict[MoE, stun.Clusters], dict[str, object]]:
         """The published program: single linkage at a fixed count, or its threshold search for a total."""
-        uniform, num_groups = self.task.kept, self.task.num_groups
-        found: dict[str, object] = {}
+        uniform, num_groups, found = self.task.kept, self.task.num_groups, dict[str, object]()
         searched: dict[MoE, stun.Clusters] = {}
         if self.how.budget == "global":
             if num_groups > 1:
@@ -143,37 +121,41 @@ class Clusterer:
         found["layout"] = "coterie"
         return asked
 
-    def _distance(self, block: MoE, layer: Layer, usage: Usage | None) -> np.ndarray:
-        """STUN's distance; of router rows alone where nothing is measured."""
-        pairs, how = usage.pairs if usage else None, self.how
-        lambda1, lambda2 = (1.0, 0.0) if pairs is None else (how.lambda1, how.lambda2)
-        normalise = how.distance == "frobenius"
-        if how.linkage == "official":
-            dtype = layer.experts.checkpoint.tensors[block.router].dtype
-            return stun.official_distances(
-                layer.router, dtype, pairs, lambda1=lambda1, lambda2=lambda2, normalise=normalise
-            )
-        return stun.distances(layer.router, pairs, lambda1=lambda1, lambda2=lambda2, normalise=normalise)
+    def _distance(self, block: MoE, layer: Layer, pairs: np.ndarray | None) -> np.ndarray:
+        """STUN's distance (E, E), of router rows alone where nothing is measured; guarded experts are far from all."""
+        distances: Callable[..., np.ndarray] = stun.distances
+        if self.how.linkage == "official":
+            distances = partial(stun.official_distances, dtype=layer.experts.checkpoint.tensors[block.router].dtype)
+        lambda1, lambda2 = (1.0, 0.0) if pairs is None else (self.how.lambda1, self.how.lambda2)
+        normalise = self.how.distance == "frobenius"
+        matrix = distances(layer.router, coactivation=pairs, lambda1=lambda1, lambda2=lambda2, normalise=normalise)
+        if not (guarded := self.guarded.get(block)):
+            return matrix
+        result = matrix.copy()
+        result[guarded, :] = result[:, guarded] = FAR * (1 + np.abs(matrix).max())  # so that those join first
+        result[guarded, guarded] = matrix[guarded, guarded]
+        return result
 
     def _representatives(
-        self,
-        clusters: dict[MoE, stun.Clusters],
-        usage: dict[MoE, Usage],
-        nearest: Nearest,
-        on_progress: Progress,
+        self, clusters: dict[MoE, stun.Clusters], tokens: dict[MoE, np.ndarray], nearest: Nearest, on_progress: Progress
     ) -> dict[MoE, Choice]:
-        """One expert of each cluster; `nearest` finds the one nearest to the mean of three or more."""
+        """One expert of each cluster; `nearest` finds the one nearest to the mean of three or more.
+
+        Raises: CoterieError where more super experts than clusters leave two in one.
+        """
         choices = {}
         for done, (block, layer) in enumerate(self.task.layers.items()):
-            tokens = usage[block].tokens if block in usage else None
-            found, guarded = clusters[block], set(self.guarded.get(block, []))
-            _check_guarded(block, found, guarded)
-            kept = []
+            found, guarded, kept = clusters[block], set(self.guarded.get(block, [])), []
+            if any(len(guarded & set(c)) > 1 for c in found):
+                raise CoterieError(
+                    f"{block.name}: more super experts than the {len(found)} experts that stay (or than those of a "
+                    "routing group); keep more, or --no-guard"
+                )
             for cluster in found:
                 if guarded & set(cluster):
                     kept.append(min(guarded & set(cluster)))
                 elif self.dry_run or len(cluster) < 3:  # a dry run reads no weights: the tie rule stands in
-                    kept.append(stun.pair_winner(cluster, layer.router, tokens))
+                    kept.append(stun.pair_winner(cluster, layer.router, tokens.get(block)))
                 else:
                     kept.append(nearest(layer, tuple(cluster)))
             kappa = 0 if any(guarded & set(c) and len(c) > 1 for c in found) else self.how.kappa
@@ -194,16 +176,6 @@ def _cost(heights: dict[MoE, list[float]], counts: dict[MoE, int], num_groups: i
     return float(sum(sum(heights[b][: len(heights[b]) + 1 - n // num_groups]) for b, n in counts.items()))
 
 
-def _apart(matrix: np.ndarray, guarded: list[int]) -> np.ndarray:
-    """Distances (E, E) by which guarded experts are far from all others, so that those join first."""
-    if not guarded:
-        return matrix
-    result, far = matrix.copy(), FAR * (1 + np.abs(matrix).max())
-    result[guarded, :] = result[:, guarded] = far
-    result[guarded, guarded] = matrix[guarded, guarded]
-    return result
-
-
 def _per_group(matrix: np.ndarray, num_groups: int) -> list[np.ndarray]:
     """The diagonal blocks: experts may only merge inside their routing group."""
     size = len(matrix) // num_groups
@@ -214,12 +186,3 @@ def _in_layer(groups: list[stun.Clusters], block: MoE) -> stun.Clusters:
     """The clusters of all routing groups, in the layer's ids."""
     size = block.num_experts // len(groups)
     return [[g * size + e for e in cluster] for g, clusters in enumerate(groups) for cluster in clusters]
-
-
-def _check_guarded(block: MoE, clusters: stun.Clusters, guarded: set[int]) -> None:
-    """Raises: CoterieError where more super experts than clusters leave two in one."""
-    if any(len(guarded & set(c)) > 1 for c in clusters):
-        raise CoterieError(
-            f"{block.name}: more super experts than the {len(clusters)} experts that stay (or than those of a routing "
-            "group); keep more, or --no-guard"
-        )

@@ -1,8 +1,4 @@
-"""A criterion on a whole model: what each layer's experts score, which are guarded, and how stable the choice is.
-
-Between `experts.py` and `verbs/compare.py`, which say how many experts stay, and the methods (`methods/prune/`), which
-are about one layer's arrays.
-"""
+"""A criterion on a whole model: what each layer's experts score, which are guarded, and how stable the choice is."""
 
 from __future__ import annotations
 
@@ -138,14 +134,13 @@ def by_base(task: Task, method: str, model: Model, where: str) -> Scores:
 
 def by_stats(task: Task, method: str, stats: Stats) -> Scores:
     """Scores of a criterion of statistics; of the longest router rows where nothing is measured."""
-    module, generator = methods.load(method), np.random.default_rng(0)
-    found = {}
+    module, found = methods.load(method), {}
     for block, layer in task.layers.items():
         if block in task.measured:
             tokens_of(stats, block, task.weights)
             found[block] = module.score(*(total(stats, block, name, task.weights) for name in module.SUMS))
         else:
-            found[block] = router_norm.score(layer, generator)
+            found[block] = router_norm.norms(layer)
     return found
 
 
@@ -193,27 +188,6 @@ def listed(guarded: Guarded, stats: Stats | None) -> list[list[Any]]:
     return [[b.key, e, float(total(stats, b, "output_max")[e])] for b, ids in guarded.items() for e in ids]
 
 
-def decide_by_stats(task: Task, method: str, stats: Stats, path: str, guarded: Guarded) -> Selected:
-    """The choices of a criterion of statistics, which are those of that path."""
-    scores = by_stats(task, method, stats)
-    stable, unstable = how_stable(
-        stats, "the choice is", lambda half: kept_of(task, keep(task, by_stats(task, method, half), guarded))
-    )
-    unmeasured = (UNMEASURED,) if len(task.measured) < len(task.layers) else ()
-    return Selected(
-        keep(task, scores, guarded),
-        origin(stats, path) | ({"stability": stable} if stable else {}),
-        {"scores": {b.key: scores[b].tolist() for b in task.measured}},
-        (*saved(guarded, keep(task, scores)), *unmeasured, *unstable),
-    )
-
-
 def kept_of(task: Task, choices: dict[MoE, Choice]) -> dict[str, Collection[int]]:
     """Kept experts by layer key, of the measured blocks."""
     return {block.key: choices[block].kept for block in task.measured}
-
-
-def saved(guarded: Guarded, unguarded: dict[MoE, Choice]) -> tuple[str, ...]:
-    """What to say of super experts that would go without the guard."""
-    found = [f"{b.name} expert {e}" for b, ids in guarded.items() for e in ids if e not in unguarded[b].kept]
-    return (f"super experts that score low stay all the same: {', '.join(found)} (--no-guard)",) if found else ()

@@ -72,8 +72,9 @@ def decided(
     guarded, unknown = _guarded(task, options, stats)
     question = Question(model, options, task, stats, guarded, dry_run, spill, on_progress)
     found = DECIDE[options.needs](question)
-    notes = [*_awkward(kept, family.num_experts(config))] if cut else []
-    notes += [*found.notes, *([f"no super expert is guarded: {unknown}"] if unknown else [])]
+    notes = [*found.notes, *([f"no super expert is guarded: {unknown}"] if unknown else [])]
+    if cut and kept % 8 and kept != family.num_experts(config):
+        notes.insert(0, f"{kept} experts is not a multiple of 8: some serving kernels and expert parallelism want that")
     if any(b.mtp for b in model.moe):
         fate = f"cut to {kept} experts by the same rule" if cut else "kept whole"
         notes.append(f"multi-token-prediction layers are {'left out' if options.drop_mtp else fate}")
@@ -85,23 +86,17 @@ def decided(
         drop_mtp=options.drop_mtp,
         constants={"stats": options.stats, "weights": options.weights} if options.fate == "constant" else {},
     )
-    said: dict[str, object] = {
+    findings: dict[str, object] = {
         "guard": f"off: {unknown}" if unknown else _guard(options),
         "guarded": criteria.listed(guarded, stats),
         "stability": found.budget.get("stability"),
     }
-    return Decision(plan, tuple(notes), said | found.findings, "" if cut else OURS)
+    return Decision(plan, tuple(notes), findings | found.findings, "" if cut else OURS)
 
 
 def _routed(choices: dict[MoE, Choice], fate: str) -> dict[MoE, Choice]:
     """The choices for routers that stay as they are."""
     return {b: replace(c, removed=fate) if len(c.kept) < b.num_experts else c for b, c in choices.items()}
-
-
-def _awkward(count: int, before: int) -> tuple[str, ...]:
-    if count % 8 and count != before:
-        return (f"{count} experts is not a multiple of 8: some serving kernels and expert parallelism want that",)
-    return ()
 
 
 def _guard(options: Pruning) -> str:
@@ -152,11 +147,21 @@ def _by_base(asked: Question) -> Selected:
 
 
 def _by_stats(asked: Question) -> Selected:
-    options, stats = asked.options, asked.stats
+    task, options, stats, guarded = asked.task, asked.options, asked.stats, asked.guarded
     assert stats and options.stats, "checked"
-    found = criteria.decide_by_stats(asked.task, options.method, stats, options.stats, asked.guarded)
-    said = _never_chosen(found.choices, asked.task, stats) if options.fate == "constant" else ()
-    return replace(found, notes=(*found.notes, *said))
+
+    def choose(some: Stats) -> dict[MoE, Choice]:
+        return criteria.keep(task, criteria.by_stats(task, options.method, some), guarded)
+
+    scores = criteria.by_stats(task, options.method, stats)
+    choices, unguarded = criteria.keep(task, scores, guarded), criteria.keep(task, scores)
+    spared = [f"{b.name} expert {e}" for b, ids in guarded.items() for e in ids if e not in unguarded[b].kept]
+    notes = [f"super experts that score low stay all the same: {', '.join(spared)} (--no-guard)"] if spared else []
+    notes += [criteria.UNMEASURED] if len(task.measured) < len(task.layers) else []
+    stable, unstable = criteria.how_stable(stats, "the choice is", lambda half: criteria.kept_of(task, choose(half)))
+    notes += [*unstable, *(_never_chosen(choices, task, stats) if options.fate == "constant" else ())]
+    budget = criteria.origin(stats, options.stats) | ({"stability": stable} if stable else {})
+    return Selected(choices, budget, {"scores": {b.key: scores[b].tolist() for b in task.measured}}, tuple(notes))
 
 
 def _never_chosen(choices: dict[MoE, Choice], task: Task, stats: Stats) -> tuple[str, ...]:

@@ -1,7 +1,4 @@
-"""A merging method on a whole model: each layer's clusters, who stands for them, and how much of it data decided.
-
-The methods (`methods/merge/`) are about the sums of one routing group.
-"""
+"""A merging method on a whole model: each layer's clusters, who stands for them, and how much of it data decided."""
 
 from __future__ import annotations
 
@@ -108,11 +105,17 @@ def decided(model: Model, options: Merging, spill: Path, on_progress: Progress =
         attention={b.key: choices[b] for b in task.layers if b in choices and b.attention},
         budget={"kind": "uniform", "experts": kept} | source | ({"stability": stable} if stable else {}),
     )
-    said = [OURS] if alias else []
-    unseen = [UNMEASURED + (WHOLE if alias else LONGEST)] if rest.layers else []
-    merged = _merged_super_experts(task, clusters, stats)
+    averaged = {b: {e for cluster in found if len(cluster) > 1 for e in cluster} for b, found in clusters.items()}
+    lost = [f"{b.name} expert {e}" for b, ids in guard(task, stats).items() for e in ids if e in averaged[b]]
+    said = [
+        *([OURS] if alias else []),
+        *notes,
+        *([UNMEASURED + (WHOLE if alias else LONGEST)] if rest.layers else []),
+        *([f"super experts are averaged with others, which may cost much: {', '.join(lost)}"] if lost else []),
+        *unstable,
+    ]
     findings = {"largest_clusters": {block.key: max(map(len, found)) for block, found in clusters.items()}}
-    return Decision(plan, (*said, *notes, *unseen, *merged, *unstable), findings)
+    return Decision(plan, tuple(said), findings)
 
 
 def _stats(model: Model, options: Merging, spill: Path, on_progress: Progress) -> tuple[Stats, list[str]]:
@@ -158,17 +161,12 @@ def _clusters(task: Task, block: MoE, method: str, stats: Stats) -> Clusters:
 def _choice(task: Task, block: MoE, clusters: Clusters, stats: Stats, options: Merging) -> Choice:
     """Clusters in the order of the members that stand for them."""
     tokens = total(stats, block, "tokens", task.weights)
-    ordered = sorted((methods.leader(cluster, tokens), tuple(cluster)) for cluster in clusters)
+    kept, members = zip(*sorted((methods.leader(c, tokens), tuple(c)) for c in clusters), strict=True)
     if all(len(cluster) == 1 for cluster in clusters):
-        return Choice(tuple(kept for kept, _ in ordered))
-    return Choice(
-        tuple(kept for kept, _ in ordered),
-        tuple(cluster for _, cluster in ordered),
-        merged=True,
-        shares=tuple(methods.shares(cluster, tokens) for _, cluster in ordered),
-        aligned=options.align,
-        removed="alias" if options.router == "alias" else "remove",
-    )
+        return Choice(kept)
+    shares = tuple(methods.shares(cluster, tokens) for cluster in members)
+    removed = "alias" if options.router == "alias" else "remove"
+    return Choice(kept, members, merged=True, shares=shares, aligned=options.align, removed=removed)
 
 
 def _pairs(task: Task, method: str, stats: Stats) -> dict[str, Collection[int]]:
@@ -179,11 +177,3 @@ def _pairs(task: Task, method: str, stats: Stats) -> dict[str, Collection[int]]:
         if len(clusters) < block.num_experts:
             found[block.key] = [a * block.num_experts + b for c in clusters for a in c for b in c if a < b]
     return found
-
-
-def _merged_super_experts(task: Task, clusters: dict[MoE, Clusters], stats: Stats) -> list[str]:
-    """What to say of experts with extreme outputs that no longer stand alone."""
-    guarded = guard(task, stats)
-    merged = {b: {e for cluster in found if len(cluster) > 1 for e in cluster} for b, found in clusters.items()}
-    lost = [f"{b.name} expert {e}" for b, ids in guarded.items() for e in ids if e in merged[b]]
-    return [f"super experts are averaged with others, which may cost much: {', '.join(lost)}"] if lost else []

@@ -26,7 +26,7 @@ from coterie.decide.criteria import UNMEASURED, Guarded, Selected, Task, by_weig
 from coterie.edits.masked import MaskedRouting, twin
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
-from coterie.forward.activations import Batch, Routed, Walk, dense_weights, plain_walk, samples_of
+from coterie.forward.activations import Batch, Routed, dense_weights, plain_walk, samples_of
 from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.forward.stream import Stream, advance
 from coterie.forward.suspended import ExpertsCall, asked_by
@@ -43,6 +43,7 @@ ROWS = 4096  # tokens whose errors are summed at once
 ALIKE = 1e-4  # of the largest weight: routing that is found again may round differently
 
 Kept = tuple[int, ...]
+Samples = dict[str, list[tuple[int, ...]]]  # by domain
 
 
 def decide(
@@ -98,74 +99,68 @@ class Trial:
 
 @quiet_transformers()
 def measure(
-    model: Model,
-    samples: dict[str, list[tuple[int, ...]]],
-    trial: Trial,
-    dtype: torch.dtype,
-    on_progress: Progress,
-    spill: Path | None = None,
+    model: Model, samples: Samples, trial: Trial, dtype: torch.dtype, on_progress: Progress, spill: Path | None = None
 ) -> None:
-    """Runs the model as it is over the samples; each MoE layer chooses once it is through."""
+    """Runs the model as it is over the samples; each MoE layer chooses once it is through.
+
+    Raises: CoterieError for more tokens than the inner products of all experts' outputs have room for.
+    """
     stream, blocks = Stream(model, dtype), {int(b.key): b for b in model.main}
-    _check_size(model, sum(len(s) for given in samples.values() for s in given))
-    given = [s for given in samples.values() for s in given]
-    batches = stream.embed(given, spill=None if spill is None else existing(spill))
-    tokens = TokenWeights.of(batches, samples, trial.task.weights)
-    for index, layer in enumerate(stream.layers):
-        with stream.loaded(index) as go:
-            block = blocks.get(index)
-            if block is None:
-                go(batches, plain_walk(model.checkpoint, dtype), advance)
-            else:
-                sets = Sets(stream, layer, block, tokens)
-                with sets.seen():
-                    go(batches, sets.walk(dtype), advance)
-                sets.check()
-                trial.choose(block, sets)
-        on_progress("trying sets of experts", index + 1, len(stream.layers))
-
-
-def _check_size(model: Model, num_tokens: int) -> None:
-    num_experts = max(block.num_experts for block in model.main)
+    given = [s for found in samples.values() for s in found]
+    num_experts, num_tokens = max(block.num_experts for block in model.main), sum(map(len, given))
     most = MOST_PRODUCTS // (4 * num_experts**2)
     if num_tokens > most:
         raise CoterieError(
             f"--samples: {num_tokens:,} tokens of {num_experts} experts each; inner products of their outputs fit in "
             f"memory for {most:,}: give fewer or shorter samples"
         )
+    batches = stream.embed(given, spill=None if spill is None else existing(spill))
+    halves, weights = token_weights(batches, samples, trial.task.weights)
+    for index, layer in enumerate(stream.layers):
+        with stream.loaded(index) as go:
+            block = blocks.get(index)
+            if block is None:
+                go(batches, plain_walk(model.checkpoint, dtype), advance)
+            else:
+                sets = Sets(stream, layer, block, halves, weights)
+                with sets.seen():
+                    go(batches, sets.walk, advance)
+                sets.check()
+                trial.choose(block, sets)
+        on_progress("trying sets of experts", index + 1, len(stream.layers))
 
 
-@dataclass(frozen=True)
-class TokenWeights:
-    """Of every row that a layer routes: the half that its sample is in, and its domain's weight; (T,) each."""
+def token_weights(
+    batches: list[Batch], samples: Samples, weights: Mapping[str, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every row that a layer routes: the half that its sample is in, and its domain's weight; (T,) each.
 
-    halves: torch.Tensor
-    weights: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, batches: list[Batch], samples: dict[str, list[tuple[int, ...]]], weights: Mapping[str, float]
-    ) -> TokenWeights:
-        """Raises: CoterieError for a weight of a domain that is not there."""
-        unknown = set(weights) - set(samples)
-        if unknown:
-            raise CoterieError(f"--weights: domain {sorted(unknown)[0]!r} is not in the data: {', '.join(samples)}")
-        half = [i % HALVES for given in samples.values() for i in range(len(given))]
-        weight = [weights.get(name, 1.0) for name, given in samples.items() for _ in given]
-        if not any(weight):
-            raise CoterieError("--weights: every domain weighs 0; give one of them more")
-        order = samples_of(batches)
-        return cls(torch.tensor(half)[order], torch.tensor(weight)[order].double())
+    Raises: CoterieError for a weight of a domain that is not there.
+    """
+    unknown = set(weights) - set(samples)
+    if unknown:
+        raise CoterieError(f"--weights: domain {sorted(unknown)[0]!r} is not in the data: {', '.join(samples)}")
+    half = [i % HALVES for given in samples.values() for i in range(len(given))]
+    weight = [weights.get(name, 1.0) for name, given in samples.items() for _ in given]
+    if not any(weight):
+        raise CoterieError("--weights: every domain weighs 0; give one of them more")
+    order = samples_of(batches)
+    return torch.tensor(half)[order], torch.tensor(weight)[order].double()
 
 
 class Sets:
     """Errors of sets of experts in one loaded layer, from one run of it with `seen` entered and `walk` for experts."""
 
-    def __init__(self, stream: Stream, layer: torch.nn.Module, block: MoE, tokens: TokenWeights) -> None:
-        """Raises: CoterieError for a block whose experts are named by a table."""
+    def __init__(
+        self, stream: Stream, layer: torch.nn.Module, block: MoE, halves: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """halves, weights: as `token_weights` has them.
+
+        Raises: CoterieError for a block whose experts are named by a table.
+        """
         if block.tables:
             raise CoterieError(f"{block.name}: a table names its experts, so there is no routing to try sets with")
-        self._checkpoint, self._block, self._tokens = stream.checkpoint, block, tokens
+        self._stream, self._block, self._halves, self._token_weights = stream, block, halves, weights
         self._experts = moe.experts_modules(layer)[0]
         self._router = twin(stream.model, stream.checkpoint, block.router)
         biases = [name for name in block.rows if "bias" in name.rpartition(".")[2]]
@@ -181,31 +176,22 @@ class Sets:
             lambda module, args, kwargs: self._calls.append((args, kwargs)), with_kwargs=True
         )
 
-    def walk(self, dtype: torch.dtype) -> Walk:
+    def walk(self, routed: Routed) -> torch.Tensor:
         """Every expert on every token: their inner products are kept, and their weighted sums returned."""
-
-        def walk(routed: Routed) -> torch.Tensor:
-            routed.check_linear()
-            num_experts, total = routed.block.num_experts, routed.zeros()
-            self._weights = dense_weights(routed.chosen, routed.weights, num_experts)
-            self._products = torch.empty(len(routed.x), num_experts, num_experts)
-            size = max(1, MOST_OUTPUTS // (num_experts * routed.x.shape[1]))
-            for rows in torch.arange(len(routed.x)).split(size):
-                outputs = self._outputs(routed, rows, dtype)
-                self._products[rows] = outputs @ outputs.mT
-                total[rows] = (self._weights[rows, None] @ outputs)[:, 0].to(total.dtype)
-            if not all(bound.isfinite() for bound in self._products.aminmax()):
-                raise CoterieError(f"{routed.block.name}: outputs of experts are NaN or too large; try --dtype float32")
-            return total
-
-        return walk
-
-    def _outputs(self, routed: Routed, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Outputs of every expert on some rows, (T, E, D) in float32."""
-        ones = torch.ones(len(rows))
-        experts = moe.read_experts(self._checkpoint, routed.block, range(routed.block.num_experts), dtype)
-        found = [torch.cat([piece.y.float() for piece in routed.pieces(e, rows, ones)]) for e in experts]
-        return torch.stack(found, dim=1)
+        routed.check_linear()
+        num_experts, total = routed.block.num_experts, routed.zeros()
+        self._weights = dense_weights(routed.chosen, routed.weights, num_experts)
+        self._products = torch.empty(len(routed.x), num_experts, num_experts)
+        size = max(1, MOST_OUTPUTS // (num_experts * routed.x.shape[1]))
+        for rows in torch.arange(len(routed.x)).split(size):
+            experts = moe.read_experts(self._stream.checkpoint, routed.block, range(num_experts), self._stream.dtype)
+            pieces = (routed.pieces(expert, rows, torch.ones(len(rows))) for expert in experts)
+            outputs = torch.stack([torch.cat([piece.y.float() for piece in some]) for some in pieces], dim=1)
+            self._products[rows] = outputs @ outputs.mT
+            total[rows] = (self._weights[rows, None] @ outputs)[:, 0].to(total.dtype)
+        if not all(bound.isfinite() for bound in self._products.aminmax()):
+            raise CoterieError(f"{routed.block.name}: outputs of experts are NaN or too large; try --dtype float32")
+        return total
 
     def size(self) -> float:
         """The squared norm of the experts' sum: what errors are a share of."""
@@ -217,7 +203,7 @@ class Sets:
 
     def _cost(self, change: torch.Tensor) -> torch.Tensor:
         """The sum over tokens, weighted and by half, of change^T G change, for weights (T, E)."""
-        found, tokens = torch.zeros(HALVES, dtype=torch.float64), self._tokens
+        found = torch.zeros(HALVES, dtype=torch.float64)
         num_experts = change.shape[1]
         changed = change.count_nonzero(dim=1)  # of a token: few of all experts, so that few products do
         most = max(1, int(changed.max()))
@@ -227,7 +213,7 @@ class Sets:
             pairs = (ids[:, :, None] * num_experts + ids[:, None]).flatten(1) + rows[:, None] * num_experts**2
             products = self._products.take(pairs).view(len(rows), most, most)
             costs = ((some[:, None] @ products)[:, 0] * some).sum(dim=1).double().clamp(min=0)
-            found.index_add_(0, tokens.halves[rows], costs * tokens.weights[rows])
+            found.index_add_(0, self._halves[rows], costs * self._token_weights[rows])
         return found
 
     def _routed(self, kept: Kept) -> torch.Tensor:
@@ -279,26 +265,25 @@ def _remember(module: torch.nn.Module, experts: torch.nn.Module, routing: list[t
     for child in module.children():
         held = [*child.parameters(), *child.buffers()]
         if experts not in child.modules() and not any(one is other for one in held for other in routing):
-            child.forward = _Remembering(child.forward)
+            child.forward = remembering(child.forward)
 
 
-class _Remembering:
-    """A function that is computed once for inputs that are one tensor each, and equal."""
+def remembering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, computed once for inputs that are one tensor each, and equal."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor):
-            return self._function(*args, **kwargs)
-        for given, output in self._seen:
+            return function(*args, **kwargs)
+        for given, output in seen:
             if torch.equal(given, args[0]):
                 return output.clone()  # what is remembered must not change in place
-        output = self._function(args[0])
+        output = function(args[0])
         if isinstance(output, torch.Tensor):
-            self._seen.append((args[0], output.clone()))
+            seen.append((args[0], output.clone()))
         return output
+
+    return call
 
 
 def _holder(layer: torch.nn.Module, experts: torch.nn.Module, router: torch.Tensor) -> torch.nn.Module:

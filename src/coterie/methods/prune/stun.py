@@ -16,23 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from coterie.errors import CoterieError
+from coterie.model.experts import Experts
 
 NEEDS = "clusters"  # of router rows, weights for those of three or more, and statistics where they are given
 SUMS = ("tokens", "coactivation")
 Clusters = list[list[int]]
 CANCELS = 1e-3  # of the squares' sum: above it, the expanded square is exact to a dozen digits
 MERGE_BELOW = 3  # kappa
-
-
-class Flat(Protocol):
-    """Experts as vectors, read one at a time."""
-
-    def flat(self, e: int) -> np.ndarray: ...
 
 
 def distances(
@@ -146,7 +140,9 @@ def pair_winner(members: Sequence[int], router: np.ndarray, tokens: np.ndarray |
     return min(members, key=lambda e: (-usage[e], -norms[e], e))
 
 
-def representative(members: Sequence[int], experts: Flat, router: np.ndarray, tokens: np.ndarray | None = None) -> int:
+def representative(
+    members: Sequence[int], experts: Experts, router: np.ndarray, tokens: np.ndarray | None = None
+) -> int:
     """The member nearest to the mean of the members' weights: argmin_e ||theta_e - mean||_2.
 
     Streams: one expert and one mean in memory. Two members are equally near by construction: see `pair_winner`.
@@ -154,8 +150,7 @@ def representative(members: Sequence[int], experts: Flat, router: np.ndarray, to
     if len(members) < 3:
         return pair_winner(members, router, tokens)
     mean = mean_of(experts.flat(e) for e in members)
-    gaps = {e: float(np.linalg.norm(experts.flat(e) - mean)) for e in members}
-    return min(members, key=lambda e: (gaps[e], e))
+    return min((float(np.linalg.norm(experts.flat(e) - mean)), e) for e in members)[1]
 
 
 def mean_of(vectors: Iterable[np.ndarray]) -> np.ndarray:
