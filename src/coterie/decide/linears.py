@@ -7,7 +7,8 @@ and run for every token, and the router decides what the experts see.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -55,7 +56,6 @@ class Linears:
         return mask
 
     def prune_all(self) -> None:
-        """All of them, without data."""
         for layer in by_layer(self.model, self.also).values():
             for name, kind in layer.items():
                 self.prune(name, kind, None)
@@ -68,14 +68,10 @@ class Linears:
             import torch
 
             wanted = parameters(stream, index, layer, chosen.get(index, {}))
-            watch = Watch(layer, wanted)
-            try:
+            with watched(layer, wanted) as norms:
                 forward(walk)
-            finally:
-                watch.stop()
-            norms = watch.norms()
             for parameter, name in wanted.items():
-                mask = self.prune(name, chosen[index][name], norms[parameter])
+                mask = self.prune(name, chosen[index][name], norms[name])
                 layer.get_parameter(parameter).data[torch.from_numpy(mask)] = 0
 
         return run
@@ -105,37 +101,29 @@ def parameters(stream: Stream, index: int, layer: torch.nn.Module, names: dict[s
     return {stored[n]: n for n in names}
 
 
-class Watch:
-    """Hooks that sum x^2 of what enters the modules of a layer's parameters (parameter -> tensor)."""
+@contextmanager
+def watched(layer: torch.nn.Module, wanted: dict[str, str]) -> Iterator[dict[str, np.ndarray]]:
+    """Gives ||X_j|| (I,) by tensor of what entered the modules of a layer's parameters (parameter -> tensor).
 
-    def __init__(self, layer: torch.nn.Module, wanted: dict[str, str]) -> None:
-        self.wanted = wanted
-        self._squares: dict[str, torch.Tensor] = {}
-        self._handles = []
-        for parameter in wanted:
+    While entered, squares are summed, and what it gives is empty. Raises: CoterieError where nothing passed.
+    """
+    import torch
+
+    squares, norms = dict[str, torch.Tensor](), dict[str, np.ndarray]()
+
+    def see(name: str, columns: int, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not inputs or inputs[0].shape[-1] != columns:
+            raise CoterieError(f"tensor {name!r}: its module is given something else than rows of {columns}")
+        found = inputs[0].reshape(-1, columns).float().square().sum(0, dtype=torch.float64)
+        squares[name] = squares.get(name, 0) + found
+
+    with ExitStack() as hooks:
+        for parameter, name in wanted.items():
             module = layer.get_submodule(parameter.rpartition(".")[0])
-            see = self._hook(parameter, layer.get_parameter(parameter).shape[1])
-            self._handles.append(module.register_forward_pre_hook(see))
-
-    def _hook(self, parameter: str, columns: int) -> Callable[..., None]:
-        import torch
-
-        def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if not inputs or inputs[0].shape[-1] != columns:
-                name = self.wanted[parameter]
-                raise CoterieError(f"tensor {name!r}: its module is given something else than rows of {columns}")
-            found = inputs[0].reshape(-1, columns).float().square().sum(0, dtype=torch.float64)
-            self._squares[parameter] = self._squares.get(parameter, 0) + found
-
-        return see
-
-    def stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def norms(self) -> dict[str, np.ndarray]:
-        """||X_j|| (I,) by parameter. Raises: CoterieError where nothing passed."""
-        unseen = [name for parameter, name in self.wanted.items() if parameter not in self._squares]
-        if unseen:
-            raise CoterieError(f"tensor {unseen[0]!r}: nothing passed through it, so there is nothing to judge it by")
-        return {parameter: squares.sqrt().numpy() for parameter, squares in self._squares.items()}
+            hook = partial(see, name, layer.get_parameter(parameter).shape[1])
+            hooks.enter_context(module.register_forward_pre_hook(hook))
+        yield norms
+    for name in wanted.values():
+        if name not in squares:
+            raise CoterieError(f"tensor {name!r}: nothing passed through it, so there is nothing to judge it by")
+        norms[name] = squares[name].sqrt().numpy()

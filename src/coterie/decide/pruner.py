@@ -32,32 +32,15 @@ from coterie.storage.record import Progress
 Put = Callable[[str, int, bytes], None]  # (tensor, offset in it, bytes)
 
 
-@dataclass(frozen=True)
-class Norms:
-    """What one expert's rules see: ||X_j|| of gate and up's inputs (D,) and of down's (F,), and its token count."""
-
-    inputs: np.ndarray
-    hidden: np.ndarray
-    num_tokens: int
-    hessians: tuple[np.ndarray, np.ndarray] | None = None  # sum x x^T of the same inputs, where a rule needs it
-
-    def of(self, part: str) -> np.ndarray:
-        return self.hidden if part == "down" else self.inputs
-
-    def hessian(self, part: str) -> np.ndarray:
-        assert self.hessians is not None
-        return self.hessians[part == "down"]
-
-
 class InputSums:
-    """Sums over one expert's tokens, given in pieces.
+    """What entered one expert's matrices, summed over its tokens, which are given in pieces.
 
     needs: what the rule wants to know, as `methods/sparsify/__init__.py` has it.
     """
 
     def __init__(self, needs: str) -> None:
         self.needs, self.num_tokens = needs, 0
-        self._squares: list[Any] = [0.0, 0.0]
+        self._squares: list[Any] = [0.0, 0.0]  # of gate and up's inputs (D,), and of down's (F,)
         self._hessians: list[Any] = [0.0, 0.0]
 
     def add(self, piece: Piece) -> None:
@@ -69,13 +52,21 @@ class InputSums:
             if self.needs == "hessian":
                 self._hessians[i] = self._hessians[i] + values.double().T @ values.double()
 
-    def norms(self, where: str) -> Norms:
+    def checked(self, block: MoE, e: int) -> InputSums:
         """Raises: CoterieError for NaN or infinite activations."""
-        inputs, hidden = (s.sqrt().numpy() for s in self._squares)
-        if not (np.isfinite(inputs).all() and np.isfinite(hidden).all()):
-            raise CoterieError(f"{where}: activations are NaN or infinite; the weights are damaged, or need float32")
-        hessians = (self._hessians[0].numpy(), self._hessians[1].numpy()) if self.needs == "hessian" else None
-        return Norms(inputs, hidden, self.num_tokens, hessians)
+        if not all(squares.isfinite().all() for squares in self._squares):
+            raise CoterieError(
+                f"{block.name}, expert {e}: activations are NaN or infinite; the weights are damaged, or need float32"
+            )
+        return self
+
+    def norms(self, part: str) -> np.ndarray:
+        """||X_j|| of each input of gate, up or down."""
+        return self._squares[part == "down"].sqrt().numpy()
+
+    def hessian(self, part: str) -> np.ndarray:
+        """sum x x^T of the same inputs, where the rule needs it."""
+        return self._hessians[part == "down"].numpy()
 
 
 class Visitors(NamedTuple):
@@ -103,7 +94,7 @@ class Pruner:
     before: Moments = field(default_factory=Moments)
     after: Moments = field(default_factory=Moments)
     num_judged: int | None = None  # only the first so many tokens are measured; the rest pass through
-    _measured: dict[int, Norms] | None = None  # of the experts of a rehearsed layer
+    _measured: dict[int, InputSums] | None = None  # of the experts of a rehearsed layer
 
     def state(self) -> dict[str, object]:
         """What a resumed run has to know of the layers done."""
@@ -136,14 +127,14 @@ class Pruner:
         block, e, dense = routed.block, visitors.expert, None if self.sequential else total
         matrices, expert = self._read(block, e)
         if self._measured is None:
-            norms = self._see(routed, expert, visitors, dense)
+            seen = self._see(routed, expert, visitors, dense)
         else:
-            norms = self._measured.get(e) if len(visitors.rows) else None
+            seen = self._measured.get(e) if len(visitors.rows) else None
             run_expert(routed, expert, visitors, dense)
-        if norms is None or norms.num_tokens < self.min_tokens:
-            self.cold.append([block.key, e, norms.num_tokens if norms else 0])
-            norms = None
-        pruned = self.prune(block, e, matrices, norms)
+        if seen is None or seen.num_tokens < self.min_tokens:
+            self.cold.append([block.key, e, seen.num_tokens if seen else 0])
+            seen = None
+        pruned = self.prune(block, e, matrices, seen)
         if self.sequential:
             for part, matrix in zip(PARTS, pruned, strict=True):
                 if matrix is not None:
@@ -156,38 +147,39 @@ class Pruner:
         for visitors in every_expert(routed):
             if len(visitors.rows):
                 _, expert = self._read(routed.block, visitors.expert)
-                norms = self._see(routed, expert, visitors, total)
-                self._measured |= {visitors.expert: norms} if norms else {}
+                seen = self._see(routed, expert, visitors, total)
+                self._measured |= {visitors.expert: seen} if seen else {}
         return total
 
     def _read(self, block: MoE, e: int) -> tuple[Matrices, moe.Expert]:
         matrices = read_finite(self.checkpoint, block, e)
         return matrices, as_expert(self.checkpoint, block, e, matrices, self.dtype)
 
-    def _see(self, routed: Routed, expert: moe.Expert, visitors: Visitors, total: torch.Tensor | None) -> Norms | None:
-        """The norms of those tokens that are to be judged by; adds the expert's outputs to `total` if there is one."""
-        e, rows, gates = visitors
-        seen = InputSums(self.method.NEEDS)
+    def _see(
+        self, routed: Routed, expert: moe.Expert, visitors: Visitors, total: torch.Tensor | None
+    ) -> InputSums | None:
+        """What entered of those tokens that are to be judged by; adds the expert's outputs to `total`, if given."""
+        (e, rows, gates), seen = visitors, InputSums(self.method.NEEDS)
         judged = len(rows) if self.num_judged is None else int((rows < self.num_judged).sum())  # rows ascend
         run_expert(routed, expert, Visitors(e, rows[:judged], gates[:judged]), total, seen.add)
         run_expert(routed, expert, Visitors(e, rows[judged:], gates[judged:]), total)
-        return seen.norms(f"{routed.block.name}, expert {e}") if judged else None
+        return seen.checked(routed.block, e) if judged else None
 
-    def prune(self, block: MoE, e: int, matrices: Matrices, norms: Norms | None) -> Matrices:
-        """Writes one expert with its zeros, and returns it so. No norms: by magnitude, or a rule that needs no data."""
+    def prune(self, block: MoE, e: int, matrices: Matrices, seen: InputSums | None) -> Matrices:
+        """Writes one expert with its zeros, and returns it so. Not seen: by magnitude, or a rule that needs no data."""
         pruned: list[Any] = [None, None, None]
         masks: list[Any] = [None, None, None]
         before, after = Moments(), Moments()  # of this expert: sums do not depend on who pruned the others
         for i, (part, weight) in enumerate(zip(PARTS, matrices, strict=True)):
             if weight is not None:
-                pruned[i], masks[i] = self._prune_matrix(block, e, part, weight, norms)
+                pruned[i], masks[i] = self._prune_matrix(block, e, part, weight, seen)
                 left = int(np.count_nonzero(pruned[i]))
                 self.num_zeros[block.key] += weight.size - left
                 before.add(weight)
                 after.add(pruned[i], left)
         self.before, self.after = self.before + before, self.after + after
         gate, up, down = pruned
-        if norms and self.corrects:
+        if seen and self.corrects:
             stored = store_expert(self.checkpoint, block, e, (gate, up, down))
         else:
             stored = zero_expert(self.checkpoint, block, e, (masks[0], masks[1], masks[2]))
@@ -196,17 +188,17 @@ class Pruner:
         return gate, up, down
 
     def _prune_matrix(
-        self, block: MoE, e: int, part: str, weight: np.ndarray, norms: Norms | None
+        self, block: MoE, e: int, part: str, weight: np.ndarray, seen: InputSums | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The matrix with its zeros, and where they are; by magnitude where too few tokens came to say more."""
         num_zeros = self.zeros[block.key, e, part]
-        if norms and self.corrects:
-            kept = self.method.prune(weight, norms.hessian(part), num_zeros, pattern=self.pattern)
+        if seen and self.corrects:
+            kept = self.method.prune(weight, seen.hessian(part), num_zeros, pattern=self.pattern)
             name = expert_weights(self.checkpoint, block)[0]
             dtype = self.checkpoint.tensors[name].dtype  # what computes from here on is what is written
             return decode(encode(kept, dtype, name), dtype, name).astype(np.float32).reshape(kept.shape), None
-        rule = self.method if norms or self.method.NEEDS == "nothing" else magnitude
-        score = partial(rule.score, norms=norms.of(part) if norms else None)
+        rule = self.method if seen or self.method.NEEDS == "nothing" else magnitude
+        score = partial(rule.score, norms=seen.norms(part) if seen else None)
         mask = choose(weight, score, row_zeros(len(weight), num_zeros), self.pattern)
         kept = weight.copy()
         zero(kept, mask)

@@ -23,7 +23,7 @@ from coterie.edits.budget import num_weights
 from coterie.edits.counts import count
 from coterie.edits.execution import Request
 from coterie.edits.kinds.keep import fits_groups
-from coterie.edits.outputs import plan_outputs, planned
+from coterie.edits.outputs import planned
 from coterie.edits.plan import Decision
 from coterie.errors import CoterieError
 from coterie.methods import sparsify as methods
@@ -161,11 +161,8 @@ class StunRecipe:
         family, config = self.source.family, self.source.checkpoint.config
         top_k, groups = family.num_experts_per_token(config), family.groups(config)
         least = num_experts - math.floor(ratio * num_experts)
-        return next(
-            n
-            for n in range(least, num_experts + 1)
-            if n == num_experts or (n >= top_k and fits_groups(n, top_k, groups))
-        )
+        fitting = (n for n in range(max(least, top_k), num_experts) if fits_groups(n, top_k, groups))
+        return next(fitting, num_experts)
 
     def plan(self, kept: int, on_progress: Progress = no_progress) -> tuple[Decision, Zeroing]:
         """The decision which experts stay, and how their weights are to be zeroed.
@@ -183,7 +180,7 @@ class StunRecipe:
         check_dropping(asked)
         decision = experts.decided(self.source, asked, dry_run=self.dry_run, on_progress=on_progress)
         plan = decision.plan
-        view = planned(self.source, plan, plan_outputs(self.source, plan))
+        view = planned(self.source, plan)
         before, after = (count(list(m.checkpoint.tensors.values()), m.roles)["experts"] for m in (self.source, view))
         removed, prunable = before - after, sum(num_weights(view.checkpoint, b) for b in view.main)
         zeros = round(self.sparsity * before) - removed
@@ -213,16 +210,11 @@ def search(recipe: StunRecipe, kept: list[int], spill: Path, on_progress: Progre
     found = []
     for number, experts_kept in enumerate(kept):
         decision, options = recipe.plan(experts_kept)
-        plan = decision.plan
-        view = planned(recipe.source, plan, plan_outputs(recipe.source, plan))
-        calibration = Calibrated(view, options, spill)
-        loss = held_out_loss(calibration, _part(on_progress, f"split {number + 1} of {len(kept)}: "))
+        plan, part = decision.plan, f"split {number + 1} of {len(kept)}: "
+        calibration = Calibrated(planned(recipe.source, plan), options, spill)
+        loss = held_out_loss(calibration, lambda stage, *done, part=part: on_progress(part + stage, *done))
         found.append(Split(experts_kept, plan.budget["removed"], plan.budget["zeros"], loss))
     return found
-
-
-def _part(on_progress: Progress, prefix: str) -> Progress:
-    return lambda stage, done, total: on_progress(prefix + stage, done, total)
 
 
 def held_out_loss(calibration: Calibrated, on_progress: Progress) -> float:

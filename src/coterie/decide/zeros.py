@@ -166,31 +166,26 @@ class Calibrated:
         """Sparsity by layer; OWL's takes a forward of the dense model."""
         if not methods.chooses_shares(self.options.method):
             return uniform(self.view, self.options)
-        from coterie.decide.outliers import Outliers
+        import numpy as np
 
-        outliers = Outliers(self.stream, self.options.scoring.outliers, self.options.scoring.kinds)
-        return chosen_shares(self.view, self.options, outliers.shares(self.batches(), on_progress))
+        from coterie.decide.outliers import outlier_shares
+
+        view, options, kinds = self.view, self.options, self.options.scoring.kinds
+        outliers = outlier_shares(self.stream, self.batches(), options.scoring.outliers, kinds, on_progress)
+        sizes = Counter({b.key: budget.num_weights(view.checkpoint, b) for b in view.main})
+        for (layer, _), size in linears.sizes(view, kinds).items():
+            sizes[layer] += size
+        shares = methods.load(options.method).layer_sparsities(
+            np.array([outliers[k] for k in sizes]), float(options.sparsity), np.array(list(sizes.values())),
+            weighted=options.weighted,
+        )  # fmt: skip
+        # As fractions that JSON can hold exactly.
+        return {key: Fraction(repr(float(value))) for key, value in zip(sizes, shares, strict=True)}
 
 
 def uniform(view: Model, options: Zeroing) -> Shares:
     layers = {b.key for b in view.main} | set(map(str, beside.by_layer(view, options.scoring.kinds)))
     return dict.fromkeys(layers, options.sparsity)
-
-
-def chosen_shares(view: Model, options: Zeroing, outliers: dict[str, float]) -> Shares:
-    """The sparsity of each layer that the rule chooses, as fractions that JSON can hold exactly."""
-    import numpy as np
-
-    sizes: Counter[str] = Counter({b.key: budget.num_weights(view.checkpoint, b) for b in view.main})
-    for (layer, _), size in linears.sizes(view, options.scoring.kinds).items():
-        sizes[layer] += size
-    shares = methods.load(options.method).layer_sparsities(
-        np.array([outliers[k] for k in sizes]),
-        float(options.sparsity),
-        np.array(list(sizes.values())),
-        weighted=options.weighted,
-    )
-    return {key: Fraction(repr(float(value))) for key, value in zip(sizes, shares, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -294,10 +289,7 @@ class ZeroingRun:
     def _filled(self, workers: Workers, more: dict[str, Any], notes: list[str]) -> Filled:
         """What was done, in the numbers of the report."""
         view, pruner, others = self.view, workers.pruner, workers.others
-        zeros: dict[str, dict[str, float]] = {}
-        for block in view.main:
-            share = pruner.num_zeros[block.key] / budget.num_weights(view.checkpoint, block)
-            zeros.setdefault(block.key, {})["expert"] = share
+        zeros = {b.key: {"expert": pruner.num_zeros[b.key] / budget.num_weights(view.checkpoint, b)} for b in view.main}
         for (layer, kind), size in linears.sizes(view, others.also).items():
             zeros.setdefault(layer, {})[kind] = others.zeros[layer, kind] / size
         experts = sum(pruner.num_zeros.values())

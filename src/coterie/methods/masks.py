@@ -83,7 +83,12 @@ def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
     limit = np.partition(keys, count - 1, axis=1)[:, count - 1 : count]
     mask = keys <= limit
     if np.count_nonzero(mask) > count * len(mask):
-        _spare_ties(mask, keys == limit, count)
+        ties = keys == limit  # the last of each row's go out of the mask again, so that `count` remain
+        rows, columns = np.divmod(np.flatnonzero(ties), ties.shape[1])
+        ends = np.cumsum(np.bincount(rows, minlength=len(ties)))  # of each row's ties in the list of all
+        surplus = mask.sum(axis=1, dtype=np.int32) - count
+        spared = np.arange(len(rows)) >= (ends - surplus)[rows]
+        mask[rows[spared], columns[spared]] = False
     return mask
 
 
@@ -92,15 +97,6 @@ def _keys(scores: np.ndarray) -> np.ndarray:
     keys = scores.view(f"i{scores.itemsize}")
     assert not keys.size or keys.min() >= 0, "scores are never negative"
     return keys
-
-
-def _spare_ties(mask: np.ndarray, ties: np.ndarray, count: int) -> None:
-    """Takes the last of each row's ties (R, C) out of the mask, so that `count` remain."""
-    rows, columns = np.divmod(np.flatnonzero(ties), ties.shape[1])
-    ends = np.cumsum(np.bincount(rows, minlength=len(ties)))  # of each row's ties in the list of all
-    surplus = mask.sum(axis=1, dtype=np.int32) - count
-    spared = np.arange(len(rows)) >= (ends - surplus)[rows]
-    mask[rows[spared], columns[spared]] = False
 
 
 def _ranks(groups: np.ndarray) -> np.ndarray:
