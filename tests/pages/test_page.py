@@ -17,7 +17,6 @@ from coterie.pages.page import (
     Number,
     Point,
     Scatter,
-    Section,
     Table,
     Text,
     View,
@@ -38,20 +37,17 @@ def sections(name="out"):
     bars = (Bar("original", "prose", 2.0, 1.9, 2.1), Bar(name, "prose", -0.5, -0.6, -0.4), Bar(name, "code", None))
     grid = Grid(("0", "1"), ("0", "1", "2"), ((0, 1, 1), (1, None, 0)))
     rows = (("b", 2, Number(10.0, "10.0 [9, 11]")), (name, 10, None), ("a", 1, Number(9.0, "9.0 [8, 10]")))
-    return [
-        Section("Numbers", (Text(("One.", name)), Table(("model", "count", "loss"), rows, "a caption"))),
-        Section(
-            "Plots",
-            (
-                Scatter("Quality", "bytes", "loss", (View("all", points), View(name, points[:2]))),
-                Bars("Losses", "nats", (View("all", bars),)),
-                Bars("Dots", "nats", (View("all", bars),), dots=True),
-                Lines("By layer", "layer", "share", (View("all", (Line(name, (0, 1, 2), (0.5, None, 0.7)),)),)),
-                Heatmap("Kept", "expert", "layer", (View(name, (grid,)),), levels=("removed", "kept")),
-                Heatmap("Shades", "expert", "layer", (View("all", (grid,)),)),
-            ),
+    return {
+        "Numbers": (Text(("One.", name)), Table(("model", "count", "loss"), rows, "a caption")),
+        "Plots": (
+            Scatter("Quality", "bytes", "loss", (View("all", points), View(name, points[:2]))),
+            Bars("Losses", "nats", (View("all", bars),)),
+            Bars("Dots", "nats", (View("all", bars),), dots=True),
+            Lines("By layer", "layer", "share", (View("all", (Line(name, (0, 1, 2), (0.5, None, 0.7)),)),)),
+            Heatmap("Kept", "expert", "layer", (View(name, (grid,)),), levels=("removed", "kept")),
+            Heatmap("Shades", "expert", "layer", (View("all", (grid,)),)),
         ),
-    ]
+    }
 
 
 class Tags(HTMLParser):
@@ -101,12 +97,12 @@ def test_names_that_are_no_unicode_can_be_written():
 def test_numbers_that_are_none_are_refused():
     """NaN is not JSON: a page with it would be blank."""
     with pytest.raises(ValueError):
-        page("t", "i", [], numbers={"loss": float("nan")})
+        page("t", "i", {}, numbers={"loss": float("nan")})
 
 
 def test_a_table_is_there_without_a_script():
     """Rows in the order given, thousands apart, and what was not measured says so."""
-    text = page("t", "i", [Section("s", (Table(("model", "bytes"), (("a", 1234567), ("b", None))),))])
+    text = page("t", "i", {"s": (Table(("model", "bytes"), (("a", 1234567), ("b", None))),)})
     assert re.findall(r"<td[^>]*>([^<]*)</td>", text) == ["a", "1,234,567", "b", "–"]
 
 
@@ -203,7 +199,7 @@ def test_a_point_says_what_it_is(opened):
 def test_the_numbers_can_be_saved(opened):
     """The button gives the JSON that the page carries."""
     numbers = {"path": EVIL, "loss": [1.5, None]}
-    tab = opened(page("t", "i", [], numbers=numbers))
+    tab = opened(page("t", "i", {}, numbers=numbers))
     with tab.expect_download() as saved:
         tab.locator("#save").click()
     with open(saved.value.path(), encoding="utf-8") as file:

@@ -23,7 +23,6 @@ from coterie.pages.page import (
     Part,
     Point,
     Scatter,
-    Section,
     Table,
     Text,
     View,
@@ -61,6 +60,7 @@ COUNTERFACTUAL = {
     "first alone": "probe counterfactual first error",
     "all, by logits": "probe counterfactual all error",
 }
+IF_OTHERS = "Squared error of the experts' sum, had these run instead on the same tokens; 1: as if the sum were gone."
 COMPRESSION = {
     "spare experts": "redundancy spare",
     "condensed: captured": "condense captured",
@@ -94,14 +94,14 @@ def shown(result: Found) -> str:
     )
     numbers, left_out = _carried(result, layers)
     advice = Text(tuple(f"{item['about'].capitalize()}: {item['text']}" for item in at(result, "advice")))
-    sections = [
-        Section("Advice", (advice, Text((*at(result, "notes"), *left_out)))),
-        Section("How alike experts are", _likeness(layers)),
-        Section("Norms against gates", _norms(layers)),
-        Section("What if others had run", (_counterfactual(layers),)),
-        Section("What compression could use", _compression(layers)),
-        Section("Who works when", _routing(layers)),
-    ]
+    sections: dict[str, tuple[Part, ...]] = {
+        "Advice": (advice, Text((*at(result, "notes"), *left_out))),
+        "How alike experts are": _likeness(layers),
+        "Norms against gates": _norms(layers),
+        "What if others had run": (_table(layers, COUNTERFACTUAL, IF_OTHERS),),
+        "What compression could use": _compression(layers),
+        "Who works when": _routing(layers),
+    }
     return page(title, intro, sections, numbers=numbers)
 
 
@@ -122,18 +122,18 @@ def _likeness(layers: Layers) -> tuple[Part, ...]:
     caption = (
         "Mean cosines between two experts of a layer. R²: how much of router rows' likeness mean gate neurons explain."
     )
-    maps = [_heatmap(name, path, layers) for name, path in MATRICES.items()]
+    titles = {name: f"Cosine of {name}, without the diagonal (0 and less: palest)" for name in MATRICES}
+    maps = [_heatmap(titles[name], path, layers) for name, path in MATRICES.items()]
     return _table(layers, LIKENESS, caption), *(part for part in maps if part.views)
 
 
-def _heatmap(name: str, path: str, layers: Layers) -> Heatmap:
+def _heatmap(title: str, path: str, layers: Layers) -> Heatmap:
     """A matrix of each layer, over the experts that its numbers are of: some may have been left out."""
 
     def grid(entry: Found) -> tuple[Grid]:
         ids = at(entry, f"{path.split()[0]} experts") or range(at(entry, "num_experts"))
         return (_grid(np.array(at(entry, path)), ids),)
 
-    title = f"Cosine of {name}, without the diagonal (0 and less: palest)"
     return Heatmap(title, "expert", "expert", _views([entry for entry in layers if at(entry, path)], grid))
 
 
@@ -144,11 +144,6 @@ def _norms(layers: Layers) -> tuple[Part, ...]:
     caption = "Correlations, and the share of chosen experts whose outputs are among the largest of their token."
     plot = Scatter("Output norm against gate", "gate", "norm of the output", _views(layers, points))
     return _table(layers, NORMS, caption), plot
-
-
-def _counterfactual(layers: Layers) -> Table:
-    caption = "Squared error of the experts' sum, had these run instead on the same tokens; 1: as if the sum were gone."
-    return _table(layers, COUNTERFACTUAL, caption)
 
 
 def _compression(layers: Layers) -> tuple[Part, ...]:
@@ -191,13 +186,10 @@ def _load_bars(entry: Found) -> tuple[Bar, ...]:
 
 def _table(layers: Layers, columns: Mapping[str, str], caption: str) -> Table:
     """A row a layer: its key, then the values at the columns' places; a matrix shows as its mean over pairs."""
-    rows = tuple((_key(entry), *(_cell(at(entry, path)) for path in columns.values())) for entry in layers)
+    keys = [str(entry["layer"]) for entry in layers]
+    cells = [[_cell(at(entry, path)) for path in columns.values()] for entry in layers]
+    rows = tuple((Number(int(key), key), *row) for key, row in zip(keys, cells, strict=True))
     return Table(("layer", *columns), rows, caption)
-
-
-def _key(entry: Found) -> Cell:
-    key = str(entry["layer"])
-    return Number(int(key), key)
 
 
 def _cell(value: Any) -> Cell:

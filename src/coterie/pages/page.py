@@ -11,7 +11,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,6 @@ Cell = str | int | float | Number | None  # None: not measured, sorted last
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs."""
-
     paragraphs: tuple[str, ...]
 
 
@@ -96,60 +94,48 @@ class View:
 
 
 @dataclass(frozen=True)
-class Scatter:
-    title: str
-    x: str  # the axes' labels, with units
-    y: str
-    views: tuple[View, ...]
-
-
-@dataclass(frozen=True)
 class Bars:
     """Bars from zero with intervals; with `dots`, points with intervals on an axis that need not hold zero."""
 
     title: str
-    y: str
+    y: str  # the axis' label, with units
     views: tuple[View, ...]
     dots: bool = False
 
 
 @dataclass(frozen=True)
-class Lines:
+class Scatter:
     title: str
     x: str
     y: str
     views: tuple[View, ...]
+
+
+class Lines(Scatter):
+    """Series instead of single points."""
 
 
 @dataclass(frozen=True)
-class Heatmap:
+class Heatmap(Scatter):
     """One grid per view. With `levels`, values are indices into these names; without, shades from 0 to the largest."""
 
-    title: str
-    x: str
-    y: str
-    views: tuple[View, ...]
     levels: tuple[str, ...] = ()
 
 
-Part = Text | Table | Scatter | Bars | Lines | Heatmap
+Part = Text | Table | Bars | Scatter
 
 
-@dataclass(frozen=True)
-class Section:
-    title: str
-    parts: tuple[Part, ...]
-
-
-def page(title: str, intro: str, sections: Sequence[Section], *, numbers: Any = None) -> str:
+def page(title: str, intro: str, sections: Mapping[str, Sequence[Part]], *, numbers: Any = None) -> str:
     """The page as one string of HTML, to be written as UTF-8.
 
-    `numbers`: JSON data that the page carries along and offers to save; all floats in it and in plots are finite.
+    sections: parts by title; those without any are left out.
+    numbers: JSON data that the page carries along and offers to save; all floats in it and in plots are finite.
     """
     plots: list[dict[str, object]] = []
-    body = "\n".join(_section(section, plots) for section in sections)
-    data = {"title": title, "plots": plots, "numbers": numbers}
-    style, script = (_beside(name) for name in ("page.css", "page.js"))
+    body = "\n".join(_section(name, parts, plots) for name, parts in sections.items() if parts)
+    # No HTML parser sees the end of a script, or a comment, in it.
+    data = json.dumps({"title": title, "plots": plots, "numbers": numbers}, allow_nan=False).replace("<", "\\u003c")
+    style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
     save = '<button id="save" type="button">Save the numbers as JSON</button>' if numbers is not None else ""
     return f"""<!doctype html>
@@ -172,16 +158,16 @@ def page(title: str, intro: str, sections: Sequence[Section], *, numbers: Any = 
 {save}
 </main>
 <div id="tip" role="status" hidden></div>
-<script type="application/json" id="data">{_json(data)}</script>
+<script type="application/json" id="data">{data}</script>
 <script>{script}</script>
 </body>
 </html>
 """
 
 
-def _section(section: Section, plots: list[dict[str, object]]) -> str:
-    parts = "\n".join(_part(part, plots) for part in section.parts)
-    return f"<section>\n<h2>{_escape(section.title)}</h2>\n{parts}\n</section>"
+def _section(title: str, parts: Sequence[Part], plots: list[dict[str, object]]) -> str:
+    text = "\n".join(_part(part, plots) for part in parts)
+    return f"<section>\n<h2>{_escape(title)}</h2>\n{text}\n</section>"
 
 
 def _part(part: Part, plots: list[dict[str, object]]) -> str:
@@ -210,26 +196,14 @@ def _cell(cell: Cell) -> str:
         return '<td class="none">–</td>'
     if isinstance(cell, str):
         return f"<td>{_escape(cell)}</td>"
-    value, text = (cell.value, cell.text) if isinstance(cell, Number) else (cell, _shown(cell))
-    return f'<td class="number" data-value="{value!r}">{_escape(text)}</td>'
-
-
-def _shown(value: int | float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    if not isinstance(cell, Number):
+        cell = Number(cell, f"{cell:,}" if isinstance(cell, int) else f"{cell:,.4g}")
+    return f'<td class="number" data-value="{cell.value!r}">{_escape(cell.text)}</td>'
 
 
 def _escape(text: str) -> str:
     """For text and quoted attributes. Bytes of file names that are no UTF-8 become question marks."""
     return html.escape(text.encode("utf-8", "replace").decode())
-
-
-def _json(value: Any) -> str:
-    """JSON that no HTML parser sees the end of a script, or a comment, in."""
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
-
-
-def _beside(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

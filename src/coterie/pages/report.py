@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from coterie.edits.plan import LEVELS
 from coterie.judge.lineup import Comparison, Measured
@@ -23,7 +24,6 @@ from coterie.pages.page import (
     Part,
     Point,
     Scatter,
-    Section,
     Table,
     Text,
     View,
@@ -37,7 +37,6 @@ SPEEDS = ("prefill, tokens/s", "decode, tokens/s")
 
 
 def render(found: Comparison) -> str:
-    """The whole page."""
     models, entries = found["models"], [*found["models"], *found["references"]]
     original = models[0]["name"]
     title = f"{original} and what was made of it" if len(models) > 1 else original
@@ -56,8 +55,7 @@ def render(found: Comparison) -> str:
         "Speed": _speed([m for m in models if "speed" in m]),
         "How this was measured": _provenance(found),
     }
-    shown = [Section(name, tuple(parts)) for name, parts in sections.items() if parts]
-    return page(title, intro, shown, numbers=found)
+    return page(title, intro, sections, numbers=found)
 
 
 def _glance(models: list[Measured], notes: list[str]) -> list[Part]:
@@ -90,9 +88,8 @@ def _quality_head(original: Measured) -> tuple[str, ...]:
 
 
 def _speeds(model: Measured) -> tuple[Cell, ...]:
-    if "speed" not in model:
-        return None, None
-    return _fixed(model["speed"]["prefill"]["value"], 1), _fixed(model["speed"]["decode"]["value"], 1)
+    speed = model.get("speed")
+    return tuple(_fixed(speed[kind]["value"], 1) if speed else None for kind in ("prefill", "decode"))
 
 
 def _quality(entries: list[Measured], references: list[Measured]) -> list[Part]:
@@ -129,7 +126,6 @@ def _points(entries: list[Measured], values: list[Interval | None]) -> tuple[Poi
 
 
 def _losses(entries: list[Measured]) -> list[Part]:
-    """The loss on every data set, with intervals."""
     of = [(m["name"], n, p) for m in entries for n, p in m["perplexity"].items()]
     if not of:
         return []
@@ -164,7 +160,6 @@ def _overlap(overlaps: dict[str, dict[str, float]]) -> list[Part]:
 
 
 def _answers(entries: list[Measured]) -> list[Part]:
-    """Generated answers: right, changed, repetitive."""
     of = [(m["name"], n, match) for m in entries for n, match in m["exact_match"].items()]
     if not of:
         return []
@@ -202,9 +197,8 @@ def _experts(models: list[Measured]) -> list[Part]:
 
 
 def _grid(fate: dict[str, list[int]]) -> Grid:
-    width = max(map(len, fate.values()))
-    values = tuple(tuple(levels) + (None,) * (width - len(levels)) for levels in fate.values())
-    return Grid(tuple(fate), tuple(map(str, range(width))), values)
+    values = tuple(zip(*zip_longest(*fate.values()), strict=True))  # short rows are filled with None
+    return Grid(tuple(fate), tuple(map(str, range(len(values[0])))), values)
 
 
 def _kurtosis(models: list[Measured]) -> list[Part]:
@@ -221,14 +215,10 @@ def _kurtosis(models: list[Measured]) -> list[Part]:
 
 
 def _speed(models: list[Measured]) -> list[Part]:
-    """Tokens per second, the models in turns."""
     if not models:
         return []
     of = [(m["name"], m["speed"]) for m in models]
-    views = (
-        View("decode", tuple(_bar(name, "decode", speed["decode"]) for name, speed in of)),
-        View("prefill", tuple(_bar(name, "prefill", speed["prefill"]) for name, speed in of)),
-    )
+    views = tuple(View(k, tuple(_bar(name, k, speed[k]) for name, speed in of)) for k in ("decode", "prefill"))
     rows = tuple((name, _cell(s["prefill"], 1), _cell(s["decode"], 1), s["relative_decode"]) for name, s in of)
     first = of[0][1]
     said = (
@@ -242,7 +232,6 @@ def _speed(models: list[Measured]) -> list[Part]:
 
 
 def _provenance(found: Comparison) -> list[Part]:
-    """What was measured, made by what, and how."""
     rows = tuple((m["name"], m["path"], m["command"], _percent(m["sparsity"]), m["hash"][:16]) for m in found["models"])
     head = ("model", "path", "made by", "expert weights removed or zero", "fingerprint")
     options = ", ".join(f"{k} {v}" for k, v in found["options"].items() if k != "data" and v not in (None, ()))
@@ -264,7 +253,6 @@ def _loss(perplexity: Interval) -> Interval:
 
 
 def _bars(title: str, y: str, of: Sequence[tuple[str, str, Interval]], *, dots: bool) -> Bars:
-    """A plot of values with intervals, by model and data set."""
     return Bars(title, y, (View("all", tuple(_bar(*each) for each in of)),), dots)
 
 
@@ -273,7 +261,6 @@ def _bar(series: str, group: str, measured: Interval) -> Bar:
 
 
 def _cell(measured: Interval | None, digits: int, *, sign: bool = False) -> Cell:
-    """A value with its interval."""
     if measured is None:
         return None
     form = f"{'+' if sign else ''},.{digits}f"

@@ -48,10 +48,7 @@ def show_report(report: Report, asked: Asked) -> Iterator[str]:
     found = report.report
     before, after, packed = found["before"], found["after"], found.get("packed")
     title = "planned, nothing written" if found.get("dry_run") else f"{asked['out']}: done"
-    rows = [
-        ("parameters", f"{before['parameters']:,} -> {after['parameters']:,}"),
-        ("bytes", f"{before['bytes']:,} -> {after['bytes']:,}"),
-    ]
+    rows = [(name, f"{before[name]:,} -> {after[name]:,}") for name in ("parameters", "bytes")]
     if packed:
         sizes = f"{packed['before']:,} -> {packed['after']:,}"
         rows.append(("packed", f"{packed['tensors']:,} matrices: {sizes} bytes in all"))
@@ -66,7 +63,6 @@ def show_report(report: Report, asked: Asked) -> Iterator[str]:
 
 
 def _zeros(report: Report) -> Rows:
-    """What unstructured pruning adds."""
     found = report.report
     if "expert_zeros" not in found:
         return []
