@@ -31,7 +31,6 @@ Case = tuple[Callable[[int], object], int, int]  # (call with a copy's number, c
 
 
 def processor() -> str:
-    """The processor's name."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
@@ -105,10 +104,10 @@ def reading(copies: list[np.ndarray], threads: int) -> dict[str, Case]:
         return {}
     out = np.zeros(64 * 8 * threads, np.uint8)
     edges = np.linspace(0, size // 256, 1 + (1 if threads == 1 else 8 * threads)).astype(np.int64) * 256
-    jobs = []
+    kernel, jobs = kernels.compiled("avx512", "read", rivals.reader), []
     for copy in copies:
         shares = [(copy.ctypes.data + a, b - a, out.ctypes.data + 64 * n) for n, (a, b) in enumerate(pairwise(edges))]
-        jobs.append(np.array([[rivals.reader(), 0, at, 0, 0, 0, y, 0, 0, 0, n] for at, n, y in shares], np.int64))
+        jobs.append(np.array([[kernel, 0, at, 0, 0, 0, y, 0, 0, 0, n] for at, n, y in shares], np.int64))
     return {"read": runner("avx512", jobs, copies[0].nbytes, threads, (copies, out))}
 
 
@@ -128,8 +127,7 @@ def sparse_case(name: str, which: str, packed: Packed, x: torch.Tensor, threads:
     size = packed.num_bytes + 4 * packed.shape[0] - packed.rows.nbytes
     stack = load((packed for _ in range(num_copies(size))), Arena())
     kind, vector = inputs(which, packed.dtype, x)
-    y = np.zeros(packed.shape[0], np.float32)
-    jobs = []
+    y, jobs = np.zeros(packed.shape[0], np.float32), []
     for matrix in stack.matrices:
         kernel = kernels.gemv(which, packed.dtype, kind, 1, matrix.mask is None)
         jobs.append(split([kernel, *matrix.pointers(), vector.ctypes.data], y, packed.shape[1], threads))
@@ -181,11 +179,9 @@ def own_int4(weights: torch.Tensor, x: torch.Tensor, arena: Arena, threads: int)
     packed, scales = rivals.quantise_int4(weights.float().numpy())
     q, factors, start = (arena.put(a) for a in rivals.quantise_input(x.float().numpy()))
     ring = [(arena.put(packed), arena.put(scales)) for _ in range(num_copies(packed.nbytes))]
-    y = np.zeros(rows, np.float32)
-    jobs = []
-    for values, factor in ring:
-        job = [rivals.int4(), factors.ctypes.data, values.ctypes.data, start.ctypes.data, factor.ctypes.data]
-        jobs.append(split([*job, q.ctypes.data], y, columns, threads))
+    kernel, y = kernels.compiled("avx512", "int4", rivals.int4), np.zeros(rows, np.float32)
+    parts = ([a.ctypes.data for a in (factors, values, start, scale, q)] for values, scale in ring)
+    jobs = [split([kernel, *addresses], y, columns, threads) for addresses in parts]
     kernels.run("avx512", jobs[0])
     codes = np.stack([packed.reshape(rows, -1, 64) & 15, packed.reshape(rows, -1, 64) >> 4], 2).astype(float) - 8
     exact = (codes.reshape(rows, -1, GROUP) * scales[..., None]).reshape(rows, -1)

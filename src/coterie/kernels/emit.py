@@ -87,12 +87,11 @@ class Emitter:
 
     # --- small words ---------------------------------------------------------------------------------------------
 
-    def call(self, name: str, result: Any, *arguments: Any) -> Any:
-        """Calls an LLVM intrinsic."""
+    def call(self, name: str, result: Any, *arguments: Any, fastmath: Sequence[str] = ()) -> Any:
         found = self.module.globals.get(name)
         if found is None:
             found = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)
-        return self.b.call(found, arguments)
+        return self.b.call(found, arguments, fastmath=fastmath)
 
     def at(self, pointer: Any, index: Any, type_: Any) -> Any:
         index = I64(index) if isinstance(index, int) else index
@@ -153,7 +152,9 @@ class Emitter:
         for first in range(0, 32, width):
             bits = self.b.lshr(word, I32(first)) if first else word
             found.append(self.spread(bits, start))
-            start = self.skip(values, self.low(word, first + width))
+            below = word if first + width == 32 else self.b.and_(word, I32(2 ** (first + width) - 1))
+            count = self.call("llvm.ctpop.i32", I32, below)  # values of the columns so far
+            start = self.at(values, self.b.zext(count, I64), self.bits)
         return found, start
 
     def row_start(self, offsets: Any, r: Any, length: Any) -> Any:
@@ -161,13 +162,6 @@ class Emitter:
         if self.kernel.dense:
             return self.b.mul(r, length)
         return self.b.zext(self.load(self.at(offsets, r, I32), I32, 4), I64)
-
-    def low(self, word: Any, count: int) -> Any:
-        return word if count == 32 else self.b.and_(word, I32(2**count - 1))
-
-    def skip(self, values: Any, word: Any) -> Any:
-        """Beyond as many values as the word has bits."""
-        return self.at(values, self.b.zext(self.call("llvm.ctpop.i32", I32, word), I64), self.bits)
 
     def spread(self, bits: Any, values: Any) -> Any:
         """`width` columns: the next values where the low bits of `bits` are set, zero elsewhere."""
@@ -209,27 +203,31 @@ class Emitter:
         return self.b.shuffle_vector(vector, vector, ir.VectorType(I32, 16)(list(range(16))))
 
     def table(self) -> Any:
-        found = self.module.globals.get("shuffles")
-        if found is None:
-            data = shuffles(self.kernel.size)
-            kind = ir.ArrayType(I8, len(data))
-            found = ir.GlobalVariable(self.module, kind, "shuffles")
-            found.initializer, found.global_constant, found.linkage = kind(bytearray(data)), True, "internal"
-            found.align = 64
+        """For every byte of a mask, where each of 8 columns takes its value from: byte positions (for 4-byte values,
+        value positions), 0x80 where the column is empty."""
+        if "shuffles" in self.module.globals:
+            return self.module.globals["shuffles"]
+        size = self.kernel.size
+        table = np.full((256, 8, size if size < 4 else 1), 0x80, np.uint8)
+        for byte in range(256):
+            columns = [c for c in range(8) if byte >> c & 1]
+            for place, column in enumerate(columns):
+                table[byte, column] = place if size == 4 else size * place + np.arange(size)
+        kind = ir.ArrayType(I8, table.size)
+        found = ir.GlobalVariable(self.module, kind, "shuffles")
+        found.initializer, found.global_constant, found.linkage = kind(bytearray(table.tobytes())), True, "internal"
+        found.align = 64
         return found
 
     def widened(self, bits: Any) -> list[Any]:
         """Bit patterns as float32 vectors of `lanes` (or, for `vdpbf16ps`, as they are)."""
         if self.kernel.pairs:
             return [self.b.bitcast(bits, ir.VectorType(BF16, 32))]
-        lanes, found = self.kernel.lanes, []
-        for first in range(0, self.kernel.width, lanes):
-            part = bits
-            if self.kernel.width != lanes:
-                order = ir.VectorType(I32, lanes)(list(range(first, first + lanes)))
-                part = self.b.shuffle_vector(bits, bits, order)
-            found.append(self.as_float(part))
-        return found
+        lanes = self.kernel.lanes
+        if self.kernel.width == lanes:
+            return [self.as_float(bits)]
+        orders = [ir.VectorType(I32, lanes)(list(range(i, i + lanes))) for i in range(0, self.kernel.width, lanes)]
+        return [self.as_float(self.b.shuffle_vector(bits, bits, order)) for order in orders]
 
     def as_float(self, bits: Any) -> Any:
         floats, integers = ir.VectorType(F32, self.kernel.lanes), ir.VectorType(I32, self.kernel.lanes)
@@ -249,8 +247,16 @@ class Emitter:
         if self.kernel.pairs:
             other = self.load(self.at(x, column, I16), weights.type)
             return self.call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, weights, other)
-        other = self.load(self.at(x, column, F32), weights.type)
-        return self.call(f"llvm.fma.v{self.kernel.lanes}f32", total.type, weights, other, total)
+        return self.multiplied(weights, self.load(self.at(x, column, F32), weights.type), total)
+
+    def multiplied(self, a: Any, b: Any, total: Any) -> Any:
+        """total + a * b of float32 lanes, rounded once."""
+        return self.call(f"llvm.fma.v{self.kernel.lanes}f32", total.type, a, b, total)
+
+    def every_lane(self, value: Any) -> Any:
+        """A float32 in all lanes."""
+        one = self.b.insert_element(ir.VectorType(F32, self.kernel.lanes)(ir.Undefined), value, I32(0))
+        return self.b.shuffle_vector(one, one, ir.VectorType(I32, self.kernel.lanes)(None))
 
     def zeros(self) -> Any:
         return ir.VectorType(F32, self.kernel.lanes)(None)
@@ -274,21 +280,7 @@ class Emitter:
     def summed(self, vector: Any) -> Any:
         """The sum over lanes, in an order that the width fixes."""
         name = f"llvm.vector.reduce.fadd.v{self.kernel.lanes}f32"
-        function = self.module.globals.get(name)
-        if function is None:
-            function = ir.Function(self.module, ir.FunctionType(F32, [F32, vector.type]), name)
-        return self.b.call(function, [F32(0.0), vector], fastmath=("reassoc",))
-
-
-def shuffles(size: int) -> bytes:
-    """For every byte of a mask, where each of 8 columns takes its value from: byte positions (for 4-byte values,
-    value positions), 0x80 where the column is empty."""
-    table = np.full((256, 8, size if size < 4 else 1), 0x80, np.uint8)
-    for byte in range(256):
-        columns = [c for c in range(8) if byte >> c & 1]
-        for place, column in enumerate(columns):
-            table[byte, column] = place if size == 4 else size * place + np.arange(size)
-    return table.tobytes()
+        return self.call(name, F32, F32(0.0), vector, fastmath=("reassoc",))
 
 
 def gemv(kernel: Kernel, name: str) -> str:
@@ -339,12 +331,8 @@ def _turn(e: Emitter, mask: Any, xs: list[Any], factors: Any) -> Callable[[Any, 
         for j in range(count):
             values, sums = e.word(mask, e.b.add(k, I64(j)), values, sums, xs, j * per_word)
         if factors is not None:
-            scale = e.load(e.at(factors, e.b.lshr(k, I64(2)), F32), F32, 4)
-            lanes = ir.VectorType(F32, e.kernel.lanes)
-            first = e.b.insert_element(lanes(ir.Undefined), scale, I32(0))
-            factor = e.b.shuffle_vector(first, first, ir.VectorType(I32, e.kernel.lanes)(None))
-            fma = f"llvm.fma.v{e.kernel.lanes}f32"
-            sums = [e.call(fma, lanes, s, factor, t) for s, t in zip(sums, totals, strict=True)]
+            scale = e.every_lane(e.load(e.at(factors, e.b.lshr(k, I64(2)), F32), F32, 4))
+            sums = [e.multiplied(s, scale, t) for s, t in zip(sums, totals, strict=True)]
         return [values, *sums]
 
     return turn

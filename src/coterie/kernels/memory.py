@@ -37,19 +37,16 @@ class Arena:
 
     def put(self, array: np.ndarray) -> np.ndarray:
         """A copy of the array in here, at the beginning of a cache line, with slack behind it."""
-        if self._used + array.nbytes + kernels.SLACK > len(self._bytes):
-            self._map(array.nbytes + kernels.SLACK)
+        num_bytes = array.nbytes + kernels.SLACK
+        if self._used + num_bytes > len(self._bytes):  # pages of a mapping that are never written take no memory
+            mapped = mmap.mmap(-1, max(CHUNK, -(-num_bytes // PAGE) * PAGE))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+            self._bytes, self._used = np.frombuffer(mapped, np.uint8), 0
         place = self._bytes[self._used : self._used + array.nbytes].view(array.dtype).reshape(array.shape)
         place[...] = array
         self._used += -(-array.nbytes // LINE) * LINE
         return place
-
-    def _map(self, num_bytes: int) -> None:
-        """A new mapping; pages of it that are never written take no memory."""
-        mapped = mmap.mmap(-1, max(CHUNK, -(-num_bytes // PAGE) * PAGE))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes, self._used = np.frombuffer(mapped, np.uint8), 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,16 +168,11 @@ def load(matrices: Iterable[Packed], arena: Arena | None = None) -> Stack:
     return Stack([place(packed, arena) for packed in matrices])
 
 
-def is_dense(packed: Packed) -> bool:
-    """Whether the matrix is better held dense."""
-    dense = math.prod(packed.shape) * CODES[packed.dtype].itemsize
-    return packed.num_bytes > BREAK_EVEN * dense or len(packed.values) >= 2**32
-
-
 def place(packed: Packed, arena: Arena) -> Matrix:
-    """A checked matrix, copied into the arena with its row offsets."""
+    """A checked matrix, copied into the arena with its row offsets, or dense where that is better."""
     scales = None if packed.scales is None else arena.put(packed.scales)
-    if is_dense(packed):
+    num_bytes = math.prod(packed.shape) * CODES[packed.dtype].itemsize
+    if packed.num_bytes > BREAK_EVEN * num_bytes or len(packed.values) >= 2**32:
         dense = np.zeros((packed.shape[0], 32 * words(packed.shape[1])), CODES[packed.dtype])
         dense[:, : packed.shape[1]] = np.frombuffer(decode(packed), dense.dtype).reshape(packed.shape)
         return Matrix(packed.dtype, packed.shape, arena.put(dense), None, None, scales)

@@ -12,23 +12,13 @@ import numpy as np
 from llvmlite import ir
 
 from coterie.codecs.bits import GROUP
-from coterie.kernels import run as kernels
 from coterie.kernels.emit import DENSE_AHEAD, F32, I8, I16, I32, I64, Emitter, Kernel
 
 LINE = ir.VectorType(I64, 8)
 
 
-def reader() -> int:
-    """The kernel that reads `stride` bytes (a multiple of 256) from `values` and does nothing with them."""
-    return kernels.compiled("avx512", "read", lambda: _reader("read"))
-
-
-def int4() -> int:
-    """The dense int4 kernel: weights (O, I / 2) bytes with float32 scales per group, inputs as int8 per group."""
-    return kernels.compiled("avx512", "int4", lambda: _int4("int4"))
-
-
-def _reader(name: str) -> str:
+def reader(name: str) -> str:
+    """Reads `stride` bytes (a multiple of 256) from `values` and does nothing with them."""
     e = Emitter(Kernel("avx512", "F32", "F32"), name)
     values, y, stride = e.fields("values", "y", "stride")
 
@@ -43,8 +33,10 @@ def _reader(name: str) -> str:
     return str(e.module)
 
 
-def _int4(name: str) -> str:
-    """y[r] = sum_g s[r, g] t[g] (sum_c u[r, c] q[c] - 8 sum_c q[c]), weights u 0..15 standing for -8..7.
+def int4(name: str) -> str:
+    """Dense int4, weights (O, I / 2) bytes with float32 scales per group, inputs as int8 per group:
+
+    y[r] = sum_g s[r, g] t[g] (sum_c u[r, c] q[c] - 8 sum_c q[c]), weights u 0..15 standing for -8..7.
 
     Fields: `mask` holds t (G,) float32, `offsets` a start (G, 16) int32 of the group's sum, `x` the inputs q (I,) int8.
     A group's 64 bytes hold its columns 0..63 in the low halves and 64..127 in the high ones.
@@ -71,9 +63,7 @@ def _int4(name: str) -> str:
                 q = e.load(e.at(columns, offset, I8), bytes64)
                 total = e.call("llvm.x86.avx512.vpdpbusd.512", ints, total, e.b.and_(part, low), q)
             scale = e.b.fmul(e.load(e.at(own, g, F32), F32, 4), e.load(e.at(factors, g, F32), F32, 4))
-            one = e.b.insert_element(floats(ir.Undefined), scale, I32(0))
-            every = e.b.shuffle_vector(one, one, ints(None))
-            return [e.call("llvm.fma.v16f32", floats, e.b.sitofp(total, floats), every, kept[0])]
+            return [e.multiplied(e.b.sitofp(total, floats), e.every_lane(scale), kept[0])]
 
         found = e.loop(I64(0), groups, 1, [e.zeros()], group)
         e.b.store(e.summed(found[0]), e.at(y, r, F32), align=4)
@@ -93,7 +83,7 @@ def quantise_int4(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantise_input(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(q (I,) int8, t (G,) float32, start (G, 16) int32) of one float32 input: what `_int4` wants of it."""
+    """(q (I,) int8, t (G,) float32, start (G, 16) int32) of one float32 input: what `int4` wants of it."""
     grouped = x.reshape(-1, GROUP)
     factors = np.maximum(np.abs(grouped).max(-1) / 127, 1e-30).astype(np.float32)
     codes = np.rint(grouped / factors[:, None]).astype(np.int8)

@@ -13,7 +13,7 @@ import platform
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,35 +60,29 @@ def level() -> str:
 
 
 @cache
-def _target(which: str) -> Any:
-    """LLVM's code generator for a level: only the features the level promises, not a guess by the CPU's name."""
+def _compiler(which: str) -> Any:
+    """LLVM's, for a level: only the features the level promises, not a guess by the CPU's name."""
     from llvmlite import binding
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     wanted = ",".join(f"+{name}" for name in (*LEVELS[which], "bmi", "bmi2", "lzcnt"))
-    return binding.Target.from_default_triple().create_target_machine(cpu="x86-64", features=wanted, opt=3, jit=True)
-
-
-@cache
-def _engine(which: str) -> Any:
-    from llvmlite import binding
-
-    return binding.create_lljit_compiler(_target(which))
+    target = binding.Target.from_default_triple()
+    return binding.create_lljit_compiler(target.create_target_machine("x86-64", wanted, opt=3, jit=True))
 
 
 _lock = threading.Lock()
 _compiled: dict[tuple[str, str], tuple[int, Any]] = {}  # (level, name) -> address, and what keeps it alive
 
 
-def compiled(which: str, name: str, source: Callable[[], str]) -> int:
-    """The address of the function `name` of a level, compiled on first use."""
+def compiled(which: str, name: str, source: Callable[[str], str]) -> int:
+    """The address of the function `name` of a level, compiled on first use from what `source(name)` gives."""
     from llvmlite import binding
 
     with _lock:
         if (which, name) not in _compiled:
-            library = binding.JITLibraryBuilder().add_ir(source()).export_symbol(name).add_current_process()
-            linked = library.link(_engine(which), name)
+            library = binding.JITLibraryBuilder().add_ir(source(name)).export_symbol(name).add_current_process()
+            linked = library.link(_compiler(which), name)
             _compiled[which, name] = (linked[name], linked)
         return _compiled[which, name][0]
 
@@ -99,7 +93,7 @@ def gemv(which: str, values: str, x: str, batch: int, dense: bool = False) -> in
     from coterie.kernels import emit
 
     kernel = emit.Kernel(which, values, x, batch, dense)
-    return compiled(which, f"gemv_{kernel.name}", lambda: emit.gemv(kernel, f"gemv_{kernel.name}"))
+    return compiled(which, f"gemv_{kernel.name}", partial(emit.gemv, kernel))
 
 
 @cache
@@ -108,7 +102,7 @@ def expand(which: str, values: str) -> int:
     from coterie.kernels import emit
 
     kernel = emit.Kernel(which, values, "F32")
-    return compiled(which, f"expand_{kernel.name}", lambda: emit.expand(kernel, f"expand_{kernel.name}"))
+    return compiled(which, f"expand_{kernel.name}", partial(emit.expand, kernel))
 
 
 class Variant(NamedTuple):
@@ -134,8 +128,8 @@ def most_tokens(which: str, kind: str) -> int:
 def _runner(which: str) -> Any:
     from coterie.kernels import emit
 
-    address = compiled(which, "run_jobs", lambda: emit.runner("run_jobs"))
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)(address)
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    return prototype(compiled(which, "run_jobs", emit.runner))
 
 
 def run(which: str, jobs: np.ndarray, num_threads: int = 1) -> None:
