@@ -118,20 +118,25 @@ class Engine:
                 raise CoterieError("--ray-address: this process is connected to a Ray cluster already; leave it out")
             self.notes.append("--engine ray: units ran on the cluster that this process was connected to")
             return False
+        log = logging.getLogger("ray")
+        level = log.level
         try:
-            with _quiet():
-                self._init()
+            log.setLevel(logging.ERROR)  # warnings of a cluster that starts are printed otherwise
+            self._init()
         except Exception as error:  # connection, time-out, version, value: Ray has an exception for each
             self._ray.shutdown()  # what was started of it
             where = self.address or "a cluster of its own"
             raise CoterieError(f"--engine ray: {where} cannot be reached or started ({error!s:.200})") from error
+        finally:
+            log.setLevel(level)
         return True
 
     def _init(self) -> None:
         quiet = {"log_to_driver": False, "configure_logging": False}
         if self.address:
-            if self.address != "auto":
-                _answers(self.address)
+            if self.address != "auto":  # where nothing listens, Ray would try again for minutes
+                host, _, port = self.address.rpartition(":")
+                socket.create_connection((host, int(port)), ANSWER).close()
             self._ray.init(address=self.address, **quiet)
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # whoever starts a cluster decides this
@@ -146,13 +151,11 @@ class Engine:
     def _look(self) -> None:
         """What the cluster has: whether nodes limit disks, the CPUs of the largest node, and how much runs at once."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        with_disk = sum("disk" in node for node in nodes)
-        self._disk = with_disk > 0
-        self._most_cpus = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+        with_disk, cpus = sum("disk" in node for node in nodes), [int(node.get("CPU", 0)) for node in nodes]
+        self._nodes, self._disk, self._most_cpus = len(nodes), with_disk > 0, max(cpus, default=0)
         if self._most_cpus < 1:
             raise CoterieError("--engine ray: no node of the cluster offers a CPU; start one with `ray start`")
-        self._ahead = 2 * sum(int(node.get("CPU", 0)) for node in nodes)
-        self._nodes = len(nodes)
+        self._ahead = 2 * sum(cpus)
         if not with_disk:
             self.notes.append(
                 "no node of the Ray cluster has the resource `disk`, so nothing limits how many units use one disk at "
@@ -181,7 +184,6 @@ class Engine:
             self._cancel([reference for _, reference in waiting])
 
     def _oldest(self, waiting: deque[tuple[Unit, Any]]) -> Any:
-        """The result of the unit that waited longest, which leaves once it is there."""
         found = self._result(*waiting[0])
         waiting.popleft()
         return found
@@ -196,7 +198,6 @@ class Engine:
         return task.remote(_version(), str(self.scratch), unit.function, json.dumps(unit.arguments))
 
     def _result(self, unit: Unit, reference: Any) -> Any:
-        answer = None
         for left in reversed(range(RESUBMITTED + 1)):
             try:
                 answer = json.loads(self._ray.get(reference))
@@ -211,7 +212,6 @@ class Engine:
                     ) from error
                 self._count["resubmitted"] += 1
                 reference = self._submit(unit)
-        assert answer is not None
         if "refused" in answer:
             raise CoterieError(answer["refused"])
         return answer["result"]
@@ -252,12 +252,6 @@ def _refusal(reason: str) -> str:
     return json.dumps({"refused": f"node {os.uname().nodename}: {reason}"})
 
 
-def _answers(address: str) -> None:
-    """Raises: OSError where nothing listens, which Ray would try again for minutes; ValueError for no HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host, int(port)), ANSWER).close()
-
-
 def _version() -> str:
     from coterie import __version__
 
@@ -271,15 +265,3 @@ def _import_ray() -> Any:
     except ImportError as error:
         raise CoterieError(f"--engine ray needs Ray ({error}); pip install 'coterie[ray]'") from error
     return ray
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray's own warnings, of a cluster that starts, are printed otherwise."""
-    log = logging.getLogger("ray")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
