@@ -44,25 +44,24 @@ class Course:
         check_samples(self.by_name, self.student.get_input_embeddings().num_embeddings)
         self.parts = load_parts(trainee, self.student)
         self.learner = training.Learner([*chain.from_iterable(self.parts.values())])
+        # By the name of the stage that minimises it; all are measured on held-out samples.
+        self.objectives: dict[str, objectives.Objective] = {"lm": objectives.language_modelling(self.student)}
+        if self.teacher is not None:
+            self.objectives["distill"] = objectives.distillation(self.student, self.teacher)
         self.layers: objectives.Layers | None = None
         if "local" in STAGES[trainee.options.stage]:
-            modules = {index: mlp_module(self.student, self.parts[index][0]) for index in sorted(trainee.mlps)}
-            self.layers = objectives.pair(self.student, self.teacher, modules)
-        self.objectives = self._objectives()
-
-    def _objectives(self) -> dict[str, objectives.Objective]:
-        """Each objective by the name of the stage that minimises it; all are measured on held-out samples."""
-        found: dict[str, objectives.Objective] = {"lm": objectives.language_modelling(self.student)}
-        if self.teacher is not None:
-            found["distill"] = objectives.distillation(self.student, self.teacher)
-        if self.layers:
-            found["local"] = self.layers
-        return found
+            mlps = {index: mlp_path(self.parts[index][0]) for index in sorted(trainee.mlps)}
+            modules = {index: self.student.get_submodule(path) for index, path in mlps.items()}
+            self.objectives["local"] = self.layers = objectives.pair(self.student, self.teacher, modules)
 
     def teach(self, writer: Writer) -> dict[str, object]:
         """Runs all stages that are not done, and puts the weights into the written shards; what to report."""
         state = State.load(self.learner, writer.partial / STATE)
-        self._set_power(state)
+        if self.layers and not state.power:  # measured once and kept: later inputs are others
+            self.layers.measure_power(self._batches(self.held_out))
+            state.power = {str(index): power for index, power in self.layers.power.items()}
+        elif self.layers:
+            self.layers.power = {int(key): power for key, power in state.power.items()}
         for number, stage in enumerate(STAGES[self.options.stage]):
             if number >= len(state.stages):
                 self._begin(stage, state)
@@ -72,15 +71,17 @@ class Course:
             for name, offset, data in part.stored(part.masters):
                 writer.put(name, offset, data)
         writer.unit({"trained": len(self.trainee.tensors)})
-        return self._findings(state)
-
-    def _set_power(self, state: State) -> None:
-        """The scale of each layer's output, measured once and kept: later inputs are others."""
-        if self.layers and not state.power:
-            self.layers.measure_power(self._batches(self.held_out))
-            state.power = {str(index): power for index, power in self.layers.power.items()}
-        elif self.layers:
-            self.layers.power = {int(key): power for key, power in state.power.items()}
+        found: dict[str, object] = {
+            "stages": state.stages,
+            "curve": state.curve,
+            "dtype": str(self.student.dtype).removeprefix("torch."),
+            "data": counted(self.by_name),
+            "held_out": {"samples": len(self.held_out), "tokens": sum(map(len, self.held_out))},
+        }
+        if self.teacher is not None:
+            objective = objectives.language_modelling(self.teacher)
+            found["teacher_lm"] = training.mean(objective, self._batches(self.held_out))
+        return found
 
     def _begin(self, stage: str, state: State) -> None:
         """Measures, and does what comes before the first step."""
@@ -95,14 +96,13 @@ class Course:
 
     def _run(self, stage: str, state: State, place: Path) -> None:
         """The stage's steps that are left."""
-        options = self.options
-        size = options.batch_size * options.accumulate
+        options, peak = self.options, peak_rate(self.trainee)
 
         def groups(step: int) -> list[torch.Tensor]:
+            size = options.batch_size * options.accumulate
             chosen = training.taken(len(self.train_on), size, step, options.seed)
             return [*self._batches([self.train_on[i] for i in chosen])]
 
-        peak = peak_rate(self.trainee)
         schedule = training.Schedule(
             options.steps, lambda step: training.learning_rate(step, options.steps, peak), place, self.save_every
         )
@@ -121,15 +121,12 @@ class Course:
             self.on_progress("recovering (closed form)", done, len(self.layers.students))
             part = self.parts[index][0]
             path = down_of(part)
-            name = path.removeprefix(path.rpartition(".")[0].rpartition(".")[0] + ".")  # inside the MLP
+            name = path.removeprefix(f"{mlp_path(part)}.")
             chosen = spread(self.train_on, FIT_TOKENS * part.masters[path].shape[1])
             fitted, judged = (self.layers.sums(index, name, self._batches(s)) for s in (chosen, self.held_out))
             down, ridge = refit(fitted, judged, part.masters[path])
-            found[str(index)] = {
-                "ridge": ridge,
-                "before": judged.error(part.masters[path]),
-                "after": judged.error(down),
-            }
+            before, after = (judged.error(weights) for weights in (part.masters[path], down))
+            found[str(index)] = {"ridge": ridge, "before": before, "after": after}
             part.masters[path].copy_(down)
             part.round()
         return found
@@ -140,19 +137,6 @@ class Course:
     def _measured(self) -> dict[str, float]:
         """The mean of every objective on the held-out samples."""
         return {name: training.mean(f, self._batches(self.held_out)) for name, f in self.objectives.items()}
-
-    def _findings(self, state: State) -> dict[str, object]:
-        found: dict[str, object] = {
-            "stages": state.stages,
-            "curve": state.curve,
-            "dtype": str(self.student.dtype).removeprefix("torch."),
-            "data": counted(self.by_name),
-            "held_out": {"samples": len(self.held_out), "tokens": sum(map(len, self.held_out))},
-        }
-        if self.teacher is not None:
-            objective = objectives.language_modelling(self.teacher)
-            found["teacher_lm"] = training.mean(objective, self._batches(self.held_out))
-        return found
 
 
 # --- samples ---------------------------------------------------------------------------------------------------
@@ -202,24 +186,18 @@ def compute_dtype(trainee: Trainee) -> str:
 
 def load_models(trainee: Trainee) -> tuple[Any, Any]:
     """(student, teacher or None), frozen. Raises: CoterieError where memory is short, or one does not load."""
-    if not torch.cuda.is_available():
-        check_memory(memory_bytes(trainee))
+    needed, available = memory_bytes(trainee), None if torch.cuda.is_available() else available_memory()
+    if available is not None and needed > available:
+        raise CoterieError(
+            f"training takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; use a "
+            "smaller --batch-size, --dtype bfloat16, or a larger machine"
+        )
     dtype = compute_dtype(trainee)
 
     def frozen(checkpoint: Checkpoint) -> Any:
         return causal.without_router_loss(load(checkpoint.path, dtype=dtype).requires_grad_(False))
 
     return frozen(trainee.model.checkpoint), frozen(trainee.teacher) if trainee.teacher else None
-
-
-def check_memory(needed: int) -> None:
-    """Raises: CoterieError where the system says that it has less."""
-    available = available_memory()
-    if available is not None and needed > available:
-        raise CoterieError(
-            f"training takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; use a "
-            "smaller --batch-size, --dtype bfloat16, or a larger machine"
-        )
 
 
 def load_parts(trainee: Trainee, student: Any) -> dict[int, list[Part]]:
@@ -238,6 +216,6 @@ def down_of(mlp: Part) -> str:
     return [*mlp.parameters][-1]
 
 
-def mlp_module(student: Any, mlp: Part) -> torch.nn.Module:
+def mlp_path(mlp: Part) -> str:
     """The module that holds gate, up and down: `model.layers.3.mlp` of `model.layers.3.mlp.down_proj.weight`."""
-    return student.get_submodule(down_of(mlp).rpartition(".")[0].rpartition(".")[0])
+    return down_of(mlp).rpartition(".")[0].rpartition(".")[0]

@@ -95,7 +95,12 @@ class Learner:
             loss, number = objective(ids)
             loss.backward()
             total, count = total + loss.item(), count + number
-            self._collect()
+            for name, parameter in self.parameters.items():  # added to their masters' gradients, in float32
+                master = self.masters[name]
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+                if parameter.grad is not None:
+                    master.grad += parameter.grad
+                parameter.grad = None
         for master in self.masters.values():
             assert master.grad is not None
             master.grad /= count
@@ -109,16 +114,6 @@ class Learner:
         self.adam.zero_grad()
         self.round()
         return total / count
-
-    def _collect(self) -> None:
-        """Adds the parameters' gradients to their masters', in float32."""
-        for name, parameter in self.parameters.items():
-            master, found = self.masters[name], parameter.grad
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            if found is not None:
-                master.grad += found
-            parameter.grad = None
 
     def round(self) -> None:
         for part in self.parts:

@@ -7,9 +7,10 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,10 @@ class Layers:
     def calls(self, ids: torch.Tensor) -> dict[int, Call]:
         """What each MLP is called with in a forward of the model."""
         found: dict[int, Call] = {}
-        with torch.no_grad(), _watched(self.students, found):
+        with torch.no_grad(), ExitStack() as hooks:
+            for index, module in self.students.items():
+                note = partial(_note, found, index)
+                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
             self.model.get_decoder()(input_ids=ids, use_cache=False)
         return found
 
@@ -132,17 +136,8 @@ def pair(model: Any, teacher: Any, students: dict[int, torch.nn.Module]) -> Laye
     return Layers(model, students, teachers)
 
 
-@contextmanager
-def _watched(modules: dict[int, torch.nn.Module], found: dict[int, Call]) -> Iterator[None]:
-    """While entered, notes what modules are called with."""
-
-    def note(index: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: found.update({index: (args, kwargs)})
-
-    with ExitStack() as hooks:
-        for index, module in modules.items():
-            hooks.enter_context(module.register_forward_pre_hook(note(index), with_kwargs=True))
-        yield
+def _note(found: dict[int, Call], index: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    found[index] = args, kwargs
 
 
 def _output(found: Any) -> torch.Tensor:

@@ -55,11 +55,10 @@ def mlp(model: Any, checkpoint: Checkpoint, names: tuple[str, str, str]) -> Part
             raise CoterieError(f"tensor {name!r}: transformers keeps it in another form, which cannot be trained yet")
         parameters[place.name] = known[place.name]
         masters[place.name] = torch.tensor(checkpoint.read(name).astype(np.float32))
-    back = {place.name: name for name, place in places.items()}
 
     def stored(values: Tensors) -> Stored:
-        for place, name in back.items():
-            yield name, 0, encode(values[place].cpu().numpy(), checkpoint.tensors[name].dtype, name)
+        for name, place in places.items():
+            yield name, 0, encode(values[place.name].cpu().numpy(), checkpoint.tensors[name].dtype, name)
 
     return _checked(Part(parameters, masters, stored), checkpoint)
 

@@ -97,11 +97,10 @@ class Trainee:
 
     @property
     def tensors(self) -> list[str]:
-        """Those that change."""
-        checkpoint = self.model.checkpoint
         found = [name for names in self.mlps.values() for name in names]
         for block in self.blocks.values():
-            found += [*expert_weights(checkpoint, block), *_shared(block)]
+            shared = shared_names(block)  # a gate of its own is a router, and stays
+            found += [*expert_weights(self.model.checkpoint, block), *(shared[0] if shared else ())]
         return found
 
     @property
@@ -114,7 +113,11 @@ def trainee_of(checkpoint: Checkpoint, options: Training) -> Trainee:
     """Raises: CoterieError for layers that do not exist, weights that cannot be trained, or a teacher that differs."""
     record = record_of(checkpoint.path) or {}
     plan = read_plan(record) if record else Plan({})
-    model = open_model(checkpoint)
+    if codec_of(checkpoint):
+        raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
+    family = detect(checkpoint.config)
+    routed = has_routers(checkpoint, family)  # not where every layer is condensed
+    model = find_blocks(checkpoint, family) if routed else Model(checkpoint, family, (), {})
     layers, notes = chosen_layers(model, plan, options)
     blocks = {int(b.key): b for b in model.main if int(b.key) in layers}
     mlps = {i: mlp_names(model, i) for i in layers if i not in blocks}
@@ -125,14 +128,6 @@ def trainee_of(checkpoint: Checkpoint, options: Training) -> Trainee:
         if dtype not in FLOATS:
             raise CoterieError(f"tensor {name!r}: {dtype} weights cannot be trained; dequantise the checkpoint first")
     return trainee
-
-
-def open_model(checkpoint: Checkpoint) -> Model:
-    """The checkpoint understood, also where every layer is condensed, so that no router is left."""
-    if codec_of(checkpoint):
-        raise CoterieError(f"{checkpoint.path}: holds packed weights; restore the dense ones first: `coterie unpack`")
-    family = detect(checkpoint.config)
-    return find_blocks(checkpoint, family) if has_routers(checkpoint, family) else Model(checkpoint, family, (), {})
 
 
 def chosen_layers(model: Model, plan: Plan, options: Training) -> tuple[list[int], list[str]]:
@@ -192,12 +187,6 @@ def mlp_names(model: Model, index: int) -> tuple[str, str, str]:
     raise CoterieError(f"{model.checkpoint.path}: layer {index} has neither experts nor a dense MLP that we know")
 
 
-def _shared(block: MoE) -> tuple[str, ...]:
-    """The three matrices of the shared expert, if there is one; a gate of its own is a router, and stays."""
-    found = shared_names(block)
-    return found[0] if found else ()
-
-
 def open_teacher(student: Checkpoint, options: Training) -> Checkpoint | None:
     """Raises: CoterieError for a teacher that cannot be loaded, or whose sizes are not the student's."""
     if options.teacher is None:
@@ -231,10 +220,9 @@ def peak_rate(trainee: Trainee) -> float:
     """
     if trainee.options.lr is not None:
         return trainee.options.lr
-    hidden = [
-        v for _, _, v in lookup(trainee.model.checkpoint.config, SIZES["hidden size"]) if type(v) is int and v > 0
-    ]
-    return min(1e-3, 0.25 / hidden[0]) if hidden else 1e-4
+    sizes = lookup(trainee.model.checkpoint.config, SIZES["hidden size"])
+    hidden = next((v for _, _, v in sizes if type(v) is int and v > 0), None)
+    return min(1e-3, 0.25 / hidden) if hidden else 1e-4
 
 
 def num_trained(trainee: Trainee) -> int:
