@@ -12,7 +12,9 @@ import pytest
 
 from coterie.errors import CoterieError
 from coterie.forward import sources
-from coterie.forward.data import Document, draw, encode, parse_data, read_documents
+from coterie.forward.data import parse_data, read_documents
+from coterie.forward.documents import Document
+from coterie.forward.tokens import draw, encode
 
 
 def write(folder, name, content):
@@ -55,7 +57,7 @@ def test_what_is_no_file_is_refused(tmp_path):
 
 
 def test_plain_text_is_one_document(tmp_path):
-    """Everything but `.jsonl` and `.ndjson` is one text, newlines and all, without a byte order mark."""
+    """What is not JSON is one text, newlines and all, without a byte order mark."""
     path = write(tmp_path, "a.md", b"\xef\xbb\xbf{}\n\nzwei\xc3\xa4\r\n")
     assert list(read_documents(path)) == [Document(str(path), text="{}\n\nzweiä\r\n")]
 
@@ -126,8 +128,8 @@ def test_blank_lines_alone_are_no_data(tmp_path):
 
 def test_text_must_be_utf8(tmp_path):
     """Plain text in another encoding is refused with the place of the first wrong byte."""
-    with pytest.raises(CoterieError, match=r"a\.txt: byte 3 is not UTF-8"):
-        list(read_documents(write(tmp_path, "a.txt", b"abc\xff")))
+    with pytest.raises(CoterieError, match=r"a\.txt:2: byte 3 is not UTF-8"):
+        list(read_documents(write(tmp_path, "a.txt", b"ab\n\xff")))
 
 
 def test_token_ids_need_no_tokenizer():
@@ -163,7 +165,7 @@ def test_a_folder_is_all_its_files(tmp_path):
     """Sorted, at any depth, of known endings; empty and hidden ones are left out, as is what is no data."""
     (tmp_path / "b" / ".git").mkdir(parents=True)
     for name in ("c.txt", "a.md", "b/x.py", "b/y.jsonl", "b/.git/z.txt", "b/empty.py", "b/image.png", ".hidden.txt"):
-        write(tmp_path, name, "" if "empty" in name else '{"text": "t"}')
+        write(tmp_path, name, "" if "empty" in name else '{"text": "t"}' if "y." in name else "t")
     notes = []
     found = [d.where.removeprefix(f"{tmp_path}/") for d in read_documents(tmp_path, notes)]
     assert found == ["a.md", "b/x.py", "b/y.jsonl:1", "c.txt"]
@@ -178,15 +180,15 @@ def test_a_folder_is_all_its_files(tmp_path):
 
 def test_a_folders_other_files_are_counted_aloud(tmp_path):
     """Seven of three kinds, the most frequent first; four kinds are named at most."""
-    for name in ("a.txt", "1.json", "2.JSON", "3.json", "4.json", "LICENSE", "5.gz", "6.gz"):
+    for name in ("a.txt", "1.png", "2.PNG", "3.png", "4.png", "LICENSE", "5.gz", "6.gz"):
         write(tmp_path, name, "x")
     notes = []
     assert len(list(read_documents(tmp_path, notes))) == 1
-    assert notes == [f"{tmp_path}: files of other kinds are left out: 7 (.json, .gz, no suffix)"]
+    assert notes == [f"{tmp_path}: files of other kinds are left out: 7 (.png, .gz, no suffix)"]
     for suffix in "pqr":
         write(tmp_path, f"b.{suffix}", "x")
     list(read_documents(tmp_path, notes))
-    assert notes[1].endswith(" left out: 10 (.json, .gz, no suffix, .p, ...)")
+    assert notes[1].endswith(" left out: 10 (.png, .gz, no suffix, .p, ...)")
 
 
 def parquet(path, **columns):
@@ -208,7 +210,7 @@ def test_parquet(tmp_path):
 
 def test_parquet_that_is_no_data_is_refused(tmp_path):
     """Without a column of ours, with a null, or damaged."""
-    with pytest.raises(CoterieError, match="columns url, n; expected 'text'"):
+    with pytest.raises(CoterieError, match="columns url, n; expected those of one of "):
         list(read_documents(parquet(tmp_path / "a.parquet", url=["x"], n=[1])))
     with pytest.raises(CoterieError, match=r"b\.parquet:2: 'text' is NoneType"):
         list(read_documents(parquet(tmp_path / "b.parquet", text=["x", None])))

@@ -265,7 +265,7 @@ def test_the_file(tiny_checkpoint, tmp_path):
     assert found.model == result["model"]["hash"] == Checkpoint.open(folder).hash
     assert found.samples == {"prose": 3, "code": 1, "a/b": 2}
     assert result["domains"]["a/b"] == {"samples": 2, "tokens": 25}
-    assert len(result["notes"]) == 2 and "gives 1 of the 3 samples" in result["notes"][0]
+    assert len(result["notes"]) == 3 and "gives 1 of the 3 samples" in result["notes"][1]
     assert seen == [("measuring layers", i, 4) for i in (1, 2, 3, 4)]
     assert [p.name for p in out.parent.iterdir()] == ["m.stats"]
     assert json.loads(json.dumps(result))["layers"] == ["0", "1", "2", "3"]
@@ -430,10 +430,11 @@ def test_the_tokenizer_is_loaded_for_text_only(tiny_checkpoint, tmp_path):
     """Tiny checkpoints have none: token ids do without, text is refused by the tokenizer's absence."""
     model = Model.open(tiny_checkpoint("qwen2_moe"))
     found, notes = read_samples(model, Calibration(data=files(tmp_path / "data", {"x": [(5, 6)]}), samples=1))
-    assert (found, notes) == ({"x": [(5, 6)]}, [])
+    assert (found, notes) == ({"x": [(5, 6)]}, ["documents read: x: 1 of input_ids"])
     (tmp_path / "data" / "readme.rst").write_text("some words")
     assert read_samples(model, Calibration(data={"x": tmp_path / "data"}, samples=1))[1] == [
-        f"{tmp_path / 'data'}: files of other kinds are left out: 1 (.rst)"
+        f"{tmp_path / 'data'}: files of other kinds are left out: 1 (.rst)",
+        "documents read: x: 1 of input_ids",
     ]
     (tmp_path / "a.txt").write_text("some words")
     with pytest.raises(CoterieError, match="tokenizer"):

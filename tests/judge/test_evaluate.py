@@ -181,10 +181,10 @@ def test_files_of_a_folder_that_are_left_out_are_said_aloud(folder, tmp_path, ca
     """One of two files is no data by its ending; the log says so once, whatever the number of models."""
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "a.jsonl", {"input_ids": [1, 2, 3]})
-    write(tmp_path / "data" / "b.json", {"input_ids": [1, 2, 3]})
+    write(tmp_path / "data" / "b.rst", {"input_ids": [1, 2, 3]})
     with caplog.at_level(logging.WARNING, "coterie"):
         evaluate([folder, folder], data={"a": tmp_path / "data"})
-    assert caplog.text.count("files of other kinds are left out: 1 (.json)") == 1
+    assert caplog.text.count("files of other kinds are left out: 1 (.rst)") == 1
 
 
 def test_bootstrap_of_two_blocks():

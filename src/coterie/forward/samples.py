@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.data import SHIPPED, calibration_files, draw, read_documents
+from coterie.forward.data import SHIPPED, calibration_files, read_all
+from coterie.forward.tokens import draw
 from coterie.model.family import lookup
 from coterie.model.layer import Model
 from coterie.model.loading import DTYPES, load_tokenizer
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 DATA = Help(
-    "Calibration data: text, JSON lines, Parquet, a folder, or hub:OWNER/NAME; repeatable [default: texts that ship].",
+    "Calibration data: text, JSON, Parquet, a folder, or hub:OWNER/NAME; repeatable [default: texts that ship].",
     "NAME=FILE", given=list[str], read=calibration_files, default=(),
 )  # fmt: skip
 SAMPLES = Help("Calibration sequences in all, spread evenly over the names.", given=int)
@@ -55,11 +56,11 @@ def read_samples(model: Model, calibration: Calibration) -> tuple[dict[str, list
     """Token sequences by domain, and what should be said aloud.
 
     The model's tokenizer is loaded only where there is text.
-    Raises: CoterieError as `data.draw` and `data.calibration_files`.
+    Raises: CoterieError as `tokens.draw` and `data.calibration_files`.
     """
     files = calibration_files(calibration.data)
-    notes = [] if files else [SHIPPED]
-    documents = {name: list(read_documents(file, notes)) for name, file in (files or CALIBRATION).items()}
+    documents, notes = read_all(files or CALIBRATION)
+    notes = notes if files else [SHIPPED]
     is_text = any(d.input_ids is None for entries in documents.values() for d in entries)
     tokenizer = load_tokenizer(model.checkpoint.path) if is_text else None
     limit = max_positions(model.checkpoint.config)

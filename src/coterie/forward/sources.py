@@ -1,25 +1,79 @@
-"""Where rows of data come from beside plain files: Parquet, folders, and data sets of the hub. Used by `data.py`.
+"""Where records of data come from: files as they are or packed, tables, folders, and data sets of the hub.
 
-Every row is a JSON-like object with the place it stands at; what it may hold, `data.py` says. The libraries that read
-Parquet and the hub's data sets are an extra, imported when they are needed.
+Every record is a JSON-like object with the place it stands at; what it may say, `documents.py` knows. The libraries
+that read zstd, Parquet, Arrow and the hub's data sets are an extra, imported when they are needed.
 """
 
 from __future__ import annotations
 
+import codecs
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from gzip import GzipFile
 from pathlib import Path
+from typing import Any
 
 from coterie.errors import CoterieError
+from coterie.forward.documents import COLUMNS, KINDS, forms_of
+from coterie.forward.json_records import NAMED
+from coterie.storage.checkpoint import load_json
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".ndjson", ".parquet")  # what is read of a folder
+SUFFIXES = (".txt", ".md", ".py", *NAMED, ".parquet", ".arrow")  # what is read of a folder
+PACKED = (".gz", ".zst", ".zstd")  # and what may follow
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how such files begin
+ARROW = b"ARROW1"
+TABLES = {b"PAR1": "Parquet", ARROW[:4]: "Arrow", b"\xff" * 4: "Arrow", ".parquet": "Parquet", ".arrow": "Arrow"}
+MAX_DATA = 2**30  # bytes of a file, unpacked; it is read whole
 HUB = "hub:"
 HUB_ROWS = 10_000  # of a data set on the hub at most: some hold terabytes
-KINDS = 4  # of files that are left out, named in a note
-COLUMNS = ("text", "input_ids", "messages", "prompt", "answer")
+SHOWN = 4  # kinds of files that are left out, named in a note
 EXTRA = "needs the extra: pip install 'coterie[data]'"
 
 Row = tuple[str, Mapping[str, object]]  # its place, and its columns
+
+
+def suffix_of(path: Path) -> str:
+    """What a file is by its name, packed or not: `.jsonl` of `c4.jsonl.gz`."""
+    return (Path(path.stem) if path.suffix.lower() in PACKED else path).suffix.lower()
+
+
+def read_text(path: Path) -> str:
+    """A file's text, unpacked, without a byte order mark.
+
+    Raises: CoterieError if it cannot be read or unpacked, is too large, or is not UTF-8.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:  # some files of the system say that they have no size
+            packed = b"" if size > MAX_DATA else file.read(MAX_DATA + 1)
+        raw = _unpacked(path, packed) if len(packed) <= MAX_DATA else packed
+    except (OSError, EOFError, zlib.error) as e:
+        raise CoterieError(f"{path}: cannot be read ({e})") from e
+    if max(size, len(raw)) > MAX_DATA:
+        found = max(size, len(raw))
+        raise CoterieError(f"{path}: {found:,} bytes or more; expected at most {MAX_DATA:,}: give a part of it")
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise CoterieError(f"{path}:{line}: byte {e.start} is not UTF-8 ({e.reason}); convert the file to UTF-8") from e
+
+
+def _unpacked(path: Path, raw: bytes) -> bytes:
+    """What a file holds, one byte beyond the limit at most."""
+    if raw.startswith(GZIP):
+        with GzipFile(path) as file:
+            return file.read(MAX_DATA + 1)
+    if raw.startswith(ZSTD):
+        with _pyarrow(path, "zstd"):
+            from pyarrow import input_stream
+
+            with input_stream(str(path), compression="zstd") as file:
+                return file.read(MAX_DATA + 1)
+    return raw
 
 
 def files_below(folder: Path, notes: list[str]) -> list[Path]:
@@ -33,40 +87,115 @@ def files_below(folder: Path, notes: list[str]) -> list[Path]:
         below = sorted(p for p in seen if p.is_file() and p.stat().st_size)
     except OSError as e:
         raise CoterieError(f"{folder}: cannot be read ({e})") from e
-    found = [p for p in below if p.suffix.lower() in SUFFIXES]
+    found = [p for p in below if suffix_of(p) in SUFFIXES]
     if not found:
         raise CoterieError(f"{folder}: no file to read; expected some of {', '.join('*' + s for s in SUFFIXES)}")
     if len(found) < len(below):
-        others = Counter(p.suffix.lower() or "no suffix" for p in below if p.suffix.lower() not in SUFFIXES)
-        kinds = ", ".join(kind for kind, _ in others.most_common(KINDS)) + ", ..." * (len(others) > KINDS)
+        others = Counter(p.suffix.lower() or "no suffix" for p in below if suffix_of(p) not in SUFFIXES)
+        kinds = ", ".join(kind for kind, _ in others.most_common(SHOWN)) + ", ..." * (len(others) > SHOWN)
         notes.append(f"{folder}: files of other kinds are left out: {others.total()} ({kinds})")
     return found
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, of the columns that data may have.
+def table_rows(path: Path) -> Iterator[Row] | None:
+    """The rows of a Parquet or Arrow file, of the columns that data may have; None for a file of another kind.
 
-    Raises: CoterieError without pyarrow, for a damaged file, and for one without such a column.
+    Raises: CoterieError without pyarrow, for a damaged file, and for one without such columns.
     """
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as e:
-        raise CoterieError(f"{path}: reading Parquet {EXTRA}") from e
+        with path.open("rb") as file:
+            begin = file.read(4)
+    except OSError as e:
+        raise CoterieError(f"{path}: cannot be read ({e})") from e
+    kind = TABLES.get(begin) or TABLES.get(path.suffix.lower())
+    return _rows(path, kind) if kind else None
+
+
+def _rows(path: Path, kind: str) -> Iterator[Row]:
     number = 0
+    with _pyarrow(path, kind):
+        for batch in (_parquet if kind == "Parquet" else _arrow)(path):
+            for entry in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", {key: _without_nulls(value) for key, value in entry.items()}
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    """Batches of the columns that data may have."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=1024, columns=_columns(file.schema_arrow.names, path))
+
+
+def _arrow(path: Path) -> Iterator[Any]:
+    """The same of a stream, as `datasets` saves them, or of a file."""
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(path)) as source:
+        is_file = source.read(len(ARROW)) == ARROW
+        source.seek(0)
+        with (ipc.open_file if is_file else ipc.open_stream)(source) as reader:
+            columns = _columns(reader.schema.names, path)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            yield from (batch.select(columns) for batch in batches)
+
+
+@contextmanager
+def _pyarrow(path: Path, kind: str) -> Iterator[None]:
+    """While entered, a fault of a file is a CoterieError, as is that pyarrow is missing."""
     try:
-        with ParquetFile(path) as file:
-            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-            if not columns:
-                raise CoterieError(f"{path}: columns {_listed(file.schema_arrow.names)}; expected {COLUMNS[0]!r}")
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for entry in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", entry
+        from pyarrow import ArrowException
+    except ImportError as e:
+        raise CoterieError(f"{path}: reading {kind} {EXTRA}") from e
+    try:
+        yield
+    except CoterieError:
+        raise
     except (ArrowException, OSError, ValueError) as e:
-        if isinstance(e, CoterieError):
-            raise
-        raise CoterieError(f"{path}: cannot be read as Parquet ({e!s:.200})") from e
+        raise CoterieError(f"{path}: cannot be read as {kind} ({e!s:.200})") from e
+
+
+def _columns(names: Iterable[str], path: Path) -> list[str]:
+    if not forms_of(names):
+        raise CoterieError(f"{path}: columns {_listed(names)}; expected those of one of {KINDS}")
+    return [name for name in COLUMNS if name in names]
+
+
+def _without_nulls(value: object) -> object:
+    """Every object of a table has all keys of its column: a null stands for one that is not there, but for content."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None or key == "content"}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
+def saved_tables(folder: Path, notes: list[str]) -> list[Path] | None:
+    """The Arrow files of a folder that `datasets` saved, of its split `train` if it has several; None for another.
+
+    Which split is read is added to `notes`. Raises: CoterieError for several splits without that one, and damage.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = load_json(folder / "dataset_dict.json").get("splits")
+        if not isinstance(splits, list) or not splits or not all(isinstance(s, str) for s in splits):
+            raise CoterieError(f"{folder / 'dataset_dict.json'}: no names of splits; save the data set again")
+        split = splits[0] if len(splits) == 1 else "train"
+        if split not in splits or split != Path(split).name:
+            raise CoterieError(f"{folder}: splits {_listed(splits)}; name one as {folder}/SPLIT")
+        if len(splits) > 1:
+            notes.append(f"{folder}: of the splits {_listed(splits)}, train is read")
+        return saved_tables(folder / split, notes)
+    if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
+        return None
+    state, found = folder / "state.json", list[Path]()
+    files = load_json(state).get("_data_files")
+    for entry in files if isinstance(files, list) else ():
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name != Path(name).name or not (folder / name).is_file():
+            raise CoterieError(f"{state}: names {name!r:.80}, which is no file beside it; save the data set again")
+        found.append(folder / name)
+    if not found:
+        raise CoterieError(f"{state}: names no data files; save the data set again")
+    return found
 
 
 def hub_rows(source: str, notes: list[str]) -> Iterator[Row]:
@@ -112,11 +241,10 @@ def _row(row: Mapping[str, object], column: str | None, source: str) -> Mapping[
     if column is not None:
         if column not in row:
             raise CoterieError(f"{source}: columns {_listed(row)}; expected {column!r}")
-        return {column if column in COLUMNS else "text": row[column]}
-    found = {name: row[name] for name in COLUMNS if name in row}
-    if not found:
+        return {column if column in COLUMNS else "text": _without_nulls(row[column])}
+    if not forms_of(row):
         raise CoterieError(f"{source}: columns {_listed(row)}; name the one with the text: hub:NAME:SPLIT:COLUMN")
-    return found
+    return {name: _without_nulls(row[name]) for name in COLUMNS if name in row}
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from coterie.codecs.open import opened
 from coterie.edits.kurtosis import of_experts
 from coterie.errors import CoterieError
-from coterie.forward.data import MAX_DATA
+from coterie.forward.sources import MAX_DATA
 from coterie.model.family import names_experts
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint, resolve

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
 from coterie.errors import CoterieError
-from coterie.forward.data import Document, read_documents
+from coterie.forward.data import read_all
+from coterie.forward.documents import Document
 from coterie.judge import paired, rounding
 from coterie.judge.facts import Facts, digest_of, names_of, overlaps
 from coterie.judge.judging import Judging
@@ -73,11 +74,11 @@ def side_by_side(
     paths: list[str | Path], files: Mapping[str, str | Path], options: Judging, on_progress: Progress, *, speed: bool
 ) -> Comparison:
     """All that is measured of the models; on the held-out texts that ship where no files are given."""
-    clock, notes = Stopwatch(), list[str]()
+    clock = Stopwatch()
+    documents, notes = read_all(files or HELD_OUT)
     if not files:
         files = HELD_OUT
-        notes.append(f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})")
-    documents = {name: list(read_documents(file, notes)) for name, file in files.items()}
+        notes = [f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})"]
     lineup = Lineup(paths, documents, options, on_progress, notes)
     with warnings_to(notes):
         models = lineup.models(files)

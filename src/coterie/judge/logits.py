@@ -9,7 +9,8 @@ from coterie.edits.kinds.convert import converted
 from coterie.edits.lineage import plan_of
 from coterie.edits.plan import Plan, kinds
 from coterie.errors import CoterieError
-from coterie.forward.data import Document, encode
+from coterie.forward.documents import Document
+from coterie.forward.tokens import encode
 from coterie.judge.files import Answer, first
 from coterie.judge.loads import float32_short, load_float32
 from coterie.model import causal

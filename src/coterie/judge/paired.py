@@ -21,7 +21,8 @@ import torch
 
 from coterie.edits.lineage import Fate, fate, plans_between
 from coterie.errors import CoterieError
-from coterie.forward.data import Document, encode
+from coterie.forward.documents import Document
+from coterie.forward.tokens import encode
 from coterie.model import loading
 from coterie.model.layer import Model
 from coterie.model.moe import experts_modules

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from coterie.errors import CoterieError
-from coterie.forward.data import Document, encode
+from coterie.forward.documents import Document
+from coterie.forward.tokens import encode
 from coterie.judge import harness, paired
 from coterie.judge.judging import Judging, Load, check_stride
 from coterie.judge.paired import Interval, Kept, Paired, bootstrap_mean

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.data import read_documents
+from coterie.forward.data import read_all
 from coterie.judge.judging import Files, Judging, Load, judged_files
 from coterie.options import Help, public
 from coterie.pages.terminal import Asked, Rows, interval, table
@@ -62,8 +62,7 @@ def evaluate(
     if against is not None and not data:
         raise CoterieError(f"against is {against}, but tasks are not compared in pairs; give data as well")
     # All data is read, and every task found, before the first model: bad input should not cost an hour.
-    notes: list[str] = []
-    documents = {name: list(read_documents(file, notes)) for name, file in data.items()}
+    documents, notes = read_all(data)
     from coterie.judge.quality import judge_all
 
     return {"models": judge_all(paths, documents, notes, against, judging, load, on_progress or no_progress)}

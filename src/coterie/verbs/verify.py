@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 from coterie.codecs.open import opened as as_dense
 from coterie.errors import CoterieError
-from coterie.forward.data import Document, read_documents
+from coterie.forward.data import read_documents
+from coterie.forward.documents import Document
 from coterie.judge.contents import check_bytes, check_trained
 from coterie.judge.files import check_files, check_packed, is_packed, was_trained
 from coterie.judge.loads import check_loads
