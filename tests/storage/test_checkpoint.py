@@ -273,6 +273,42 @@ def test_an_index_naming_a_missing_shard(folder):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [{"a": TWO, "b": ONE}, {"a": ONE, "b": TWO, "c": TWO}, {"a": "old-1.safetensors", "b": "old-2.safetensors"}],
+)
+def test_a_stale_index_can_be_deleted(folder, names):
+    """Where files were saved anew below an index, its error says what helps, and it does."""
+    reindex(folder, names)
+    with pytest.raises(CoterieError, match=f"delete {INDEX}"):
+        Checkpoint.open(folder)
+    (folder / INDEX).unlink()
+    assert set(Checkpoint.open(folder).tensors) == {"a", "b"}
+
+
+def test_a_file_beside_the_shards_of_a_stale_index(folder):
+    """model.safetensors is then the whole model; without it, what is left of the shards is not."""
+    (folder / TWO).unlink()
+    with pytest.raises(CoterieError, match=r"download it again$"):
+        Checkpoint.open(folder)
+    save_numpy(TENSORS[0] | TENSORS[1], folder / "model.safetensors")
+    with pytest.raises(CoterieError, match=rf"saved anew as model\.safetensors, delete {INDEX}"):
+        Checkpoint.open(folder)
+    (folder / INDEX).unlink()
+    assert set(Checkpoint.open(folder).tensors) == {"a", "b"}
+
+
+def test_an_adapter_is_refused(folder):
+    """Beside the weights of its model, which are not what transformers loads then, or alone: it is to be merged."""
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/name"}')
+    save_numpy({"x.lora_A.weight": np.ones(2, np.float32)}, folder / "adapter_model.safetensors")
+    with pytest.raises(CoterieError, match=r"adapter_config\.json: an adapter beside the weights.*; merge it first"):
+        Checkpoint.open(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CoterieError, match="an adapter without its model"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
     "shard",
     [
         "../x.safetensors", "a/b.safetensors", "/etc/x.safetensors", "..", "", "model.bin", "a\\b.safetensors",

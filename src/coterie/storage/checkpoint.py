@@ -35,6 +35,8 @@ MAX_JSON = 200_000_000  # bytes; the index of a 2 TB checkpoint is about 20 MB
 MAX_VALUES = 2**22  # in one JSON file: that of half a million tensors; 3 bytes of JSON can take 64 of memory
 MAX_DEPTH = 100  # of nested JSON; what Python reads deeper, it cannot always copy or write again
 INDEX = "model.safetensors.index.json"
+STALE = f"delete {INDEX}: all model files are read without one"
+ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 HASH_BLOCKS, HASH_BLOCK = 16, 4096  # what `Checkpoint.hash` reads of each shard
 
@@ -216,6 +218,7 @@ class Checkpoint:
 
     @classmethod
     def _open(cls, path: Path) -> Checkpoint:
+        _check_no_adapter(path)
         config_path = path / "config.json"
         if not config_path.is_file():
             raise CoterieError(f"{path}: no config.json; expected a folder with config.json and *.safetensors")
@@ -229,13 +232,12 @@ class Checkpoint:
             found, metadata[shard] = read_header(path / shard)
             for name in found:
                 if name in tensors:
-                    raise CoterieError(f"{path}: tensor {name!r} is in {tensors[name].file} and again in {shard}")
+                    raise CoterieError(
+                        f"{path}: tensor {name!r} is in {tensors[name].file} and again in {shard}; "
+                        "remove the files that are not of this model"
+                    )
             tensors |= found
-        for name, shard in weight_map.items():
-            if name not in tensors or tensors[name].file != shard:
-                raise CoterieError(
-                    f"{path / INDEX}: says tensor {name!r} is in {shard}, but it is not there; download both again"
-                )
+        _check_index(path, weight_map, tensors)
         return cls(path, config, shards, tensors, metadata, bool(weight_map))
 
     @property
@@ -355,9 +357,12 @@ def _shards(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
                 raise CoterieError(f"{index}: {name!r} is mapped to {shard!r:.80}; expected a plain *.safetensors name")
             known.add(shard)
         shards = tuple(sorted(set(weight_map.values())))
-        for shard in shards:
-            if not (path / shard).is_file():
-                raise CoterieError(f"{path / shard}: missing, though the index names it; download it again")
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            others = sorted(p.name for p in path.glob("*.safetensors") if p.is_file() and p.name not in shards)
+            whole = "model.safetensors" in others or (others and missing == list(shards))
+            stale = f"; or, if the model was saved anew as {others[0]}, {STALE}" if whole else ""
+            raise CoterieError(f"{path / missing[0]}: missing, though the index names it; download it again{stale}")
         return shards, weight_map
     if (path / "model.safetensors").is_file():
         return ("model.safetensors",), {}
@@ -372,6 +377,28 @@ def _shards(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
             "expected *.safetensors: convert them with save_pretrained first"
         )
     raise CoterieError(f"{path}: no *.safetensors file")
+
+
+def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """Raises: CoterieError for an index that names tensors which are not where it says."""
+    wrong = [n for n, shard in weight_map.items() if n not in tensors or tensors[n].file != shard]
+    if wrong:
+        name, shard = wrong[0], weight_map[wrong[0]]
+        place = f"in {tensors[name].file}" if name in tensors else "in none of its files"
+        raise CoterieError(
+            f"{path / INDEX}: says tensor {name!r} is in {shard}, but it is {place} (so for {len(wrong):,} of "
+            f"{len(weight_map):,} names). If the files are the newer ones, {STALE}; else download {shard} again"
+        )
+
+
+def _check_no_adapter(path: Path) -> None:
+    """Raises: CoterieError for a folder with an adapter: its weights are not the model that transformers loads."""
+    if (path / ADAPTER).is_file():
+        found = "an adapter beside the weights" if (path / "config.json").is_file() else "an adapter without its model"
+        raise CoterieError(
+            f"{path / ADAPTER}: {found}, and transformers loads both as one; merge it first (peft: merge_and_unload, "
+            "then save_pretrained), or, if the weights hold it already, remove it and adapter_model.*"
+        )
 
 
 def _check_link(path: Path, name: str) -> None:
