@@ -213,7 +213,7 @@ def test_half_of_too_little_is_said(tmp_path, model):
 def test_prediction_layers_keep_their_longest_router_rows(tmp_path):
     """Calibration never sees a multi-token-prediction layer, which is said."""
     rows = [np.outer(np.arange(E) + 1.0, np.ones(HIDDEN))] * 3
-    model = qwen(tmp_path / "model", layers=3, routers=rows, num_hidden_layers=2)
+    model = qwen(tmp_path / "model", layers=3, routers=rows, num_hidden_layers=2, num_nextn_predict_layers=1)
     path = write(tmp_path / "x.stats", model, tokens=np.arange(E)[::-1])
     report = prune(model, tmp_path / "out", method="frequency", stats=path, experts=4)
     assert [kept(report, layer) for layer in "012"] == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]

@@ -149,7 +149,8 @@ def test_clusters_stay_in_their_routing_group(tmp_path):
 
 def test_prediction_layers_are_cut_by_their_router(tmp_path):
     """Calibration never sees a multi-token-prediction layer: its rows alone decide, and that is said."""
-    model = qwen(tmp_path / "model", layers=3, routers=[*routers(), routers()[0]], num_hidden_layers=2)
+    said = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    model = qwen(tmp_path / "model", layers=3, routers=[*routers(), routers()[0]], **said)
     path = write(tmp_path / "x.stats", model, pairs=counts((0, 1)))
     report = prune(model, tmp_path / "out", experts=7, stats=path, lambda1=0, lambda2=1)
     assert [clusters(report, layer) for layer in "012"] == [[[0, 1]], [[0, 1]], [[1, 2]]]

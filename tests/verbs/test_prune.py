@@ -237,7 +237,8 @@ def test_official_with_a_global_budget_that_comes_out_equal(tmp_path):
 def test_official_beside_a_prediction_layer(tmp_path):
     """A multi-token-prediction layer takes no part in the search and gets the average count."""
     routers = pairs_and_singles()
-    model = qwen(tmp_path / "model", layers=3, routers=[*routers, routers[0]], num_hidden_layers=2)
+    routers = [*routers, routers[0]]
+    model = qwen(tmp_path / "model", layers=3, routers=routers, num_hidden_layers=2, num_nextn_predict_layers=1)
     options = {"linkage": "official", "distance": "raw", **GLOBAL}
     report = prune(model, tmp_path / "out", **options, non_uniform="coterie")
     assert {layer: len(k) for layer, k in kept(report).items()} == {0: 4, 1: 8, 2: 6}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coterie.codecs.open import opened
 from coterie.errors import CoterieError
+from coterie.model.counts import check_counts
 from coterie.model.family import NUM_LAYERS, Config, Family, Layout, detect, whole_number
 from coterie.model.own import OwnLayout, own_layout
 from coterie.storage.checkpoint import Checkpoint
@@ -82,7 +83,14 @@ class Model:
     def of(cls, checkpoint: Checkpoint) -> Model:
         """A checkpoint that is open already, or a view of one. Raises: CoterieError as `open`."""
         checkpoint = opened(checkpoint)
-        return find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
+        found = find_blocks(checkpoint, detect(checkpoint.config, list(checkpoint.tensors)))
+        if main := found.main:
+            same = [block for block in main if block.stack == main[0].stack]
+            check_counts(
+                checkpoint, found.family, main[0].stack, sparse=[_order(block.key) for block in same],
+                rows=min(block.num_rows for block in same), expert=_matrices(main[0]),
+            )  # fmt: skip
+        return found
 
 
 def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
@@ -221,6 +229,13 @@ def _role(layout: Layout, name: str) -> str:
     if name.startswith(layout.shared):
         return "shared"
     return "whole" if name.startswith(layout.whole) else ""
+
+
+def _matrices(block: MoE) -> list[str]:
+    """The weights of the first expert, or of all in one."""
+    if block.experts:
+        return [name for part, name in block.experts[0].items() if part.removesuffix(".weight") in block.layout.parts]
+    return [name for name in block.fused if name.removeprefix(block.prefix) in block.layout.fused]
 
 
 def expert_names(block: MoE) -> list[str]:
