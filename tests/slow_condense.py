@@ -99,6 +99,12 @@ def divergence(expected, found):
     return float(((kl(p) + kl(q)) / 2).mean())
 
 
+def hidden(states, layer):
+    """The `hidden_states` entry of a layer: after it, or, as the last entry is, after the final norm."""
+    _, normed, after = states
+    return normed if layer == len(after) - 1 else after[layer]
+
+
 def official(folder, texts, keep, count, searched):
     """CD-MoE as published: ({layer: (experts, gates, shared gate)}, layers in the order chosen)."""
     whole = Whole(folder)
@@ -118,7 +124,7 @@ def official(folder, texts, keep, count, searched):
                 members = [*chosen, e]
                 trial = {layer: (members, [gates[m] for m in members], shared[layer])}
                 found = [
-                    divergence(o[2][layer], whole.states(t, trial)[2][layer])
+                    divergence(hidden(o, layer), hidden(whole.states(t, trial), layer))
                     for o, t in zip(original, texts, strict=True)
                 ]
                 scores[e] = sum(found) / len(found)

@@ -20,6 +20,7 @@ from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
 from coterie.forward.activations import Batch, Routed, plain_walk
 from coterie.forward.stream import Keep, Stream, advance
+from coterie.forward.suspended import instead
 from coterie.methods.condense.official import fixed_gates
 from coterie.model import moe
 from coterie.model.layer import Model
@@ -69,6 +70,22 @@ class Blocks:
         """(what computes a layer's MoE block, its experts). Raises: CoterieError where no module of its own does."""
         parent, attribute, experts = block_of(self.stream.layers[index], f"layer {index}")
         return getattr(parent, attribute), experts
+
+    def normed(self, batch: Batch) -> torch.Tensor:
+        """What the head reads of the last layer's outputs: (B, T, D) after the final norm."""
+        seen: list[torch.Tensor] = []
+
+        def head(x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x[..., :1]  # in place of logits, which nobody asks for
+
+        with instead({self.stream.model.get_output_embeddings(): head}):
+            self.stream.logits(batch)
+        return seen.pop()
+
+    def compared(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """What the published search compares of a layer's outputs (T, D): of the last layer, after the final norm."""
+        return states if index < self.num_layers - 1 else self.normed(Batch(states[:, None], []))[:, 0]
 
     @contextmanager
     def replaced(self, index: int, forward: Forward) -> Iterator[None]:

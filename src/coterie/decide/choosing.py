@@ -93,12 +93,12 @@ class Chooser:
             parts, found = list[Around](), gates[index]
             surroundings(self.blocks, go, index, batches, parts.append)
             around = Around(*map(torch.cat, zip(*parts, strict=True)))
-            tried = Tried(self.blocks, index, around, found)
+            tried, after = Tried(self.blocks, index, around, found), self.blocks.compared(index, around.after)
 
             def divergences(chosen: list[int], left: list[int]) -> list[float]:
                 self.work.add(batches, len(left))
-                states = tried.states(chosen, left)
-                return [divergence(around.after.split(ROWS), state.split(ROWS), weights) for state in states]
+                states = (self.blocks.compared(index, state) for state in tried.states(chosen, left))
+                return [divergence(after.split(ROWS), state.split(ROWS), weights) for state in states]
 
             chosen = self.method.choose(official.candidates(found.gates), self.keep, divergences)
             return self._fit(index, chosen, found, around.x, around.y)

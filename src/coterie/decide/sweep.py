@@ -80,11 +80,7 @@ def hidden_divergence(blocks: Blocks) -> Metric:
 
 def _normed(blocks: Blocks, batches: list[Batch]) -> Iterator[torch.Tensor]:
     """What the head reads: (T, D) of each batch."""
-    head, seen = blocks.stream.model.get_output_embeddings(), list[torch.Tensor]()
-    with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
-        for batch in batches:
-            blocks.stream.logits(batch)
-            yield seen.pop().flatten(0, -2)
+    return (blocks.normed(batch).flatten(0, -2) for batch in batches)
 
 
 def logit_divergence(blocks: Blocks) -> Metric:

@@ -1,4 +1,5 @@
-"""CD-MoE's own choice: gates from the router, experts by the divergence of hidden states right after the layer.
+"""CD-MoE's own choice: gates from the router, experts by the divergence of hidden states right after the layer, or, of
+the last layer, after the final norm.
 
 Source: Cao et al., Condense, Don't Just Prune, arXiv 2412.00069, and the program published with it.
 Deviates: divergences are computed in float64, so that equal candidates tie, and the lower id wins.
