@@ -248,6 +248,8 @@ def test_conversations_in_the_names_of_sharegpt(tmp_path):
     assert spelled(tmp_path, record) == "<system>s<user>a<assistant>b<user>c<assistant>d<tool>e"
     assert spelled(tmp_path, {"conversations": [{"role": "user", "content": "a"}]}) == "<user>a"
     assert spelled(tmp_path, {"messages": [{"from": "human", "value": "a"}]}) == "<user>a"
+    columns = {"from": ["human", "gpt"], "value": ["a", "b"]}
+    assert spelled(tmp_path, {"conversations": columns}) == "<user>a<assistant>b"
 
 
 def test_contents_in_parts(tmp_path):
@@ -313,6 +315,8 @@ def test_a_record_that_says_it_twice_is_read_once(tmp_path):
         {"instruction": "i", "output": None},
         {"prompt": "p", "completion": ["c"]},
         {"conversations": []},
+        {"conversations": {"from": ["human"], "value": []}},
+        {"conversations": {"from": [], "value": []}},
         {"conversations": "x"},
         {"conversations": [{"from": "nobody", "value": "a"}]},
         {"conversations": [{"from": "human", "value": 1}]},

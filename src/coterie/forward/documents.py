@@ -140,6 +140,10 @@ def _string(entry: Mapping[str, object], key: str, where: str) -> str:
 
 def _messages(entry: Mapping[str, object], key: str, where: str) -> Messages:
     value = entry[key]
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        if len({len(column) for column in value.values()}) > 1:
+            raise CoterieError(f"{where}: {key!r} holds lists of different lengths; expected a turn in each place")
+        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]  # of `datasets`
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         raise CoterieError(f"{where}: {key!r} must be a list of objects, each with a role and its content")
     return tuple(_message(turn, key, where) for turn in value)
