@@ -193,7 +193,7 @@ def test_text_is_cut_into_blocks(out, source, tmp_path):
     ("name", "content", "message"),
     [
         ("data.jsonl", '{"input_ids": [1, 128]}', "token 128; expected ids below 128"),
-        ("data.jsonl", "[]", "expected exactly one of"),
+        ("data.jsonl", "[]", "no records"),
         ("data.txt", "", "empty"),
         ("data.txt", "no tokenizer here", "tokenizer"),
     ],
