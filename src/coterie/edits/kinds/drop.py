@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from coterie.edits.plan import Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
+from coterie.edits.plan import Keys, Kind, Left, Numbers, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
 from coterie.model.family import NUM_LAYERS, lookup, num_layers
 from coterie.model.layer import LAYER, Model, MoE, mtp_names, stack_of
@@ -113,6 +113,11 @@ def _cut_lists(holder: dict[str, Any], left: list[int], total: int) -> None:
             holder[key] = [value[i] for i in left]
 
 
+def numbers(model: Model, plan: Plan, old: Numbers) -> Numbers | None:
+    gone = {str(index) for index in plan.dropped} | {b.key for b in model.moe if b.mtp and plan.drop_mtp}
+    return None if old.layer in gone else replace(old, layer=moved(old.layer or "", plan.dropped))
+
+
 def trace(plan: Plan, before: Outcome) -> Outcome:
     gone = int(before.key) in plan.dropped
     found = replace(before, levels={}, routed=()) if gone else before
@@ -121,5 +126,5 @@ def trace(plan: Plan, before: Outcome) -> Outcome:
 
 KIND = Kind(
     order=2, plan=Keys(("drop_mtp", "dropped"), read), check=check, leave=leave, outputs=outputs, patch=patch,
-    trace=trace, agree=agree,
+    renumber=numbers, trace=trace, agree=agree,
 )  # fmt: skip

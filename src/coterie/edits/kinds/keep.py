@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from coterie.edits.outputs import experts_left
-from coterie.edits.plan import KEPT, Choice, Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
+from coterie.edits.plan import KEPT, Choice, Keys, Kind, Left, Numbers, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
 from coterie.model.family import RoutingGroups, lookup
 from coterie.model.layer import Model, MoE, expert_axis
@@ -182,6 +182,13 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
         del config[OWN]
 
 
+def numbers(model: Model, plan: Plan, old: Numbers) -> Numbers | None:
+    choice = plan.layers.get(old.layer or "")
+    if choice is None or old.expert is None:
+        return old
+    return replace(old, expert=choice.kept.index(old.expert)) if old.expert in choice.kept else None
+
+
 def trace(plan: Plan, before: Outcome) -> Outcome:
     choice = plan.layers.get(before.key)
     return replace(before, levels=dict.fromkeys(choice.kept, KEPT), routed=choice.kept) if choice else before
@@ -189,5 +196,5 @@ def trace(plan: Plan, before: Outcome) -> Outcome:
 
 KIND = Kind(
     order=0, block=Keys(("kept", "clusters"), read), check=check, leave=leave, outputs=outputs, patch=patch,
-    trace=trace, agree=agree,
+    renumber=numbers, trace=trace, agree=agree,
 )  # fmt: skip
