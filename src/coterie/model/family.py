@@ -107,7 +107,11 @@ class RoutingGroups:
 
 @dataclass(frozen=True)
 class Family:
-    """One or more `model_type`s that agree on names, config keys and routing. Keys with dots are nested."""
+    """One or more `model_type`s that agree on names, config keys and routing. Keys with dots are nested.
+
+    A list under `count` or `top_k` stands for one number if all entries are equal; for one of each decoder layer where
+    `per_layer` says so.
+    """
 
     model_types: tuple[str, ...]
     layouts: tuple[Layout, ...] = (Layout.under("mlp."),)
@@ -118,6 +122,7 @@ class Family:
     min_per_group: int = 2  # sigmoid routers score a group by the sum of its two best
     group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+    per_layer: bool = False  # counts and top-k may differ from layer to layer
     stock: bool = True  # transformers has a class for it
     dense: Dense | None = None  # None: its config cannot say that some layers are dense
 
@@ -125,22 +130,38 @@ class Family:
     def name(self) -> str:
         return self.model_types[0]
 
-    def num_experts(self, config: Config) -> int:
-        """The routed experts per layer, from the config. Raises: CoterieError when no key says."""
-        return self._positive(config, self.count)
+    def num_experts(self, config: Config, layer: int | None = None) -> int:
+        """The routed experts of a layer; without one, the most of any. Raises: CoterieError when no key says."""
+        return self._positive(config, self.count, layer)
 
-    def num_experts_per_token(self, config: Config) -> int:
-        """Top-k. Raises: CoterieError when no key says."""
-        return self._positive(config, self.top_k)
+    def num_experts_per_token(self, config: Config, layer: int | None = None) -> int:
+        """Top-k of a layer; without one, the largest. Raises: CoterieError when no key says."""
+        return self._positive(config, self.top_k, layer)
 
-    def _positive(self, config: Config, keys: tuple[str, ...]) -> int:
-        found = {key: value for key, _, value in lookup(config, keys) if value is not None}
-        if not found:
+    def lists(self, config: Config, keys: tuple[str, ...]) -> bool:
+        """Whether the config gives one of these numbers for each layer."""
+        return self.per_layer and any(isinstance(value, list) for _, _, value in lookup(config, keys))
+
+    def _positive(self, config: Config, keys: tuple[str, ...], layer: int | None = None) -> int:
+        said = {key: value for key, _, value in lookup(config, keys) if value is not None}
+        if not said:
             raise CoterieError(f"config.json ({self.name}): none of the keys {', '.join(keys)}; expected one of them")
-        value = next(iter(found.values()))
-        if type(value) is not int or not 0 < value <= MAX_EXPERTS or len({str(v) for v in found.values()}) > 1:
-            raise CoterieError(f"config.json ({self.name}): expected one positive integer, found {found!r:.200}")
+        found = [self._of_layer(value, layer) for value in said.values()]
+        value = found[0]
+        if type(value) is not int or not 0 < value <= MAX_EXPERTS or found.count(value) < len(found):
+            expected = "one positive integer" + (" for each layer" if self.per_layer else "")
+            raise CoterieError(f"config.json ({self.name}): expected {expected}, found {said!r:.200}")
         return value
+
+    def _of_layer(self, value: object, layer: int | None) -> object:
+        """What a list stands for: its equal entries, a layer's, or the largest; anything else as it is."""
+        if not isinstance(value, list) or not value or not all(type(n) is int for n in value):
+            return value
+        if len(set(value)) == 1:
+            return value[0]
+        if not self.per_layer or (layer or 0) >= len(value):
+            return value
+        return max(value) if layer is None else value[layer]
 
     def groups(self, config: Config) -> RoutingGroups:
         """The routing groups; one group of all experts where the family or the config knows none."""

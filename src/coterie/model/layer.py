@@ -171,7 +171,7 @@ def _block(
     """Sorts a layer's tensors (`names`: relative -> full) into the block's roles."""
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
     key = f"mtp.{index}" if MTP.search(prefix) else str(index)
-    num_experts = own.counts.get(key) or family.num_experts(checkpoint.config)
+    num_experts = own.counts.get(key) or family.num_experts(checkpoint.config, index)
     experts = _numbered(layout, names, num_experts)
     numbered = {name for expert in experts for name in expert.values()}
     named: dict[str, list[str]] = {"fused": [], "shared": [], "whole": [], "": []}

@@ -42,16 +42,17 @@ def read(at: str, value: Any) -> dict[str, object]:
 
 def check(model: Model, plan: Plan) -> None:
     """Raises: CoterieError for experts that are not there, and for counts that routing or the config cannot take."""
-    config = model.checkpoint.config
-    groups, top_k = model.family.groups(config), model.family.num_experts_per_token(config)
+    config, family = model.checkpoint.config, model.family
+    groups = family.groups(config)
     blocks = experts_left(model, plan)
     for block, left in blocks.items():
         if choice := plan.choice(block):  # of all rows, the router chooses as before, whatever is stored
             _check_choice(block, choice, groups.num_groups if left.rows < block.num_experts else 1)
     for block, left in blocks.items():
+        top_k = family.num_experts_per_token(config, None if block.mtp else int(block.key))
         check_count(left.rows, top_k, groups, f"plan: {block.name}")
     counts = {left.rows for left in blocks.values()}
-    if len(counts) > 1 and plan.budget.get("layout") != "coterie":
+    if len(counts) > 1 and not family.lists(config, family.count) and plan.budget.get("layout") != "coterie":
         raise CoterieError(
             f"plan: layers keep different numbers of experts ({min(counts)} to {max(counts)}), "
             'which no stock config can say; make them equal, or set "layout": "coterie" in the plan\'s budget '
@@ -173,9 +174,10 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
     rows = {block.key: left.rows for block, left in experts_left(model, plan).items() if not block.attention}
     for key, holder, value in list(lookup(config, model.family.count)):
         if value is not None and rows:
-            holder[key.rpartition(".")[2]] = max(rows.values())
-    own = own_layout(config)
-    if len(set(rows.values())) > 1 or own.dense or own.routes:
+            each = [rows.get(str(i), n) for i, n in enumerate(value)] if isinstance(value, list) else None
+            holder[key.rpartition(".")[2]] = each or max(rows.values())
+    own, differ = own_layout(config), len(set(rows.values())) > 1 and not model.family.lists(config, model.family.count)
+    if differ or own.dense or own.routes:
         own_section(config, num_experts=rows)
     elif own.model_type:  # a stock config can say it again
         config["model_type"] = own.model_type
