@@ -21,6 +21,7 @@ from coterie.errors import CoterieError
 MAX_EXPERTS = 8192  # of a layer; some methods hold a number for every pair
 Config = Mapping[str, object]  # of config.json, to be read
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
+LAYER_LISTS = ("layers_block_type",)  # what stands in their place
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,34 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class PerLayer:
+    """Under which keys configs say something of each decoder layer. Keys with dots are nested.
+
+    entries: a list with an entry for each layer, a string with a letter for each, or an object by layer number; what
+    stands behind the decoder's is of prediction layers. numbers: of some layers, from 0; ordinals: the same from 1.
+    leading: how many of the first layers; last: the number of a last one. periods: how often a kind comes again.
+    Families spell alike what they say at all, so that one record serves those that need no other.
+    """
+
+    entries: tuple[str, ...] = (
+        "layer_types", "mlp_layer_types", "layers_block_type", "layer_block_type", "hybrid_override_pattern",
+        "hybrid_layer_pattern", "attn_type_list", "indexer_types", "index_topk_pattern", "compress_ratios",
+        "moe_layer_freq", "no_rope_layers", "layer_rope_theta", "num_attention_heads_per_layer", "per_layer_config",
+        "moe_intermediate_size", "num_shared_expert",
+    )  # fmt: skip
+    numbers: tuple[str, ...] = ("mlp_only_layers", "moe_layers", "moe_layers_enum", "full_attn_idxs")
+    ordinals: tuple[str, ...] = ("linear_attn_config.full_attn_layers", "linear_attn_config.kda_layers")
+    leading: tuple[str, ...] = (
+        "first_k_dense_replace", "num_dense_layers", "num_hash_layers", "moe_layer_start_index",
+    )  # fmt: skip
+    last: tuple[str, ...] = ("moe_layer_end_index",)
+    periods: tuple[str, ...] = (
+        "decoder_sparse_step", "moe_layer_freq", "moe_layer_frequency", "expert_layer_period", "attn_layer_period",
+        "interleave_moe_layer_step", "moe_layer_interval", "sliding_window_pattern", "full_attention_interval",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class RoutingGroups:
     """Group-limited routing: experts stand in `num_groups` equal groups, of which the best `top_groups` compete."""
 
@@ -124,6 +153,7 @@ class Family:
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
     per_layer: bool = False  # counts and top-k may differ from layer to layer
     stock: bool = True  # transformers has a class for it
+    layers: PerLayer = PerLayer()
     dense: Dense | None = None  # None: its config cannot say that some layers are dense
 
     @property
@@ -201,9 +231,9 @@ def whole_number(config: Config, keys: tuple[str, ...], default: int) -> int:
 
 def num_layers(config: Config) -> int:
     """Decoder layers, from the config. Raises: CoterieError when no key says."""
-    for _, _, value in lookup(config, NUM_LAYERS):
-        if type(value) is int:
-            return value
+    for _, _, value in lookup(config, (*NUM_LAYERS, *LAYER_LISTS)):
+        if type(value) is int or (isinstance(value, list) and value):
+            return value if isinstance(value, int) else len(value)
     raise CoterieError(f"config.json: none of the keys {', '.join(NUM_LAYERS)}; expected the number of layers")
 
 

@@ -17,7 +17,7 @@ from coterie.edits.plan import KEPT, Choice, Keys, Kind, Left, Numbers, Outcome,
 from coterie.errors import CoterieError
 from coterie.model.family import RoutingGroups, lookup
 from coterie.model.layer import Model, MoE, expert_axis
-from coterie.model.own import OWN, own_layout, own_section
+from coterie.model.own import OWN, is_own, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.shards import Output, Run, computed, whole
 
@@ -52,7 +52,8 @@ def check(model: Model, plan: Plan) -> None:
         top_k = family.num_experts_per_token(config, None if block.mtp else int(block.key))
         check_count(left.rows, top_k, groups, f"plan: {block.name}")
     counts = {left.rows for left in blocks.values()}
-    if len(counts) > 1 and not family.lists(config, family.count) and plan.budget.get("layout") != "coterie":
+    own = plan.budget.get("layout") == "coterie" or is_own(config)
+    if len(counts) > 1 and not own and not family.lists(config, family.count):
         raise CoterieError(
             f"plan: layers keep different numbers of experts ({min(counts)} to {max(counts)}), "
             'which no stock config can say; make them equal, or set "layout": "coterie" in the plan\'s budget '
