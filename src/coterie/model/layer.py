@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coterie.codecs.open import opened
 from coterie.errors import CoterieError
+from coterie.model.alike import check_alike
 from coterie.model.family import NUM_LAYERS, Config, Family, Layout, detect, whole_number
 from coterie.model.own import OwnLayout, own_layout
 from coterie.storage.checkpoint import Checkpoint
@@ -244,13 +245,7 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
     if bool(block.experts) == bool(block.fused):
         fault = "experts both fused and by number" if block.fused else "a router but no experts"
         raise CoterieError(f"{where}: found {fault}; expected one of the two spellings")
-    for number, expert in enumerate(block.experts):
-        kinds, first = (
-            {key: (tensors[n].dtype, tensors[n].shape) for key, n in e.items()} for e in (expert, block.experts[0])
-        )
-        if kinds != first:
-            odd = ", ".join(sorted(set(kinds) ^ set(first))) or "dtype or shape"
-            raise CoterieError(f"{where}: expert {number} differs from expert 0 ({odd}); expected all alike")
+    check_alike(where, block.layout, block.experts, tensors)
     for name in block.fused:
         shape = tensors[name].shape
         if not shape or shape[0] == 0 or shape[0] % num_experts:
