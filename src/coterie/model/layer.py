@@ -246,9 +246,10 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
         fault = "experts both fused and by number" if block.fused else "a router but no experts"
         raise CoterieError(f"{where}: found {fault}; expected one of the two spellings")
     check_alike(where, block.layout, block.experts, tensors)
+    held, weights = stacked(checkpoint, block), {block.prefix + name for name in block.layout.fused}
     for name in block.fused:
         shape = tensors[name].shape
-        if not shape or shape[0] == 0 or shape[0] % num_experts:
+        if name not in held and (name in weights or shape[:1] not in ((), (1,))):
             raise CoterieError(f"{where}: {name!r} has shape {list(shape)}, which {num_experts} experts cannot share")
     for name in (block.router, *block.rows, *block.tables):
         if not 0 < tensors[name].num_bytes <= MAX_ROUTER:
@@ -260,6 +261,12 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
     if block.constants and tensors[block.constants].shape[:1] != (block.routes.count(-1),):
         found, gone = list(tensors[block.constants].shape), block.routes.count(-1)
         raise CoterieError(f"{where}: {block.constants!r} has shape {found}; {gone} router rows lead to no expert")
+
+
+def stacked(checkpoint: Checkpoint, block: MoE) -> list[str]:
+    """The fused tensors that hold something of every expert; the others, such as static scales, serve all of them."""
+    lengths = ((name, checkpoint.tensors[name].shape[:1]) for name in block.fused)
+    return [name for name, length in lengths if length and length[0] > 0 and length[0] % block.num_experts == 0]
 
 
 def has_routers(checkpoint: Checkpoint, family: Family) -> bool:

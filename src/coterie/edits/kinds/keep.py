@@ -16,7 +16,7 @@ from coterie.edits.outputs import experts_left
 from coterie.edits.plan import KEPT, Choice, Keys, Kind, Left, Numbers, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
 from coterie.model.family import RoutingGroups, lookup
-from coterie.model.layer import Model, MoE, expert_axis
+from coterie.model.layer import Model, MoE, expert_axis, stacked
 from coterie.model.own import OWN, is_own, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.shards import Output, Run, computed, whole
@@ -130,7 +130,7 @@ def _of_experts(checkpoint: Checkpoint, block: MoE, kept: tuple[int, ...]) -> Ou
         for key, name in names.items():
             renamed = f"{block.prefix}{block.layout.experts}{index.get(e)}.{key}"
             result[name] = (whole(tensors[name], renamed),) if e in index else ()
-    for name in (*block.fused, block.router, *block.rows):
+    for name in (*stacked(checkpoint, block), block.router, *block.rows):
         axis = 0 if name in block.fused else expert_axis(tensors[name].shape, block.num_experts)
         assert axis is not None
         result[name] = (_cut(tensors[name], kept, block.num_experts, axis),)
