@@ -18,7 +18,7 @@ EXPERT = "model.layers.{}.mlp.experts.{}.up_proj"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return qwen(tmp_path_factory.mktemp("original") / "model")
+    return qwen(tmp_path_factory.mktemp("original") / "model", num_attention_heads=2, num_key_value_heads=2)
 
 
 def applied(original, folder, settings=None, files=None, plan=None, **config):
