@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 from coterie.codecs.open import check_coded, opened
 from coterie.edits.counts import count, removed_shares
-from coterie.edits.naming import renumbered_files
+from coterie.edits.naming import Renumbering, renumbered_files
 from coterie.edits.outputs import check_plan, experts_left, patched_config, plan_outputs, planned, sealed, with_holes
-from coterie.edits.plan import Decision, Plan, kinds, read_plan
+from coterie.edits.plan import Decision, Numbers, Plan, kinds, read_plan
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
@@ -193,7 +193,8 @@ def _written(execution: Execution, request: Request) -> Report:
     checkpoint = execution.model.checkpoint
     if execution.fill:
         outputs = with_holes(outputs, execution.view)
-    check_coded(checkpoint, request.on_progress)  # damage is found before anything is written
+    # Of a repackaged model, what is stored in parts is the original's. Damage is found before anything is written.
+    check_coded(opened(root(checkpoint)), request.on_progress, _needed(execution.model, execution.plan))
     identity = {k: getattr(report, k) for k in ("command", "options", "plan")} | {"source": checkpoint.hash}
     with (
         engine.connected(),
@@ -213,6 +214,21 @@ def _written(execution: Execution, request: Request) -> Report:
         report.report.update(request.clock.read())
         finish_record(writer, report, model_card(checkpoint.path.name, report))
     return report
+
+
+def _needed(model: Model, plan: Plan) -> Callable[[str, int], bool]:
+    """Whether a matrix, by the source's name and its number there, is of an expert and a layer that are read at all."""
+    renumbering = Renumbering(model, plan)
+    fused = {name: block.key for block in model.main for name in block.fused}
+
+    def needed(name: str, e: int) -> bool:
+        if any(choice.merged for choice in plan.choices.values()):  # those that go are read for their cluster's mean
+            return True
+        if name in fused:
+            return renumbering.numbers(Numbers(fused[name], e)) is not None
+        return renumbering.text(name, "names", settings=False) is not None
+
+    return needed
 
 
 def _add_filled(execution: Execution, filled: Filled, outputs: dict[str, list[Output]]) -> None:

@@ -124,7 +124,7 @@ class Renumbering:
         layer = f"{prefix}.{layers[0][1]}".lstrip(".") if layers else None
         old = Numbers(layer, int(experts[0][1]) if experts else None)
         try:
-            new = self._numbers(old)
+            new = self.numbers(old)
         except LookupError:
             raise self._refused(text, at, "each layer keeps other experts, and it names no layer") from None
         if new == old:
@@ -141,11 +141,11 @@ class Renumbering:
             text = text[: found.start(1)] + number.rpartition(".")[2] + text[found.end(1) :]
         return text
 
-    def _numbers(self, old: Numbers) -> Numbers | None:
+    def numbers(self, old: Numbers) -> Numbers | None:
         """New numbers; None where there is no such thing any more. Raises: LookupError where that depends on layers."""
         if old.layer is None:
             keys = {block.key for block in self.model.moe if not block.attention}
-            numbers = [self._numbers(Numbers(key, old.expert)) for key in keys]
+            numbers = [self.numbers(Numbers(key, old.expert)) for key in keys]
             experts = {new.expert if new else None for new in numbers}
             if len(experts) > 1:
                 raise LookupError
