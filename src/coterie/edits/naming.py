@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Renumbering:
 
     model: Model
     plan: Plan
+    _known: dict[Numbers, Numbers | None] = field(default_factory=dict, repr=False)  # many names have the same numbers
 
     @cached_property
     def has_fewer_experts(self) -> bool:
@@ -151,10 +152,12 @@ class Renumbering:
                 raise LookupError
             expert = experts.pop()
             return None if expert is None else Numbers(None, expert)
-        new: Numbers | None = old
-        for kind in kinds():
-            new = kind.renumber(self.model, self.plan, new) if new else None
-        return new
+        if old not in self._known:
+            new: Numbers | None = old
+            for kind in kinds():
+                new = kind.renumber(self.model, self.plan, new) if new else None
+            self._known[old] = new
+        return self._known[old]
 
     def _refused(self, text: str, at: str, reason: str) -> CoterieError:
         return CoterieError(

@@ -178,6 +178,8 @@ def _check_known(config: dict[str, Any], known: set[str], total: int) -> None:
 
 
 def numbers(model: Model, plan: Plan, old: Numbers) -> Numbers | None:
+    if not plan.dropped and not plan.drop_mtp:
+        return old
     gone = {str(index) for index in plan.dropped} | {b.key for b in model.moe if b.mtp and plan.drop_mtp}
     return None if old.layer in gone else replace(old, layer=moved(old.layer or "", plan.dropped))
 
