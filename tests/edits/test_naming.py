@@ -168,6 +168,12 @@ def test_what_goes_but_is_no_entry_is_refused(original, tmp_path):
         applied(original, tmp_path, {"first": EXPERT.format(0, 0)})
 
 
+def test_numbers_that_no_expert_has_name_nothing(original, tmp_path):
+    """However many digits they have."""
+    lines = ["model.layers.0.mlp.experts." + "1" * 5000, "re:.*layers\\." + "1" * 4000 + "\\.mlp", "experts.\u0663"]
+    assert ignoring(original, tmp_path, *lines) == lines
+
+
 def test_a_plan_that_renumbers_nothing_leaves_every_pattern(original, tmp_path):
     """All experts stay."""
     lines = ["re:.*experts\\.(3|7)\\..*", EXPERT.format(0, 7)]

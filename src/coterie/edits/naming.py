@@ -107,7 +107,7 @@ class Renumbering:
 
     def _limits(self, text: str, end: str, is_regex: bool) -> bool:
         """Whether a pattern may match one number and not another, beside those written out, of what is renumbered."""
-        rest = re.sub(rf"({LAYERS}|{EXPERTS})\\?\.\d+{end}", "~", LETTERS.sub("x", text))
+        rest = re.sub(rf"({LAYERS}|{EXPERTS})\\?\.[0-9]{{1,6}}{end}", "~", LETTERS.sub("x", text))
         limited = r"\\?\.(\([^()]*\)|\[[^\]]*\]|\\d|\d|[*+])+"
         if not self.plan.dropped:
             rest = re.sub(f"{LAYERS}{limited}", "~", rest)
@@ -117,7 +117,7 @@ class Renumbering:
 
     def _renumbered(self, text: str, at: str, end: str) -> str | None:
         """A string with its numbers changed; None where what they name goes."""
-        layers, experts = (list(re.finditer(rf"{kind}\\?\.(\d+){end}", text)) for kind in (LAYERS, EXPERTS))
+        layers, experts = (list(re.finditer(rf"{kind}\\?\.([0-9]{{1,6}}){end}", text)) for kind in (LAYERS, EXPERTS))
         before = words(text[: layers[0].start()]) if layers else frozenset()
         if not (layers or experts) or (layers and before in self.others):
             return text

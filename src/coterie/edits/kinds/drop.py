@@ -7,6 +7,7 @@ The layers behind `dropped` ones move up, and the config counts fewer; `drop_mtp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from coterie.model.own import moved, renumber
 from coterie.storage.shards import whole
 
 INSTEAD = "drop the experts instead (--unit layer)"
+NUMBER = re.compile("[0-9]{1,6}")
 NOT_OF_LAYERS = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id")  # lists of whatever length
 
 
@@ -141,6 +143,8 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
 def _entries(key: str, value: Any, dropped: tuple[int, ...], total: int) -> Any:
     """A list, string or object without the entries of the layers that go; anything else as it is."""
     if isinstance(value, dict):
+        if odd := next((number for number in value if not NUMBER.fullmatch(number)), None):
+            raise CoterieError(f"config.json: {key} has a key {odd!r:.80}; expected layer numbers")
         return {moved(number, dropped): found for number, found in value.items() if number not in map(str, dropped)}
     if not isinstance(value, list | str) or not value:
         return value
@@ -155,7 +159,7 @@ def _numbers(key: str, value: Any, dropped: tuple[int, ...], first: int) -> Any:
     if not value:
         return value
     found = value.split(",") if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(str(i).strip().isdecimal() and int(i) >= first for i in found):
+    if not isinstance(found, list) or not all(NUMBER.fullmatch(str(i).strip()) and int(i) >= first for i in found):
         raise CoterieError(f"config.json: {key} is {value!r:.80}; expected layer numbers from {first} on")
     left = [str(int(i) - first) for i in found if int(i) - first not in dropped]
     new = [int(moved(i, dropped)) + first for i in left]
