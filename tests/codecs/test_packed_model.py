@@ -1,6 +1,7 @@
 """A checkpoint whose zeros are packed is a model like any other: every command gives what it gives on the dense one."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -237,17 +238,51 @@ def test_int8_values_decode_to_their_products(home, tmp_path):
         coterie.unpack(tmp_path / "int8", tmp_path / "dense")
 
 
-def test_a_damaged_matrix_is_refused_when_it_is_read(home, tmp_path):
-    """By its name and checksum, and no OUT is left."""
-    shutil.copytree(home / "packed", tmp_path / "wrong")
-    checkpoint = Checkpoint.open(tmp_path / "wrong")
-    tensor = next(t for n, t in checkpoint.tensors.items() if n.endswith(".values") and "layers.1" in n)
-    with (tmp_path / "wrong" / tensor.file).open("r+b") as file:
+def damaged(packed, folder, part):
+    """A copy whose first byte of a tensor is another, and the number of the expert that it belongs to."""
+    shutil.copytree(packed, folder)
+    checkpoint = Checkpoint.open(folder)
+    tensor = next(t for n, t in checkpoint.tensors.items() if n.endswith(".values") and part in n)
+    with (folder / tensor.file).open("r+b") as file:
         file.seek(tensor.start)
         file.write(b"\xff")
+    found = re.search(r"experts\.(\d+)\.", tensor.name)
+    return folder, int(found[1]) if found else 0
+
+
+def test_a_damaged_matrix_is_refused_when_it_is_read(home, tmp_path):
+    """By its name and checksum, and no OUT is left."""
+    damaged(home / "packed", tmp_path / "wrong", "layers.1.")
     with pytest.raises(CoterieError, match="checksum"):
         coterie.prune(tmp_path / "wrong", tmp_path / "out", method="weight-norm", ratio=0.25)
     assert not (tmp_path / "out").exists()
+
+
+def test_damage_of_what_goes_is_no_matter(home, tmp_path):
+    """An expert that stays is checked before anything is written; one that goes is not read."""
+    source, bad = damaged(home / "packed", tmp_path / "wrong", "layers.1.")
+    without, within = (
+        {"layers": {str(i): {"kept": [e for e in range(8) if e != gone]} for i in range(4)}}
+        for gone in (bad, (bad + 1) % 8)
+    )
+    with pytest.raises(CoterieError, match="checksum"):
+        coterie.apply(source, within, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    for folder, out in ((source, tmp_path / "out"), (home / "packed", tmp_path / "same")):
+        coterie.apply(folder, without, out)
+    assert written(tmp_path / "out") == written(tmp_path / "same")
+
+
+def test_damage_is_found_under_another_model_type(tiny_checkpoint, tmp_path):
+    """Of a packed model that is repackaged, before anything is written."""
+    tensors, config = tiny.read(tiny_checkpoint("mixtral"))
+    tiny.write(tmp_path / "original", tensors, config | {"sliding_window": None})
+    coterie.sparsify(tmp_path / "original", tmp_path / "dense", method="magnitude", sparsity=0.5)
+    coterie.pack(tmp_path / "dense", tmp_path / "packed")
+    source, _ = damaged(tmp_path / "packed", tmp_path / "wrong", "experts.")
+    with pytest.raises(CoterieError, match="checksum"):
+        coterie.apply(source, {"layers": {}, "converted": "qwen2_moe"}, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_other_families_are_read_alike(tiny_checkpoint, tmp_path):

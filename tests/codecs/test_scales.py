@@ -14,6 +14,7 @@ from coterie.model.family import detect
 from coterie.model.layer import find_blocks
 from coterie.model.moe import read_expert
 from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.apply import apply
 
 E, D, F = 2, 2, 2
 F8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -99,6 +100,33 @@ def test_fused_scales_multiply(tmp_path):
         gate, up, found_down = experts[e]
         assert gate.tolist() == [[4 * e + 1] * 2, [4 * e + 2] * 2] and up.tolist() == [[4 * e + 3] * 2, [4 * e + 4] * 2]
         assert found_down.tolist() == [[20 * e + 10] * 2, [20 * e + 20] * 2]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_a_scale_without_an_axis_of_experts_serves_all(tmp_path, shape):
+    """Static scales, of weights and of what enters: read for every expert, and kept whole when some go."""
+    static = {"gate_up_proj_input_scale": torch.full(shape, 7.0), "down_proj_input_scale": torch.full(shape, 8.0)}
+    tensors = fused(torch.full(shape, 2.0), torch.full(shape, 3.0), **static)
+    source = save(tmp_path / "source", tensors, quantised())
+    for e in range(E):
+        assert [float(matrix.max()) for matrix in experts_of(source)[e]] == [2, 2, 3]
+    apply(source, {"layers": {"0": {"kept": [1]}}}, tmp_path / "out")
+    before, after = (Checkpoint.open(folder) for folder in (source, tmp_path / "out"))
+    for name in before.tensors:
+        if "scale" in name:
+            assert (after.raw(name), after.tensors[name].shape) == (before.raw(name), shape)
+    assert after.tensors[EXPERTS + "down_proj"].shape == (1, D, F)
+    assert [float(matrix.max()) for matrix in experts_of(tmp_path / "out")[0]] == [2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("down_proj", (1, D, F)), ("down_proj_scale_inv", (3, 1)), ("down_proj_scale_inv", (0,))]
+)
+def test_what_experts_cannot_share_is_refused(tmp_path, name, shape):
+    """Weights of one expert where two are, and scales of three."""
+    tensors = fused(torch.ones(E, 1, 1), torch.ones(E, 1, 1)) | {name: torch.ones(shape).to(torch.float32)}
+    with pytest.raises(CoterieError, match=rf"experts\.{name}' has shape .*, which 2 experts cannot share"):
+        experts_of(save(tmp_path, tensors, quantised()))
 
 
 @pytest.mark.parametrize(

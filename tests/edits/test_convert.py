@@ -121,6 +121,7 @@ def test_sizes_before_are_the_originals(tmp_path):
         ({"attention_bias": True}, "biases on all projections"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "its rope_scaling is"),
         ({"scoring_func": "sigmoid"}, "its scoring_func is 'sigmoid'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
     ],
 )
 def test_deepseek_v1_variants_that_qwen2_moe_cannot_say(tmp_path, changes, message):
@@ -150,6 +151,14 @@ def test_mixtral_converted_alone_is_bit_exact(tiny_checkpoint, tmp_path, fused):
     folder = tiny.write(tmp_path / "m", tensors, config | {"sliding_window": None})
     apply(folder, {"layers": {}, "converted": "qwen2_moe"}, tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(stock_logits(tmp_path / "out"), stock_logits(folder), strict=True))
+
+
+def test_quantised_mixtral_stays_itself(tiny_checkpoint, tmp_path):
+    """The names that its settings speak of would be others, and the biases that are added have no scales."""
+    tensors, config = tiny.read(tiny_checkpoint("mixtral"))
+    said = {"sliding_window": None, "quantization_config": {"quant_method": "awq"}}
+    with pytest.raises(CoterieError, match="its weights are quantised"):
+        converted(Model.open(tiny.write(tmp_path / "m", tensors, config | said)), "qwen2_moe")
 
 
 def test_mixtral_with_a_window_stays_itself(tiny_checkpoint, tmp_path):

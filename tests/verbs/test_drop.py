@@ -132,10 +132,10 @@ def test_what_cannot_be_is_refused_before_any_work(tiny_checkpoint, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("model_type", ["beam", "minimax", "gemma4_text"])
+@pytest.mark.parametrize("model_type", ["beam", "minimax"])
 def test_layers_that_know_their_number_cannot_move_up(tiny_checkpoint, tmp_path, data, model_type):
-    """Their slopes, residuals or per-layer settings would be those of another layer."""
-    with pytest.raises(CoterieError, match=r"under a lower number|per_layer_config|layers pass each other"):
+    """Their slopes or residuals would be those of another layer."""
+    with pytest.raises(CoterieError, match="under a lower number"):
         drop(tiny_checkpoint(model_type), tmp_path / "out", unit="block", count=2, data=data)
     assert not (tmp_path / "out").exists()
 

@@ -76,9 +76,17 @@ def num_bytes(checkpoint: Checkpoint) -> int:
     )
 
 
-def check_coded(checkpoint: Checkpoint, on_progress: Callable[[str, int, int], None]) -> None:
-    """Reads every matrix that is stored in parts once. Raises: CoterieError for one whose parts do not agree."""
+def check_coded(
+    checkpoint: Checkpoint,
+    on_progress: Callable[[str, int, int], None],
+    needs: Callable[[str, int], bool] = lambda name, e: True,
+) -> None:
+    """Reads every matrix that is stored in parts once, if it is needed by its tensor's name and its number in it.
+
+    Raises: CoterieError for one whose parts do not agree.
+    """
     for done, found in enumerate(coded(checkpoint).values()):
         for e in range(found.num_matrices):
-            (found.packed or found.rows)(e)
+            if needs(found.name, e):
+                (found.packed or found.rows)(e)
         on_progress("checking packed tensors", done + 1, len(coded(checkpoint)))

@@ -30,11 +30,11 @@ def check_shape(place: Place, shape: tuple[int, ...]) -> None:
 
 
 def share(checkpoint: Checkpoint, place: Place, name: str, e: int, stacked: bool) -> np.ndarray:
-    """What matrix e has of a tensor, decoded: all of one of its own; of a fused one its rows, or its entry where the
-    weights are stacked (E, rows, columns)."""
-    if not place.num_matrices:
-        return checkpoint.read(name)
+    """What matrix e has of a tensor, decoded: all of one of its own, or that serves all matrices; of a fused one its
+    rows, or its entry where the weights are stacked (E, rows, columns)."""
     shape = checkpoint.tensors[name].shape
+    if not place.num_matrices or not shape or (name != place.name and shape[0] == 1 < place.num_matrices):
+        return checkpoint.read(name)
     rows = shape[0] // place.num_matrices
     if stacked and rows != 1:
         raise CoterieError(f"tensor {name!r}: shape {list(shape)}; expected one entry for each expert")

@@ -14,7 +14,6 @@ from coterie.edits.execution import Request
 from coterie.edits.folding import check_foldable
 from coterie.edits.kinds.condense import check_writable
 from coterie.edits.kinds.drop import check as check_dropped
-from coterie.edits.outputs import patched_config
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 UNITS = ("layer", "block")
 NOTHING = Condensed((), (), 0.0)  # a dense MLP that gives zero
-NUMBERS = ("layer_idx", "layer_number", "layer_id", "training")  # of a module: what a layer's place changes by itself
-SETTINGS = (bool, int, float, str, type(None), tuple)
 SIZE_ONLY = "a dry run computes sizes; which layers go comes from data"
 DIGITS = 12  # of a similarity that count: less is rounding
 
@@ -88,42 +85,6 @@ def make_plan(model: Model, options: Dropping, order: list[int], target: str | N
     return Plan({}, condensed={str(index): NOTHING for index in chosen}, converted=target)
 
 
-def check_kinds(model: Model, plan: Plan) -> None:
-    """Raises: CoterieError where a layer that moves up would become another, because of its number.
-
-    Compared are what transformers builds for the layer before and after: modules, shapes, settings and buffers.
-    """
-    if not plan.dropped:
-        return
-    from coterie.forward.skeleton import empty_model
-    from coterie.model.loading import decoder_layers
-
-    checkpoint = model.checkpoint
-    changed = replace(checkpoint, config=patched_config(model, plan))
-    before, after = (
-        [_anatomy(layer) for layer in decoder_layers(empty_model(c, compute_dtype(model)).get_decoder(), str(c.path))]
-        for c in (checkpoint, changed)
-    )
-    left = [i for i in range(len(before)) if i not in plan.dropped]
-    moved = next((i for i, found in zip(left, after, strict=True) if before[i] != found), None)
-    if moved is not None:
-        raise CoterieError(
-            f"{checkpoint.path}: layer {moved} would become another one under a lower number, because its config or "
-            "its class tells layers by their numbers; drop the experts alone (--unit layer)"
-        )
-
-
-def _anatomy(layer: torch.nn.Module) -> dict[str, object]:
-    """What distinguishes a decoder layer from others but its weights and its number."""
-    found: dict[str, object] = {}
-    for path, module in layer.named_modules():
-        settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in NUMBERS}
-        found[path] = type(module).__name__, {k: v for k, v in settings.items() if isinstance(v, SETTINGS)}
-        found |= {f"{path}.{name}": tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-        found |= {f"{path}.{name}": b.tolist() for name, b in module.named_buffers(recurse=False)}
-    return found
-
-
 def decided(original: Model, source: Model, target: str | None, options: Dropping, request: Request) -> Decision:
     """Which layers go, as one pass of the model shows; of a dry run, only how many.
 
@@ -136,7 +97,6 @@ def decided(original: Model, source: Model, target: str | None, options: Droppin
         found = Decision(make_plan(source, options, candidates, target), (SIZE_ONLY,))
     else:
         found = ranked(source, options, candidates, target, request)
-    check_kinds(source, found.plan)
     return replace(found, findings=converted | found.findings)
 
 

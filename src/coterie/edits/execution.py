@@ -7,7 +7,7 @@ plan could get wrong is checked before a byte is written.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 from coterie.codecs.open import check_coded, opened
 from coterie.edits.counts import count, removed_shares
+from coterie.edits.naming import Renumbering, renumbered_files
 from coterie.edits.outputs import check_plan, experts_left, patched_config, plan_outputs, planned, sealed, with_holes
-from coterie.edits.plan import Decision, Plan, kinds, read_plan
+from coterie.edits.plan import Decision, Numbers, Plan, kinds, read_plan
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
@@ -114,19 +115,17 @@ Prepare = Callable[[Model], Fill]
 class Execution:
     """A plan that was checked, the tensors that it makes of the model, by file, and the report that will be written.
 
-    view: the model as planned. fill: changes its weights once they are written.
+    view: the model as planned. small: what files other than weights hold, where they change. fill: changes the weights
+    once they are written.
     """
 
     model: Model
     plan: Plan
     outputs: dict[str, list[Output]]
     view: Model
+    small: dict[str, str]
     fill: Fill | None
     report: Report
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return patched_config(self.model, self.plan)
 
     @property
     def notes(self) -> list[str]:
@@ -163,13 +162,15 @@ def _checked(model: Model, decision: Decision, request: Request, prepare: Prepar
     numbers, notes = _numbers(model, plan, outputs), [*decision.notes, *left_behind(model.checkpoint)]
     notes += left_over(request.out) if request.options.get("save") == "dense" else []
     view = planned(model, plan, outputs) if prepare else model
+    config, beside = patched_config(model, plan), filter(_travels, model.checkpoint.other_files())
+    small = {"config.json": to_json(config)} | renumbered_files(model, plan, beside)
     fill = prepare(view) if prepare else None
     # A dry run reads headers and routers only; the fingerprint reads a few blocks of every shard.
     source = {"path": str(request.path), "hash": None if request.writing.dry_run else model.checkpoint.hash}
     report = Report(request.command, request.options, source, plan.as_dict(), {}, versions())
     report.report.update(numbers | request.clock.read() | {"cold_experts": [], "warnings": notes})
     report.report.update({"dry_run": request.writing.dry_run} | decision.findings)
-    return Execution(model, plan, outputs, view, fill, report)
+    return Execution(model, plan, outputs, view, small, fill, report)
 
 
 def _consumed(execution: Execution, request: Request) -> Report:
@@ -179,7 +180,7 @@ def _consumed(execution: Execution, request: Request) -> Report:
     execution.notes.append(recipe.note)
     if request.writing.dry_run:
         return execution.report
-    small = partial(_write_small, checkpoint=checkpoint, config=execution.config)
+    small = partial(_write_small, checkpoint=checkpoint, small=execution.small)
     return consume(
         recipe, request.out, request.clock, resume=request.writing.resume, prepare=small,
         on_progress=request.on_progress,
@@ -192,7 +193,8 @@ def _written(execution: Execution, request: Request) -> Report:
     checkpoint = execution.model.checkpoint
     if execution.fill:
         outputs = with_holes(outputs, execution.view)
-    check_coded(checkpoint, request.on_progress)  # damage is found before anything is written
+    # Of a repackaged model, what is stored in parts is the original's. Damage is found before anything is written.
+    check_coded(opened(root(checkpoint)), request.on_progress, _needed(execution.model, execution.plan))
     identity = {k: getattr(report, k) for k in ("command", "options", "plan")} | {"source": checkpoint.hash}
     with (
         engine.connected(),
@@ -201,7 +203,7 @@ def _written(execution: Execution, request: Request) -> Report:
         with engine.opened(writer.partial):
             if engine.spread:
                 writer.move = mover(engine, writer.copier, root(checkpoint))
-            write(writer, checkpoint, outputs, execution.config, request.on_progress)
+            write(writer, checkpoint, outputs, execution.small, request.on_progress)
             filled = execution.fill(writer) if execution.fill else None
         report.report["io"] = writer.io
         execution.notes.extend([*writer.copier.notes, *engine.notes])
@@ -212,6 +214,21 @@ def _written(execution: Execution, request: Request) -> Report:
         report.report.update(request.clock.read())
         finish_record(writer, report, model_card(checkpoint.path.name, report))
     return report
+
+
+def _needed(model: Model, plan: Plan) -> Callable[[str, int], bool]:
+    """Whether a matrix, by the source's name and its number there, is of an expert and a layer that are read at all."""
+    renumbering = Renumbering(model, plan)
+    fused = {name: block.key for block in model.main for name in block.fused}
+
+    def needed(name: str, e: int) -> bool:
+        if any(choice.merged for choice in plan.choices.values()):  # those that go are read for their cluster's mean
+            return True
+        if name in fused:
+            return renumbering.numbers(Numbers(fused[name], e)) is not None
+        return renumbering.text(name, "names", settings=False) is not None
+
+    return needed
 
 
 def _add_filled(execution: Execution, filled: Filled, outputs: dict[str, list[Output]]) -> None:
@@ -273,10 +290,11 @@ def write(
     writer: Writer,
     checkpoint: Checkpoint,
     outputs: dict[str, list[Output]],
-    config: dict[str, Any],
+    small: Mapping[str, str],
     on_progress: Progress,
 ) -> None:
-    """Begins OUT and writes its shards, config.json and the files that travel along; not the record."""
+    """Begins OUT and writes its shards and the files beside them; not the record. small: name -> content, of those that
+    are not copied as they are."""
     writer.begin(root(checkpoint), outputs)
     total, done = sum(map(num_copied, outputs.values())), 0
 
@@ -287,14 +305,15 @@ def write(
 
     for shard in outputs:
         writer.shard(shard, advance)
-    _write_small(writer, checkpoint, config)
+    _write_small(writer, checkpoint, small)
 
 
-def _write_small(writer: Writer, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-    """config.json, and the files that travel along."""
-    writer.text("config.json", to_json(config))
+def _write_small(writer: Writer, checkpoint: Checkpoint, small: Mapping[str, str]) -> None:
+    """config.json with other files that change, and those that travel along as they are."""
+    for name, text in small.items():
+        writer.text(name, text)
     for path in checkpoint.other_files():
-        if _travels(path):
+        if _travels(path) and path.name not in small:
             writer.copy(path)
 
 

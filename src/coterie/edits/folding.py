@@ -16,7 +16,7 @@ from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
 from coterie.model.experts import expert_matrices, expert_shapes
 from coterie.model.family import GATED
-from coterie.model.layer import MoE
+from coterie.model.layer import MoE, expert_names
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.planned import scale_of
 
@@ -91,7 +91,7 @@ def check_foldable(checkpoint: Checkpoint, block: MoE) -> None:
         fault = "its experts are not those of an ordinary decoder layer"
     elif block.layout.gate is None:
         fault = "its experts have no gate"
-    elif any("bias" in name for name in weights(block)):
+    elif any("bias" in name for name in expert_names(block)):
         fault = "its experts have biases"
     elif block.whole:
         fault = f"{block.whole[0]} works on the sum of the experts"
@@ -100,7 +100,7 @@ def check_foldable(checkpoint: Checkpoint, block: MoE) -> None:
     if fault:
         raise CoterieError(f"{block.name}: {fault}; expected a block that one dense SwiGLU MLP can stand for")
     shared = shared_names(block)
-    for name in (*weights(block), *(shared[0] if shared else ())):
+    for name in (*expert_names(block), *(shared[0] if shared else ())):
         if checkpoint.tensors[name].dtype not in FLOATS:
             kind = checkpoint.tensors[name].dtype
             raise CoterieError(f"tensor {name!r}: {kind} weights cannot be folded; dequantise the checkpoint first")

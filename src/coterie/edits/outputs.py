@@ -10,6 +10,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+from coterie.edits.naming import Renumbering
 from coterie.edits.plan import Left, Outputs, Plan, kinds
 from coterie.errors import CoterieError
 from coterie.model.experts import expert_weights
@@ -55,11 +56,15 @@ def plan_outputs(model: Model, plan: Plan) -> dict[str, list[Output]]:
 
 
 def patched_config(model: Model, plan: Plan) -> dict[str, Any]:
-    """config.json with what the plan changes, and everything else as it was."""
+    """config.json with what the plan changes, and everything else as it was.
+
+    Raises: CoterieError for settings of modules by number that cannot be renumbered.
+    """
     config = copy.deepcopy(model.checkpoint.config)
     for kind in kinds():
         kind.patch(config, model, plan)
-    return config
+    renamed: dict[str, Any] = Renumbering(model, plan).json(config, "config.json", settings=False)
+    return renamed
 
 
 def planned(model: Model, plan: Plan, outputs: dict[str, list[Output]] | None = None) -> Model:

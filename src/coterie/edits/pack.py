@@ -29,6 +29,7 @@ from coterie.storage.record import (
     model_card,
     object_at,
     record_of,
+    to_json,
     versions,
 )
 from coterie.storage.shards import Output, whole
@@ -130,7 +131,7 @@ def _execute(
         return _repeated(out, job, fingerprint) if made else finished(out, report)
     identity = {"command": job.command, "options": job.options, "source": source.hash}
     with Writer(out, identity, resume=writing.resume, replace=writing.overwrite) as writer:
-        write(writer, source, job.outputs, job.config, on_progress)
+        write(writer, source, job.outputs, {"config.json": to_json(job.config)}, on_progress)
         finish(writer)
         report.report.update(clock.read() if not made else {})
         finish_record(writer, report, _card(job, report))

@@ -165,6 +165,14 @@ class Left:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """A layer's key and an expert's number, as the name of a module has them; None: the name has no such number."""
+
+    layer: str | None
+    expert: int | None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What becomes of one layer's experts, numbered as before the plan.
 
@@ -218,6 +226,7 @@ class Kind:
     leave: takes away the experts that go, or the whole block, in `left` (in place).
     outputs: source tensor -> what stands in its place, given what the kinds before made; others stay as they are.
     patch: says in `config` (in place) what changed.
+    renumber: the numbers that a layer and an expert have afterwards; None where they go.
     count: corrects `counts` (in place): parameters of the outputs on the bases of `counts.py`, as their shapes say.
     trace: what becomes of a layer's experts, given what became of them by the kinds before.
     agree: raises CoterieError where the blocks that a written checkpoint has are not those that the plan leaves.
@@ -234,6 +243,7 @@ class Kind:
     leave: Callable[[Plan, dict[MoE, Left]], None] = lambda plan, left: None
     outputs: Callable[[Model, Plan, Outputs], Outputs] = lambda model, plan, made: {}
     patch: Callable[[dict[str, Any], Model, Plan], None] = lambda config, model, plan: None
+    renumber: Callable[[Model, Plan, Numbers], Numbers | None] = lambda model, plan, old: old
     count: Callable[[Model, Plan, dict[str, int]], None] = lambda model, plan, counts: None
     trace: Callable[[Plan, Outcome], Outcome] = lambda plan, before: before
     agree: Callable[[tuple[MoE, ...], Plan], None] = lambda blocks, plan: None

@@ -21,6 +21,7 @@ from coterie.errors import CoterieError
 MAX_EXPERTS = 8192  # of a layer; some methods hold a number for every pair
 Config = Mapping[str, object]  # of config.json, to be read
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
+LAYER_LISTS = ("layers_block_type",)  # what stands in their place
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,34 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class PerLayer:
+    """Under which keys configs say something of each decoder layer. Keys with dots are nested.
+
+    entries: a list with an entry for each layer, a string with a letter for each, or an object by layer number; what
+    stands behind the decoder's is of prediction layers. numbers: of some layers, from 0; ordinals: the same from 1.
+    leading: how many of the first layers; last: the number of a last one. periods: how often a kind comes again.
+    Families spell alike what they say at all, so that one record serves those that need no other.
+    """
+
+    entries: tuple[str, ...] = (
+        "layer_types", "mlp_layer_types", "layers_block_type", "layer_block_type", "hybrid_override_pattern",
+        "hybrid_layer_pattern", "attn_type_list", "indexer_types", "index_topk_pattern", "compress_ratios",
+        "moe_layer_freq", "no_rope_layers", "layer_rope_theta", "num_attention_heads_per_layer", "per_layer_config",
+        "moe_intermediate_size", "num_shared_expert",
+    )  # fmt: skip
+    numbers: tuple[str, ...] = ("mlp_only_layers", "moe_layers", "moe_layers_enum", "full_attn_idxs")
+    ordinals: tuple[str, ...] = ("linear_attn_config.full_attn_layers", "linear_attn_config.kda_layers")
+    leading: tuple[str, ...] = (
+        "first_k_dense_replace", "num_dense_layers", "num_hash_layers", "moe_layer_start_index",
+    )  # fmt: skip
+    last: tuple[str, ...] = ("moe_layer_end_index",)
+    periods: tuple[str, ...] = (
+        "decoder_sparse_step", "moe_layer_freq", "moe_layer_frequency", "expert_layer_period", "attn_layer_period",
+        "interleave_moe_layer_step", "moe_layer_interval", "sliding_window_pattern", "full_attention_interval",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class RoutingGroups:
     """Group-limited routing: experts stand in `num_groups` equal groups, of which the best `top_groups` compete."""
 
@@ -107,7 +136,11 @@ class RoutingGroups:
 
 @dataclass(frozen=True)
 class Family:
-    """One or more `model_type`s that agree on names, config keys and routing. Keys with dots are nested."""
+    """One or more `model_type`s that agree on names, config keys and routing. Keys with dots are nested.
+
+    A list under `count` or `top_k` stands for one number if all entries are equal; for one of each decoder layer where
+    `per_layer` says so.
+    """
 
     model_types: tuple[str, ...]
     layouts: tuple[Layout, ...] = (Layout.under("mlp."),)
@@ -118,29 +151,47 @@ class Family:
     min_per_group: int = 2  # sigmoid routers score a group by the sum of its two best
     group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+    per_layer: bool = False  # counts and top-k may differ from layer to layer
     stock: bool = True  # transformers has a class for it
+    layers: PerLayer = PerLayer()
     dense: Dense | None = None  # None: its config cannot say that some layers are dense
 
     @property
     def name(self) -> str:
         return self.model_types[0]
 
-    def num_experts(self, config: Config) -> int:
-        """The routed experts per layer, from the config. Raises: CoterieError when no key says."""
-        return self._positive(config, self.count)
+    def num_experts(self, config: Config, layer: int | None = None) -> int:
+        """The routed experts of a layer; without one, the most of any. Raises: CoterieError when no key says."""
+        return self._positive(config, self.count, layer)
 
-    def num_experts_per_token(self, config: Config) -> int:
-        """Top-k. Raises: CoterieError when no key says."""
-        return self._positive(config, self.top_k)
+    def num_experts_per_token(self, config: Config, layer: int | None = None) -> int:
+        """Top-k of a layer; without one, the largest. Raises: CoterieError when no key says."""
+        return self._positive(config, self.top_k, layer)
 
-    def _positive(self, config: Config, keys: tuple[str, ...]) -> int:
-        found = {key: value for key, _, value in lookup(config, keys) if value is not None}
-        if not found:
+    def lists(self, config: Config, keys: tuple[str, ...]) -> bool:
+        """Whether the config gives one of these numbers for each layer."""
+        return self.per_layer and any(isinstance(value, list) for _, _, value in lookup(config, keys))
+
+    def _positive(self, config: Config, keys: tuple[str, ...], layer: int | None = None) -> int:
+        said = {key: value for key, _, value in lookup(config, keys) if value is not None}
+        if not said:
             raise CoterieError(f"config.json ({self.name}): none of the keys {', '.join(keys)}; expected one of them")
-        value = next(iter(found.values()))
-        if type(value) is not int or not 0 < value <= MAX_EXPERTS or len({str(v) for v in found.values()}) > 1:
-            raise CoterieError(f"config.json ({self.name}): expected one positive integer, found {found!r:.200}")
+        found = [self._of_layer(value, layer) for value in said.values()]
+        value = found[0]
+        if type(value) is not int or not 0 < value <= MAX_EXPERTS or found.count(value) < len(found):
+            expected = "one positive integer" + (" for each layer" if self.per_layer else "")
+            raise CoterieError(f"config.json ({self.name}): expected {expected}, found {said!r:.200}")
         return value
+
+    def _of_layer(self, value: object, layer: int | None) -> object:
+        """What a list stands for: its equal entries, a layer's, or the largest; anything else as it is."""
+        if not isinstance(value, list) or not value or not all(type(n) is int for n in value):
+            return value
+        if len(set(value)) == 1:
+            return value[0]
+        if not self.per_layer or (layer or 0) >= len(value):
+            return value
+        return max(value) if layer is None else value[layer]
 
     def groups(self, config: Config) -> RoutingGroups:
         """The routing groups; one group of all experts where the family or the config knows none."""
@@ -180,9 +231,9 @@ def whole_number(config: Config, keys: tuple[str, ...], default: int) -> int:
 
 def num_layers(config: Config) -> int:
     """Decoder layers, from the config. Raises: CoterieError when no key says."""
-    for _, _, value in lookup(config, NUM_LAYERS):
-        if type(value) is int:
-            return value
+    for _, _, value in lookup(config, (*NUM_LAYERS, *LAYER_LISTS)):
+        if type(value) is int or (isinstance(value, list) and value):
+            return value if isinstance(value, int) else len(value)
     raise CoterieError(f"config.json: none of the keys {', '.join(NUM_LAYERS)}; expected the number of layers")
 
 

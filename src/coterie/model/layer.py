@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coterie.codecs.open import opened
 from coterie.errors import CoterieError
+from coterie.model.alike import check_alike
 from coterie.model.counts import check_counts
 from coterie.model.family import NUM_LAYERS, Config, Family, Layout, detect, whole_number
 from coterie.model.own import OwnLayout, own_layout
@@ -179,7 +180,7 @@ def _block(
     """Sorts a layer's tensors (`names`: relative -> full) into the block's roles."""
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
     key = f"mtp.{index}" if MTP.search(prefix) else str(index)
-    num_experts = own.counts.get(key) or family.num_experts(checkpoint.config)
+    num_experts = own.counts.get(key) or family.num_experts(checkpoint.config, index)
     experts = _numbered(layout, names, num_experts)
     numbered = {name for expert in experts for name in expert.values()}
     named: dict[str, list[str]] = {"fused": [], "shared": [], "whole": [], "": []}
@@ -259,16 +260,11 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
     if bool(block.experts) == bool(block.fused):
         fault = "experts both fused and by number" if block.fused else "a router but no experts"
         raise CoterieError(f"{where}: found {fault}; expected one of the two spellings")
-    for number, expert in enumerate(block.experts):
-        kinds, first = (
-            {key: (tensors[n].dtype, tensors[n].shape) for key, n in e.items()} for e in (expert, block.experts[0])
-        )
-        if kinds != first:
-            odd = ", ".join(sorted(set(kinds) ^ set(first))) or "dtype or shape"
-            raise CoterieError(f"{where}: expert {number} differs from expert 0 ({odd}); expected all alike")
+    check_alike(where, block.layout, block.experts, tensors)
+    held, weights = stacked(checkpoint, block), {block.prefix + name for name in block.layout.fused}
     for name in block.fused:
         shape = tensors[name].shape
-        if not shape or shape[0] == 0 or shape[0] % num_experts:
+        if name not in held and (name in weights or shape[:1] not in ((), (1,))):
             raise CoterieError(f"{where}: {name!r} has shape {list(shape)}, which {num_experts} experts cannot share")
     for name in (block.router, *block.rows, *block.tables):
         if not 0 < tensors[name].num_bytes <= MAX_ROUTER:
@@ -280,6 +276,12 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
     if block.constants and tensors[block.constants].shape[:1] != (block.routes.count(-1),):
         found, gone = list(tensors[block.constants].shape), block.routes.count(-1)
         raise CoterieError(f"{where}: {block.constants!r} has shape {found}; {gone} router rows lead to no expert")
+
+
+def stacked(checkpoint: Checkpoint, block: MoE) -> list[str]:
+    """The fused tensors that hold something of every expert; the others, such as static scales, serve all of them."""
+    lengths = ((name, checkpoint.tensors[name].shape[:1]) for name in block.fused)
+    return [name for name, length in lengths if length and length[0] > 0 and length[0] % block.num_experts == 0]
 
 
 def has_routers(checkpoint: Checkpoint, family: Family) -> bool:

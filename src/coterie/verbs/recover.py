@@ -72,7 +72,7 @@ def recover(
     identity = {"command": "recover", "options": report.options, "plan": report.plan, "source": checkpoint.hash}
     identity |= {"teacher": trainee.teacher.hash if trainee.teacher else ""}
     with Writer(request.out, identity, resume=writing.resume, io=io, replace=writing.overwrite) as writer:
-        write(writer, checkpoint, trainee.outputs, checkpoint.config, on_progress)
+        write(writer, checkpoint, trainee.outputs, {"config.json": to_json(checkpoint.config)}, on_progress)
         report.plan.update(trainee.plan.as_dict())
         report.report.update({**course.teach(writer), **request.clock.read()})
         report.report["io"] = writer.io

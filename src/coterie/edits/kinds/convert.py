@@ -122,11 +122,17 @@ def _is_qkv(name: str) -> bool:
     return LAYER.fullmatch(name) is not None and name.endswith((".q_proj.weight", ".k_proj.weight", ".v_proj.weight"))
 
 
+def _coded_obstacle(config: Mapping[str, Any]) -> str:
+    return "its weights are quantised" if config.get("quantization_config") else ""
+
+
 def _head_dim_obstacle(config: Mapping[str, Any]) -> str:
     given, heads = config.get("head_dim"), config.get("num_attention_heads")
     if not all(type(config.get(key)) is int for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")):
         return "its config does not say its sizes"
-    return f"its head_dim is {given}" if given not in (None, config["hidden_size"] // heads) else ""
+    if given not in (None, config["hidden_size"] // heads):
+        return f"its head_dim is {given}"
+    return _coded_obstacle(config)
 
 
 def _mixtral_obstacle(config: Mapping[str, Any]) -> str:
@@ -230,10 +236,6 @@ def _doubled(checkpoint: Checkpoint, tensor: Tensor, name: str) -> Output:
 # --- deepseek_v3 to glm4_moe_lite ------------------------------------------------------------------------------
 
 
-def _v3_obstacle(config: Mapping[str, Any]) -> str:
-    return "its weights are quantised" if config.get("quantization_config") else ""
-
-
 V3_DEFAULTS = {
     "rms_norm_eps": 1e-6, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "max_position_embeddings": 4096,
     "num_experts_per_tok": 8, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 256,
@@ -252,6 +254,6 @@ CONVERSIONS = {
         "qwen2_moe", "Qwen2MoeForCausalLM", _deepseek_obstacle, _patch_deepseek, _deepseek_tensors, shared_scale=0.5
     ),
     "deepseek_v3": Conversion(
-        "glm4_moe_lite", "Glm4MoeLiteForCausalLM", _v3_obstacle, _patch_v3, lambda model, tensor: (whole(tensor),)
+        "glm4_moe_lite", "Glm4MoeLiteForCausalLM", _coded_obstacle, _patch_v3, lambda model, tensor: (whole(tensor),)
     ),
 }

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from coterie.edits.outputs import experts_left
-from coterie.edits.plan import KEPT, Choice, Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
+from coterie.edits.plan import KEPT, Choice, Keys, Kind, Left, Numbers, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
 from coterie.model.family import RoutingGroups, lookup
-from coterie.model.layer import Model, MoE, expert_axis
-from coterie.model.own import OWN, own_layout, own_section
+from coterie.model.layer import Model, MoE, expert_axis, stacked
+from coterie.model.own import OWN, is_own, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.shards import Output, Run, computed, whole
 
@@ -42,16 +42,18 @@ def read(at: str, value: Any) -> dict[str, object]:
 
 def check(model: Model, plan: Plan) -> None:
     """Raises: CoterieError for experts that are not there, and for counts that routing or the config cannot take."""
-    config = model.checkpoint.config
-    groups, top_k = model.family.groups(config), model.family.num_experts_per_token(config)
+    config, family = model.checkpoint.config, model.family
+    groups = family.groups(config)
     blocks = experts_left(model, plan)
     for block, left in blocks.items():
         if choice := plan.choice(block):  # of all rows, the router chooses as before, whatever is stored
             _check_choice(block, choice, groups.num_groups if left.rows < block.num_experts else 1)
     for block, left in blocks.items():
+        top_k = family.num_experts_per_token(config, None if block.mtp else int(block.key))
         check_count(left.rows, top_k, groups, f"plan: {block.name}")
     counts = {left.rows for left in blocks.values()}
-    if len(counts) > 1 and plan.budget.get("layout") != "coterie":
+    own = plan.budget.get("layout") == "coterie" or is_own(config)
+    if len(counts) > 1 and not own and not family.lists(config, family.count):
         raise CoterieError(
             f"plan: layers keep different numbers of experts ({min(counts)} to {max(counts)}), "
             'which no stock config can say; make them equal, or set "layout": "coterie" in the plan\'s budget '
@@ -128,7 +130,7 @@ def _of_experts(checkpoint: Checkpoint, block: MoE, kept: tuple[int, ...]) -> Ou
         for key, name in names.items():
             renamed = f"{block.prefix}{block.layout.experts}{index.get(e)}.{key}"
             result[name] = (whole(tensors[name], renamed),) if e in index else ()
-    for name in (*block.fused, block.router, *block.rows):
+    for name in (*stacked(checkpoint, block), block.router, *block.rows):
         axis = 0 if name in block.fused else expert_axis(tensors[name].shape, block.num_experts)
         assert axis is not None
         result[name] = (_cut(tensors[name], kept, block.num_experts, axis),)
@@ -173,13 +175,21 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
     rows = {block.key: left.rows for block, left in experts_left(model, plan).items() if not block.attention}
     for key, holder, value in list(lookup(config, model.family.count)):
         if value is not None and rows:
-            holder[key.rpartition(".")[2]] = max(rows.values())
-    own = own_layout(config)
-    if len(set(rows.values())) > 1 or own.dense or own.routes:
+            each = [rows.get(str(i), n) for i, n in enumerate(value)] if isinstance(value, list) else None
+            holder[key.rpartition(".")[2]] = each or max(rows.values())
+    own, differ = own_layout(config), len(set(rows.values())) > 1 and not model.family.lists(config, model.family.count)
+    if differ or own.dense or own.routes:
         own_section(config, num_experts=rows)
     elif own.model_type:  # a stock config can say it again
         config["model_type"] = own.model_type
         del config[OWN]
+
+
+def numbers(model: Model, plan: Plan, old: Numbers) -> Numbers | None:
+    choice = plan.layers.get(old.layer or "")
+    if choice is None or old.expert is None:
+        return old
+    return replace(old, expert=choice.kept.index(old.expert)) if old.expert in choice.kept else None
 
 
 def trace(plan: Plan, before: Outcome) -> Outcome:
@@ -189,5 +199,5 @@ def trace(plan: Plan, before: Outcome) -> Outcome:
 
 KIND = Kind(
     order=0, block=Keys(("kept", "clusters"), read), check=check, leave=leave, outputs=outputs, patch=patch,
-    trace=trace, agree=agree,
+    renumber=numbers, trace=trace, agree=agree,
 )  # fmt: skip

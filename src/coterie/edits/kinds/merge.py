@@ -20,7 +20,7 @@ from coterie.errors import CoterieError
 from coterie.methods import align
 from coterie.methods.prune.stun import mean_of
 from coterie.model.experts import expert_biases, expert_matrices
-from coterie.model.layer import Model, MoE, expert_names
+from coterie.model.layer import Model, MoE, expert_names, stacked
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.numerics import decode, encode
 from coterie.storage.shards import Made, Output
@@ -69,7 +69,7 @@ def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
         for i in indices if block.experts else ():
             for key, name in block.experts[choice.kept[i]].items():
                 result[name] = (_averaged(made[name], name, choice, {i: partial(members.numbered, i, key)}, first=i),)
-        for name in (*block.fused, block.router, *block.rows) if indices else ():
+        for name in (*stacked(model.checkpoint, block), block.router, *block.rows) if indices else ():
             of = members.fused if name in block.fused else members.rows
             result[name] = (_averaged(made[name], name, choice, {i: partial(of, i, name) for i in indices}),)
     return result

@@ -7,6 +7,10 @@ FAMILIES = (
     Family(("mellum",), dense=Dense("types", "mlp_layer_types")),
     # No dense layers, or (cohere2_moe) of the experts' own width alone.
     Family(("qwen3_5_moe", "qwen3_5_moe_text", "olmoe", "flex_olmo", "cohere2_moe")),
-    Family(("hunyuan_v1_moe",), layouts=(Layout.under("mlp.", router="gate.wg.weight", shared=("shared_mlp.",)),)),
+    Family(
+        ("hunyuan_v1_moe",),
+        layouts=(Layout.under("mlp.", router="gate.wg.weight", shared=("shared_mlp.",)),),
+        per_layer=True,
+    ),
     Family(("jamba",), layouts=(Layout.under("feed_forward.", router="router.weight"),)),
 )
