@@ -11,7 +11,7 @@ from coterie.edits.plan import Plan, kinds
 from coterie.errors import CoterieError
 from coterie.forward.data import Document, encode
 from coterie.judge.files import Answer, first
-from coterie.judge.loads import float32_short, load_float32
+from coterie.judge.loads import float32_short, load_float32, unjudged
 from coterie.model import causal
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
@@ -60,19 +60,40 @@ def _forward(model: Any, sequences: list[list[int]]) -> list[Any]:
         return [model(input_ids=torch.tensor([s]), use_cache=False).logits[0].float() for s in sequences]
 
 
-def check_computes(model: Any, sequences: list[list[int]]) -> Answer:
-    """The model's logits are finite."""
+def check_computes(
+    out: Checkpoint, model: Any, sequences: list[list[int]], original: Checkpoint | None = None
+) -> Answer:
+    """The model's logits are finite. Where the original's fail likewise it is no fault of OUT."""
     if model is None:
         return True, "not computed: no model was loaded", None
+    logits, fault, sign = _outcome(model, sequences)
+    tokens = f"{sum(map(len, sequences)):,} tokens in {len(sequences)} sequence(s)"
+    if not fault:
+        return True, f"finite logits on {tokens}", logits
+    if excuse := _excuse(out, original, sequences, sign):
+        return True, f"not computed: {excuse} ({fault}, on {tokens})", None
+    return False, f"{fault}, on {tokens}", None
+
+
+def _outcome(model: Any, sequences: list[list[int]]) -> tuple[list[Any], str, str]:
+    """The logits, what is wrong with them ("" if nothing), and of which kind that is."""
     try:
         logits = _forward(model, sequences)
     except Exception as error:  # whatever modelling code raises for a wrong checkpoint
-        return False, f"the forward pass failed: {type(error).__name__}: {error!s:.300}", None
-    tokens = f"{sum(map(len, sequences)):,} tokens in {len(sequences)} sequence(s)"
+        kind = type(error).__name__
+        return [], f"the forward pass failed: {kind}: {error!s:.300}", kind
     bad = sum(int((~values.isfinite()).sum()) for values in logits)
-    if bad:
-        return False, f"{bad:,} logits are NaN or infinite, on {tokens}", None
-    return True, f"finite logits on {tokens}", logits
+    return logits, *((f"{bad:,} logits are NaN or infinite", "not finite") if bad else ("", ""))
+
+
+def _excuse(out: Checkpoint, original: Checkpoint | None, sequences: list[list[int]], sign: str) -> str:
+    """Why the logits' failure is no fault of OUT: the original's fail likewise, or could; empty if it is one."""
+    if original is None:
+        return "" if sign == "not finite" else unjudged(out)
+    if float32_short(original):
+        return ""
+    model, faults = load_float32(original)
+    return "" if faults or _outcome(model, sequences)[2] != sign else "the original does no better"
 
 
 def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], logits: list[Any] | None) -> Answer:
@@ -91,9 +112,12 @@ def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], log
     short = float32_short(source.checkpoint)
     if short:
         return True, f"not compared: the original {short}", None
-    model, faults = load_float32(source.checkpoint)
+    try:
+        model, faults = load_float32(source.checkpoint)
+    except CoterieError as error:
+        return True, f"not compared: the original does not load ({error})", None
     if faults:
-        raise CoterieError(f"{source.checkpoint.path}: the original itself does not load: {first(faults)}")
+        return True, f"not compared: the original does not fill its model ({first(faults)})", None
     before = _forward(model, sequences)
     routing, num_routed = mask_experts(model, source, plan), route_original(model, source, plan, out)
     with routing:
