@@ -218,6 +218,6 @@ def detect(config: Config, names: Collection[str] = ()) -> Family:
     near = difflib.get_close_matches(types[0][:60], registry(), n=3, cutoff=0.3) if types else []
     hint = f"; the nearest known ones are {', '.join(near)}" if near else ""
     raise CoterieError(
-        f"config.json: {shown} is not a family we know{hint}. Adding one is a file in coterie/families "
+        f"config.json: {shown} is not a family we know{hint}. Adding one is a file in coterie/model/families "
         "(CONTRIBUTING.md says how)"
     )
