@@ -17,6 +17,7 @@ import torch
 from coterie.errors import CoterieError
 from coterie.model import moe
 from coterie.model.layer import Model, MoE, expert_names
+from coterie.model.layered import check_layers
 from coterie.model.loading import NO_DATA, convert, decoder_layers, empty_stock, guarded, quiet_transformers
 from coterie.model.opened import open_experts
 from coterie.model.targets import targets
@@ -34,6 +35,7 @@ class Skeleton:
 
         Raises: CoterieError for a model that transformers does not know, or whose experts are closed to us.
         """
+        check_layers(source)
         self.checkpoint, self.dtype = source.checkpoint, dtype
         self.model = empty_model(source.checkpoint, dtype)
         self.decoder = self.model.get_decoder()

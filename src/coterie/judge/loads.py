@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from coterie.codecs.bits import CLOSED
 from coterie.codecs.open import coded
 from coterie.errors import CoterieError
 from coterie.judge.files import Answer, first
-from coterie.model.family import detect, lookup
+from coterie.model.family import detect
+from coterie.model.loadable import quantisation
 from coterie.model.own import OwnLayout, is_own, own_layout
-from coterie.storage.checkpoint import Checkpoint, load_json
+from coterie.storage.checkpoint import Checkpoint
 
 NUMBER = re.compile(r"\d+")
 ALIGNMENT = 64  # bytes, of what torch allocates
@@ -61,18 +61,12 @@ def _only_ours(own: OwnLayout) -> str:
     )
 
 
-def quantisation(checkpoint: Checkpoint) -> Mapping[str, object] | None:
-    """What config.json, as it stands in the folder, says of it; None where it says nothing."""
-    said = lookup(load_json(checkpoint.path / "config.json"), ("quantization_config",))
-    return next((settings for _, _, settings in said if isinstance(settings, dict)), None)
-
-
 def unreadable(checkpoint: Checkpoint) -> str:
     """Why transformers cannot read the checkpoint's quantisation on this machine, and what to install; empty if it can.
 
     A config that it does not understand is not judged here: loading says what is wrong.
     """
-    settings = quantisation(checkpoint)
+    settings = quantisation(checkpoint.path)
     if settings is None:
         return ""
     from transformers import __version__
@@ -113,7 +107,7 @@ def _excuse(out: Checkpoint, original: Checkpoint | None, signs: set[str]) -> st
 
 def unjudged(out: Checkpoint) -> str:
     """What is said of a quantised checkpoint that transformers stumbles over, where there is no original to try."""
-    return "whether the original fares better is known with --against" if quantisation(out) is not None else ""
+    return "whether the original fares better is known with --against" if quantisation(out.path) is not None else ""
 
 
 def float32_short(checkpoint: Checkpoint) -> str:

@@ -119,6 +119,7 @@ class Family:
     group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
     stock: bool = True  # transformers has a class for it
+    layered: bool = True  # its layers pass each other nothing but hidden states, so that they run one at a time
     dense: Dense | None = None  # None: its config cannot say that some layers are dense
 
     @property

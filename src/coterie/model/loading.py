@@ -21,6 +21,7 @@ from typing import Any
 from coterie.errors import CoterieError
 from coterie.model.family import detect, lookup, num_layers
 from coterie.model.layer import LAYER, Model, MoE, is_mtp
+from coterie.model.loadable import check_whole
 from coterie.model.own import OWN, OwnLayout, is_own, own_layout
 from coterie.storage.checkpoint import Checkpoint, load_json, resolve
 
@@ -93,6 +94,7 @@ def load(path: str | Path, *, dtype: str = "auto") -> Any:
 
     check_folder(path)
     folder = resolve(path)
+    check_whole(Checkpoint.open(folder))
     model, faults = load_ours(folder, dtype) if is_ours(folder) else load_stock(folder, dtype)
     if faults:
         found = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in faults.items())
