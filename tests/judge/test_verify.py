@@ -280,6 +280,30 @@ def test_an_unreadable_quantisation_is_told_from_a_broken_file(source, tmp_path)
     assert faults(alone) == {} and "--against" in details(alone)[LOADS]
 
 
+def undecided(tensors, config):
+    """Routers whose rows come in pairs nearer than float32 can tell, of which the third choice takes one."""
+    config["num_experts_per_tok"] = 3
+    for layer in (2, 3):
+        router = tensors[f"model.layers.{layer}.mlp.gate.weight"]
+        router[1::2] = router[::2]
+        router[::2, 0], router[1::2, 0] = 0, 1e-8
+    return tensors, config
+
+
+def test_rounding_that_grows_is_told_from_a_fault(source, tmp_path):
+    """Where routers are nearly undecided, float32 chooses by rounding, and logits differ by what an expert gives: in
+    float64 they agree, so that nothing is wrong; a wrong gate is found as before."""
+    model = tiny.write(tmp_path / "model", *undecided(*tiny.read(source)))
+    gates = {"experts": [3, 1, 6], "gates": [0.5, 0.25, 0.3], "shared_gate": 1.0}
+    apply(model, {"layers": {"1": {"condensed": gates}}}, tmp_path / "out")
+    result = verify(tmp_path / "out", against=model)
+    assert faults(result) == {}
+    assert re.match(r".*equal.* in float64; in float32 they differ by up to \d", details(result)[LOGITS])
+    name = "model.layers.1.mlp.down_proj.weight"
+    rewrite(tmp_path / "out", lambda tensors: tensors[name].__imul__(np.float32(1.01)))
+    assert "differ by up to" in faults(verify(tmp_path / "out", against=model))[LOGITS]
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ def unreadable(checkpoint: Checkpoint) -> str:
 def _attempt(checkpoint: Checkpoint, device: str) -> tuple[Any, str, set[str]]:
     """The model, what is wrong with it ("" if nothing), and the same in signs that other experts of it would share."""
     try:
-        model, faults = load_float32(checkpoint, device)
+        model, faults = load_plain(checkpoint, device)
     except CoterieError as error:
         return None, str(error), {type(error.__cause__).__name__}
     said = "; ".join(f"{kind.replace('_', ' ')}: {first(keys)}" for kind, keys in faults.items())
@@ -117,19 +117,26 @@ def float32_short(checkpoint: Checkpoint) -> str:
     return memory_short(4 * checkpoint.num_parameters)
 
 
-def load_float32(checkpoint: Checkpoint, device: str = "cpu") -> tuple[Any, dict[str, list[str]]]:
-    """The model in float32, and what did not fit by kind; of a stock one on the device "meta", names and shapes alone.
+def float64_short(checkpoint: Checkpoint) -> str:
+    """The same of float64."""
+    from coterie.model.loading import memory_short
+
+    return memory_short(8 * checkpoint.num_parameters)
+
+
+def load_plain(checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32") -> tuple[Any, dict[str, list[str]]]:
+    """The model in one dtype, and what did not fit by kind; on the device "meta" a stock one has no values.
 
     The experts computation is the same for stock models and for our own layout.
     """
     from coterie.model.loading import load_ours, load_stock
 
     if is_own(checkpoint.config):
-        model, faults = load_ours(checkpoint.path, "float32")
+        model, faults = load_ours(checkpoint.path, dtype)
         if model._can_set_experts_implementation():
             model.set_experts_implementation("eager")
     else:
-        model, faults = load_stock(checkpoint.path, "float32", device_map=device, experts_implementation="eager")
+        model, faults = load_stock(checkpoint.path, dtype, device_map=device, experts_implementation="eager")
     _align(model)
     return model, faults
 

@@ -118,7 +118,7 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
     config = checkpoint.config
     quantised = any(settings is not None for _, _, settings in lookup(config, ("quantization_config",)))
     with guarded(folder, "cannot load it"):
-        if dtype == "float32" and (changed := _dequantised(config)):
+        if dtype in ("float32", "float64") and (changed := _dequantised(config)):
             how["config"] = stock_config(changed)
         model, info = auto_class(config).from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
