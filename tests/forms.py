@@ -20,6 +20,7 @@ import tiny
 from coterie.model.layer import Model
 
 GROUP = 8
+WIDTH = 32  # of experts in blocks of 32
 Parts = dict[str, torch.Tensor]
 
 
@@ -115,11 +116,12 @@ def mxfp4(folder: Path, target: Path) -> Path:
     tensors, config = tiny.read(folder)
     draw, made = np.random.default_rng(0), dict[str, np.ndarray]()
     for name, values in tensors.items():
+        rows = 2 * WIDTH if "gate_up_proj" in name else tiny.HIDDEN
         if name.endswith(("gate_up_proj", "down_proj")):
-            num, columns, rows = values.shape  # (E, in, out)
-            padded = -(-columns // 32)
-            made[f"{name}_blocks"] = draw.integers(0, 256, (num, rows, padded, 16), dtype=np.uint8)
-            made[f"{name}_scales"] = draw.integers(118, 122, (num, rows, padded), dtype=np.uint8)
+            shape = (len(values), rows, 1)  # one block of 32 inputs
+            made[f"{name}_blocks"] = draw.integers(0, 256, (*shape, 16), dtype=np.uint8)
+            made[f"{name}_scales"] = draw.integers(118, 122, shape, dtype=np.uint8)
         else:
-            made[name] = values
-    return tiny.write(target, made, config | {"quantization_config": {"quant_method": "mxfp4"}})
+            made[name] = np.zeros((len(values), rows), np.float32) if name.endswith("_proj_bias") else values
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    return tiny.write(target, made, config | {"intermediate_size": WIDTH, "quantization_config": settings})

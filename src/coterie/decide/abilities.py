@@ -17,7 +17,7 @@ from coterie.edits.kinds.merge import check_plain
 from coterie.edits.pack import check_dense, check_packed
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
-from coterie.model.layered import check_layers
+from coterie.model.layered import check_layers, check_single
 from coterie.model.loadable import check_whole
 from coterie.storage.planned import root
 
@@ -61,7 +61,7 @@ def _unpacks(model: Model) -> None:
 
 
 CHECKS: Mapping[str, Callable[[Model], None]] = {
-    "prune": _anything, "apply": _anything, "verify": _anything, "collect": check_layers, "analyze": check_layers,
+    "prune": _anything, "apply": _anything, "verify": _anything, "collect": check_layers, "analyze": check_single,
     "sparsify": _zeroes, "stun": _zeroes, "merge": _merges, "condense": _condenses, "drop": _drops, "eval": _computes,
     "report": _computes, "generate": _computes, "bench": _computes, "pack": _packs, "unpack": _unpacks,
 }  # fmt: skip

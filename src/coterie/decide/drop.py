@@ -18,7 +18,7 @@ from coterie.edits.outputs import patched_config
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
-from coterie.model.family import num_layers
+from coterie.model.family import num_layers, unable
 from coterie.model.layer import Model
 from coterie.options import Help
 from coterie.storage.folders import existing
@@ -59,6 +59,11 @@ def check_options(options: Dropping) -> None:
 def check_model(model: Model, options: Dropping) -> list[int]:
     """The layers that may go. Raises: CoterieError where there are too few, or the config cannot say that one went."""
     sparse = [int(block.key) for block in model.main]
+    if options.unit == "layer" and (kind := unable(model.checkpoint.config, "add")):
+        raise CoterieError(
+            f"{model.checkpoint.path}: the layers of {kind!r} do not simply add their MoE block's output to the hidden "
+            "states before it, so that the block cannot go alone; --unit block, or `condense --select least-squares`"
+        )
     for block in model.main if options.unit == "layer" else ():
         check_foldable(model.checkpoint, block)
     candidates = sparse if options.unit == "layer" else list(range(num_layers(model.checkpoint.config)))

@@ -119,7 +119,6 @@ class Family:
     group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
     stock: bool = True  # transformers has a class for it
-    layered: bool = True  # its layers pass each other nothing but hidden states, so that they run one at a time
     dense: Dense | None = None  # None: its config cannot say that some layers are dense
 
     @property
@@ -198,6 +197,12 @@ def registry() -> dict[str, Family]:
                 assert model_type not in found, f"two records for {model_type}"
                 found[model_type] = family
     return found
+
+
+def unable(config: Config, what: str) -> str:
+    """The model type, if its layers are built so that `what` (see `families.UNABLE`) cannot be; else nothing."""
+    types = importlib.import_module("coterie.model.families").UNABLE[what]
+    return next((str(v) for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if v in types), "")
 
 
 def names_experts(names: Iterable[str]) -> bool:

@@ -23,7 +23,7 @@ FIRST = Dense("prefix", "first_k_dense_replace")
 TYPES = Dense("types", "mlp_layer_types")
 WITH_TYPES = tuple(
     """
-    deepseek_v32 axk1 beam dots3_note_text exaone_moe glm4_moe_lite laguna mimo_v2_flash
+    deepseek_v32 axk1 beam dots3_note_text exaone_moe glm4_moe_lite glm_moe_dsa hy_v4 laguna mimo_v2_flash
     """.split()
 )
 
@@ -33,7 +33,6 @@ FAMILIES = (
     Family(("deepseek_v2",), min_per_group=1, group_switch=("topk_method", "group_limited_greedy"), dense=FIRST),
     Family(("deepseek_v3", "dots1", "glm4_moe"), layouts=(LAYOUT,), dense=FIRST),
     Family(WITH_TYPES, layouts=(LAYOUT,), dense=TYPES),
-    Family(("glm_moe_dsa", "hy_v4"), layouts=(LAYOUT,), dense=TYPES, layered=False),  # pass on what attention chose
     # A dense layer's norm is another one (axk2), its MLP is stored otherwise, or there is none.
     Family(("axk2", "minimax_m3_vl_text", "solar_open"), layouts=(LAYOUT,)),
     Family(("kimi_k2",), layouts=(LAYOUT,), stock=False, dense=FIRST),
