@@ -3,6 +3,7 @@ with one line that says why. Of what was written, `verify` finds no fault.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ import tiny
 from coterie.cli import main
 from coterie.decide.abilities import CHECKS
 from coterie.verbs.inspect_ import inspect
+from coterie.verbs.prune import prune
+from coterie.verbs.verify import verify
 
 PLAIN = [*tiny.model_types()]
 WRITING = {
@@ -115,6 +118,27 @@ def test_a_promise_is_kept(tiny_checkpoint, tokenizer, tmp_path, capfd, model_ty
     assert walk(capfd, model, tmp_path, tokenizer / "data.jsonl", verbs) == []
 
 
+def test_rounded_values_are_not_promised_back(tiny_checkpoint, tokenizer, tmp_path, capfd):
+    """Zeros stored as bits with values as they were can be unpacked; with values rounded to int8 they cannot."""
+    model, data = tiny_checkpoint("qwen3_moe"), tokenizer / "data.jsonl"
+    assert run(capfd, *words_of("sparsify", model, tmp_path / "dense", data))[0] == 0
+    for values, works in (("as stored", True), ("int8", False)):
+        packed = tmp_path / values.replace(" ", "-")
+        assert run(capfd, "pack", tmp_path / "dense", packed, "--values", values)[0] == 0
+        can = inspect(packed)["can"]
+        assert (can["unpack"] is True) == works and "packed already" in can["pack"]
+        assert run(capfd, "unpack", packed, tmp_path / f"{values}-back")[0] == (0 if works else 2)
+    assert "int8, which rounds" in can["unpack"]
+
+
+def test_experts_that_nobody_reads_are_moved(tiny_checkpoint, tmp_path):
+    """Of three and more that stun finds alike one stays by the rule for two, and that is said; bytes are not read."""
+    model = stored(tiny_checkpoint, tmp_path, "qwen3_moe", "unknown")
+    report = prune(model, tmp_path / "out", experts=3).report
+    assert any("the tie rule says who stays" in note for note in report["warnings"])
+    assert verify(tmp_path / "out", against=model)["ok"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", PLAIN)
 def test_every_family_answers_every_verb(tiny_checkpoint, tokenizer, tmp_path, capfd, model_type):
@@ -142,3 +166,16 @@ def test_mxfp4_answers_every_verb(tiny_checkpoint, tokenizer, tmp_path, capfd):
     """The one form that only fused experts are published in."""
     model = beside(stored(tiny_checkpoint, tmp_path, "gpt_oss", "mxfp4"), tokenizer)
     assert walk(capfd, model, tmp_path, tokenizer / "data.jsonl", [*WRITING, *OTHERS]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", PLAIN)
+def test_the_table_of_families_is_true(tiny_checkpoint, model_type):
+    """What docs/families.md says of a model type, `inspect` says of a model of it."""
+    page = (Path(__file__).parent.parent / "docs" / "families.md").read_text().partition("## What works")[2]
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{model_type}` |"))
+    _, _, prune, calibrate, condense, *_ = (cell.strip() for cell in row.split("|"))
+    can = inspect(tiny_checkpoint(model_type))["can"]
+    assert (prune == "yes", calibrate == "yes") == (can["prune"] is True, can["collect"] is True)
+    if model_type != "deepseek":  # whose tiny config leaves out the sizes that repackaging asks for
+        assert (condense == "no") == (can["condense"] is not True), can["condense"]
