@@ -6,6 +6,8 @@ NAME_scales  U8 (E, out, in / 32)       exponents: times 2^(scale - 127)
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from coterie.codecs import Codec, Coded, Place
@@ -31,7 +33,8 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     num_experts, out, groups = blocks.shape[:3] if len(blocks.shape) == 4 else (place.num_matrices, 0, 0)
     size = blocks.num_bytes + (scales.num_bytes if scales else 0)
     names = tuple(place.name + part for part in PARTS)
-    return Coded(place.name, "F32", (num_experts, 32 * groups, out), names, size, rows)
+    check = partial(_check, place, blocks, scales)
+    return Coded(place.name, "F32", (num_experts, 32 * groups, out), names, size, rows, check=check)
 
 
 def _check(place: Place, *found: Tensor | None) -> None:

@@ -1,0 +1,138 @@
+"""Models in the forms they are published in are read as the dense models that they stand for, bit for bit."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import published
+import tiny
+from coterie.errors import CoterieError
+from coterie.forward.measure import measure
+from coterie.model.experts import expert_matrices, expert_shapes
+from coterie.model.layer import Model
+from coterie.model.stored import check_readable
+from coterie.storage.numerics import packed, unpacked
+
+every_form = pytest.mark.parametrize("form", published.FORMS)
+
+
+def sequences():
+    draw = np.random.default_rng(0)
+    return {"prose": [tuple(draw.integers(3, tiny.VOCABULARY, n).tolist()) for n in (9, 24, 9)]}
+
+
+def twin(source, folder, dense):
+    """The checkpoint in plain float32."""
+    return tiny.write(folder, {n: np.ascontiguousarray(v) for n, v in dense.items()}, tiny.read(source)[1])
+
+
+@every_form
+def test_what_is_measured_is_what_the_dense_twin_gives(tiny_checkpoint, tmp_path, form):
+    """Attention, shared experts, dense layers and routed experts in one form: every sum, in both dtypes."""
+    source = tiny_checkpoint({"nvfp4": "qwen3_moe", "awq": "qwen2_moe"}.get(form, "deepseek_v3"))
+    dense = published.write(source, tmp_path / "m", form)
+    models = [Model.open(folder) for folder in (tmp_path / "m", twin(source, tmp_path / "twin", dense))]
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = (measure(model, sequences(), dtype).sums for model in models)
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+
+
+@every_form
+def test_experts_are_what_they_mean_weight_by_weight(tiny_checkpoint, tmp_path, form):
+    """Shapes from headers, values by the form's formula in a loop."""
+    dense = published.write(tiny_checkpoint("qwen3_moe"), tmp_path / "m", form)
+    model = Model.open(tmp_path / "m")
+    for block in model.main:
+        assert expert_shapes(model.checkpoint, block) == {
+            "gate": (tiny.EXPERT_HIDDEN, tiny.HIDDEN), "up": (tiny.EXPERT_HIDDEN, tiny.HIDDEN),
+            "down": (tiny.HIDDEN, tiny.EXPERT_HIDDEN),
+        }  # fmt: skip
+        for e in (0, tiny.NUM_EXPERTS - 1):
+            for part, found in zip(tiny.GATED, expert_matrices(model.checkpoint, block, e), strict=True):
+                expected = dense[f"{block.prefix}mlp.experts.{e}.{part}.weight"]
+                assert found.dtype == np.float32 and np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_numbers_stand_end_to_end_in_words(bits):
+    """Against Python's integers, of any length of rows; and back."""
+    values = np.random.default_rng(bits).integers(0, 2**bits, (3, 37))
+    rows = np.array([published.words(row.tolist(), bits) for row in values], np.int32)
+    assert np.array_equal(unpacked(rows, bits, 37), values) and np.array_equal(packed(values, bits), rows)
+
+
+# --- what cannot be read -----------------------------------------------------------------------------------------
+
+
+def changed(folder, change):
+    """Changes the tensors of a folder in place; nothing else."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    return Model.open(folder)
+
+
+UNREADABLE = {
+    "a second scale": ("fp8", ".weight_scale_inv", ".scale_2"),
+    "no zeros": ("gptq", ".qzeros", None),
+    "words of another type": ("awq", ".qweight", torch.int64),
+    "scales that do not divide": ("int4", ".weight_scale", slice(3)),
+    "no such state": ("nf4", ".weight.quant_state.bitsandbytes__nf4", None),
+    "a table cut short": ("nf4", ".weight.quant_map", slice(3)),
+    "no global scale": ("nvfp4", ".weight_global_scale", None),
+    "packed in an unknown way": ("gptq", ".qweight", ".W_q"),
+}
+
+
+@pytest.mark.parametrize("where", ["experts", "attention"])
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_what_cannot_be_read_is_refused_once_for_the_checkpoint(tiny_checkpoint, tmp_path, case, where):
+    """One sentence says where it is, what was found and what can be done all the same; headers are enough."""
+    form, part, instead = UNREADABLE[case]
+    inside = "experts." if where == "experts" else "self_attn."
+
+    def only(name, values):
+        return published.is_linear(name, values) and inside in name
+
+    published.write(tiny_checkpoint("qwen3_moe"), tmp_path / "m", form, only)
+
+    def change(tensors):
+        for name in [n for n in tensors if n.endswith(part)]:
+            tensor = tensors.pop(name)
+            if isinstance(instead, str):
+                tensors |= {name: tensor.clone()} if instead == ".scale_2" else {}
+                tensors[name.removesuffix(part) + instead] = tensor
+            elif isinstance(instead, slice):
+                tensors[name] = tensor[..., instead]
+            elif instead:
+                tensors[name] = tensor.to(instead)
+
+    model, inside = changed(tmp_path / "m", change), re.escape(inside)
+    with pytest.raises(CoterieError, match=rf"stored in a way that we cannot read .*{inside}.*prune") as told:
+        check_readable(model)
+    assert (": experts are" in str(told.value)) == (where == "experts")
+    assert (": layers outside the experts are" in str(told.value)) == (where == "attention")
+    with pytest.raises(CoterieError, match="cannot read"):
+        measure(model, sequences(), torch.float32)
+
+
+def test_both_places_are_named(tiny_checkpoint, tmp_path):
+    """Attention that is quantised too is no surprise after the experts were dequantised."""
+    published.write(tiny_checkpoint("qwen3_moe"), tmp_path / "m", "gptq")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(config.read_text().replace('"gptq"', '"aqlm"'))
+    with pytest.raises(CoterieError, match=r"experts and layers outside the experts .*experts\..*self_attn\..*prune"):
+        check_readable(Model.open(tmp_path / "m"))
+
+
+def test_every_readable_form_passes(tiny_checkpoint, tmp_path):
+    """And so does a plain checkpoint."""
+    check_readable(Model.open(tiny_checkpoint("qwen3_moe")))
+    for form in ("fp8", "int4", "gptq"):
+        published.write(tiny_checkpoint("qwen3_moe"), tmp_path / form, form)
+        check_readable(Model.open(tmp_path / form))
