@@ -1,5 +1,6 @@
 """Models in the forms they are published in are read as the dense models that they stand for, bit for bit."""
 
+import json
 import re
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 
 import published
 import tiny
+from coterie import apply, prune, sparsify, verify
 from coterie.errors import CoterieError
 from coterie.forward.measure import measure
 from coterie.model.experts import expert_matrices, expert_shapes
 from coterie.model.layer import Model
 from coterie.model.stored import check_readable
-from coterie.storage.numerics import packed, unpacked
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.numerics import unpacked
 
 every_form = pytest.mark.parametrize("form", published.FORMS)
 
@@ -58,10 +61,103 @@ def test_experts_are_what_they_mean_weight_by_weight(tiny_checkpoint, tmp_path, 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_numbers_stand_end_to_end_in_words(bits):
-    """Against Python's integers, of any length of rows; and back."""
+    """Against Python's integers, of any length of rows."""
     values = np.random.default_rng(bits).integers(0, 2**bits, (3, 37))
     rows = np.array([published.words(row.tolist(), bits) for row in values], np.int32)
-    assert np.array_equal(unpacked(rows, bits, 37), values) and np.array_equal(packed(values, bits), rows)
+    assert np.array_equal(unpacked(rows, bits, 37), values)
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+CONDENSED = {"experts": [6, 1], "gates": [0.4, 0.3], "shared_gate": 1.0}
+PAIRS = [[0, 1], [2, 3], [4, 5], [6, 7]]
+MERGED = {"kept": [0, 3, 4, 6], "clusters": PAIRS, "merged": True}
+CHANGES = {
+    "merged": {str(layer): MERGED for layer in range(4)},
+    "condensed": {"1": {"condensed": CONDENSED}},
+}
+changing_forms = pytest.mark.parametrize("form", ["fp8", "int4", "gptq", "awq", "nf4-nested"])
+
+
+def in_bf16(source, folder, dense):
+    """The checkpoint with what was quantised in BF16, the rest as it was."""
+    from safetensors.torch import save_file
+
+    tensors, config = tiny.read(source)
+    changed = {n for n, v in dense.items() if not np.array_equal(v, tensors[n])}
+    stored = {n: torch.tensor(v).to(torch.bfloat16 if n in changed else torch.float32) for n, v in dense.items()}
+    folder.mkdir()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def assert_same(ours, theirs):
+    """Tensors, bytes and config."""
+    ours, theirs = Checkpoint.open(ours), Checkpoint.open(theirs)
+    assert ours.config == theirs.config and "quantization_config" not in ours.config
+    assert {n: (t.dtype, t.shape) for n, t in ours.tensors.items()} == {
+        n: (t.dtype, t.shape) for n, t in theirs.tensors.items()
+    }
+    assert all(ours.raw(name) == theirs.raw(name) for name in theirs.tensors)
+
+
+@every_form
+def test_dropping_keeps_bytes(tiny_checkpoint, tmp_path, form):
+    """Every part of a kept expert, and of everything beside; the form is still the config's."""
+    source = tmp_path / "m"
+    published.write(tiny_checkpoint("qwen3_moe"), source, form)
+    report = prune(source, tmp_path / "out", method="router-norm", experts=5)
+    before, after = Model.open(source), Model.open(tmp_path / "out")
+    assert after.checkpoint.config["quantization_config"] == before.checkpoint.config["quantization_config"]
+    assert "dequantised" not in report.plan
+    for old, new in zip(before.main, after.main, strict=True):
+        for i, e in enumerate(report.plan["layers"][old.key]["kept"]):
+            assert old.experts[e].keys() == new.experts[i].keys()
+            for key, name in old.experts[e].items():
+                assert before.checkpoint.raw(name) == after.checkpoint.raw(new.experts[i][key])
+    others = [name for name in before.checkpoint.tensors if before.roles[name] == "other"]
+    assert others and all(before.checkpoint.raw(name) == after.checkpoint.raw(name) for name in others)
+
+
+@changing_forms
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_is_written_in_bf16_as_of_the_twin_and_said(tiny_checkpoint, tmp_path, form, change):
+    """All that was quantised, so that one config is true of all; `verify` knows it, and the plan applies again."""
+    original, source = tiny_checkpoint("qwen2_moe"), tmp_path / "m"
+    dense = published.write(original, source, form)
+    report = apply(source, {"layers": CHANGES[change]}, tmp_path / "out")
+    apply(in_bf16(original, tmp_path / "twin", dense), {"layers": CHANGES[change]}, tmp_path / "theirs")
+    assert_same(tmp_path / "out", tmp_path / "theirs")
+    assert report.plan["dequantised"] is True and any("written as BF16" in w for w in report.report["warnings"])
+    assert verify(tmp_path / "out", against=source)["ok"]
+    apply(source, tmp_path / "out", tmp_path / "again")
+    assert_same(tmp_path / "again", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("method", "form"), [("magnitude", "int4"), ("magnitude", "nf4"), ("sparsegpt", "fp8")])
+def test_zeros_that_the_form_does_not_take_are_written_in_bf16(tiny_checkpoint, tmp_path, method, form):
+    """Packed weights, and those that a rule corrects."""
+    original, source = tiny_checkpoint("qwen3_moe"), tmp_path / "m"
+    dense = published.write(original, source, form)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"input_ids": list(s)}) for s in sequences()["prose"] * 3))
+    how = {"method": method, "sparsity": 0.5}
+    how |= {} if method == "magnitude" else {"data": {"prose": data}, "samples": 8, "seq_len": 9, "min_tokens": 1}
+    sparsify(source, tmp_path / "out", **how)
+    sparsify(in_bf16(original, tmp_path / "twin", dense), tmp_path / "theirs", **how)
+    assert_same(tmp_path / "out", tmp_path / "theirs")
+    assert verify(tmp_path / "out", against=source)["ok"]
+
+
+def test_what_cannot_stay_where_it_is_is_not_changed_in_place(tiny_checkpoint, tmp_path):
+    """MODEL is whole afterwards."""
+    source = tmp_path / "m"
+    published.write(tiny_checkpoint("qwen3_moe"), source, "int4")
+    before = Checkpoint.open(source).hash
+    with pytest.raises(CoterieError, match=r"--in-place moves bytes; here .*BF16"):
+        apply(source, {"layers": CHANGES["merged"]}, tmp_path / "out", in_place=True)
+    assert Checkpoint.open(source).hash == before and not list(tmp_path.glob("out*"))
 
 
 # --- what cannot be read -----------------------------------------------------------------------------------------

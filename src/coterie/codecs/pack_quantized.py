@@ -18,8 +18,7 @@ import numpy as np
 
 from coterie.codecs import Codec, Coded, Place, check_scales, found_parts, in_groups, refusal
 from coterie.storage.checkpoint import FLOATS, Checkpoint, Tensor
-from coterie.storage.numerics import decode, packed, unpacked
-from coterie.storage.numerics import encode as stored
+from coterie.storage.numerics import unpacked
 
 PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")
 
@@ -34,7 +33,6 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
         place.name, "F32", shape, tuple(t.name for t in parts.values()), sum(t.num_bytes for t in parts.values()),
         lambda e: _rows(checkpoint, place, parts, shape),
         check=partial(_check, place, parts, shape),
-        encode=partial(_encode, place, parts, shape) if not {"_zero_point", "_g_idx"} & parts.keys() else None,
     )  # fmt: skip
 
 
@@ -110,21 +108,6 @@ def _group_of(checkpoint: Checkpoint, index: Tensor | None, num_groups: int) -> 
         assert index
         raise refusal(index.name, f"groups {found.min()} to {found.max()}", f"0 to {num_groups - 1}")
     return found
-
-
-def _encode(place: Place, parts: Mapping[str, Tensor], shape: tuple[int, int], values: np.ndarray) -> dict[str, bytes]:
-    """Each group's largest magnitude over 2^(b-1) - 1/2 is its scale, as stored; numbers are the nearest."""
-    _check(place, parts, shape)
-    bits, scales = _bits(place, parts, shape), parts["_scale"]
-    half = 1 << (bits - 1)
-    grouped = values.reshape(*(scales.shape if len(scales.shape) == 2 else (1, 1)), -1)
-    raw = stored(np.abs(grouped).max(-1) / (half - 0.5), scales.dtype, scales.name)
-    factors = decode(raw, scales.dtype, scales.name).reshape(*grouped.shape[:2], 1)
-    numbers = np.rint(grouped / np.where(factors == 0, 1, factors)).clip(-half, half - 1) + half
-    found = {"_packed": packed(numbers.reshape(shape), bits).tobytes(), "_scale": raw}
-    if "_shape" in parts:
-        found["_shape"] = np.array(shape, "<i8" if parts["_shape"].dtype == "I64" else "<i4").tobytes()
-    return {parts[part].name: data for part, data in found.items()}
 
 
 CODEC = Codec(parts=PARTS, read=read)

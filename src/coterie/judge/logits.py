@@ -6,6 +6,7 @@ from typing import Any
 
 from coterie.codecs.open import inexact
 from coterie.edits.kinds.convert import converted
+from coterie.edits.kinds.dequantise import dequantised
 from coterie.edits.lineage import plan_of
 from coterie.edits.plan import Plan, kinds
 from coterie.errors import CoterieError
@@ -111,7 +112,7 @@ def _check_explicit(source: Model, plan: Plan, sequences: list[list[int]], logit
     from coterie.judge.explicit import explicit_logits
 
     try:
-        expected = explicit_logits(converted(source, plan.converted), plan, sequences)
+        expected = explicit_logits(dequantised(converted(source, plan.converted), plan), plan, sequences)
     except CoterieError as error:
         return True, f"not compared: {error}", None
     ok, detail = _judge(_largest_gap(logits, expected), expected)

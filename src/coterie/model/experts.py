@@ -18,6 +18,7 @@ from coterie.model.layer import MoE
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode
 
+QUANTISATION = "quantization_config"  # the entry of config.json
 Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # of an expert: gate (F, D), up (F, D), down (D, F)
 
 
@@ -167,7 +168,7 @@ def _held(checkpoint: Checkpoint, block: MoE, e: int) -> dict[str, Coded | None]
 
 def quantisation(checkpoint: Checkpoint) -> object:
     """What config.json says of how weights are stored; an empty object where it says nothing."""
-    said = (value for _, _, value in lookup(checkpoint.config, ("quantization_config",)) if value is not None)
+    said = (value for _, _, value in lookup(checkpoint.config, (QUANTISATION,)) if value is not None)
     return next(said, {})
 
 

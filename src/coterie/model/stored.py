@@ -1,19 +1,25 @@
 """How the matrices of a checkpoint are stored, outside the experts as well; and whether they can be read at all.
 
-The experts' own are `experts.py`'s. What cannot be calculated with is refused here, once for a whole checkpoint.
+The experts' own are `experts.py`'s. What cannot be calculated with is refused here, once for a whole checkpoint; and a
+checkpoint is opened here as the one in plain floats that it stands for, where its weights are to be changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
+
 from coterie.codecs import Coded, Place, codecs
-from coterie.codecs.open import matrices_at
+from coterie.codecs.open import codec_of, decoded, matrices_at
 from coterie.errors import CoterieError
-from coterie.model.experts import expert_storage, quantisation
-from coterie.model.layer import LAYER, Model, MoE, expert_names, mtp_names
+from coterie.model.experts import QUANTISATION, expert_storage, quantisation
+from coterie.model.family import lookup
+from coterie.model.layer import LAYER, Model, MoE, expert_names, find_blocks, mtp_names
 from coterie.storage.checkpoint import FLOATS, Checkpoint
+from coterie.storage.planned import root, view
 
 UNPACKED = (*FLOATS, "I64", "BOOL")  # what tables and flags are stored as, and nothing is packed in
 ADVICE = "prune, drop and apply move such weights as they are; for anything else dequantise the checkpoint first"
@@ -60,9 +66,58 @@ def _linears(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def outside(model: Model) -> list[str]:
-    """The tensors that belong to no routed expert, nor to multi-token prediction."""
-    inside = {name for block in model.moe for name in expert_names(block)} | set(mtp_names(model))
+def in_experts(model: Model, blocks: Iterable[MoE]) -> dict[str, Coded]:
+    """The matrices of these blocks' experts that are not plain floats, likewise; a fused tensor's are one."""
+    found = {}
+    for block in blocks:
+        for e in range(max(1, len(block.experts))):
+            names = list(block.experts[e].values()) if block.experts else block.fused
+            for matrix in expert_storage(model.checkpoint, block, e):
+                if not (matrix.verbatim and matrix.dtype in FLOATS):
+                    stem = matrix.name.removesuffix(".weight")
+                    parts = (n for n in names if n.startswith((stem + ".", stem + "_")) or n == stem)
+                    own = tuple(n for n in parts if not n.endswith((".bias", "_bias")))
+                    found[matrix.name] = replace(matrix, parts=own, rows=_all_rows(matrix, block))
+    return found
+
+
+def _all_rows(matrix: Coded, block: MoE) -> Callable[[int], np.ndarray]:
+    """Of a tensor that has its experts' rows one below the other, all of them at once."""
+    if block.experts or len(matrix.shape) == 3:
+        return matrix.rows
+    return lambda _: np.concatenate([matrix.rows(e) for e in range(block.num_experts)])
+
+
+def dense(model: Model) -> Model:
+    """The model with its quantised matrices as BF16 under their plain names, to be read and written like any other.
+
+    Raises: CoterieError where some cannot be read.
+    """
+    checkpoint = model.checkpoint
+    check_readable(model)
+    found = in_experts(model, model.moe) | quantised(checkpoint, outside(model, prediction=True))
+    outputs = decoded(checkpoint, {name: replace(matrix, dtype="BF16") for name, matrix in found.items()})
+    config = copy.deepcopy(checkpoint.config)
+    for key, holder, _ in list(lookup(config, (QUANTISATION,))):
+        del holder[key]
+    return find_blocks(view(checkpoint, outputs, config), model.family)
+
+
+def in_floats(model: Model) -> Model:
+    """The model itself where nothing is quantised, else as `dense` has it."""
+    return dense(model) if quantisation(model.checkpoint) else model
+
+
+def is_dense_view(checkpoint: Checkpoint) -> bool:
+    """Whether it is what `dense` made of a checkpoint on the disk."""
+    there = root(checkpoint)
+    return codec_of(there) is None and bool(quantisation(there)) and not quantisation(checkpoint)
+
+
+def outside(model: Model, *, prediction: bool = False) -> list[str]:
+    """The tensors that belong to no routed expert, nor, unless it is asked for, to multi-token prediction."""
+    inside = {name for block in model.moe for name in expert_names(block)}
+    inside |= set() if prediction else set(mtp_names(model))
     return [name for name in model.checkpoint.tensors if name not in inside]
 
 
