@@ -141,20 +141,22 @@ def nf4(w: np.ndarray, draw: np.random.Generator, *, nested: bool = True) -> tup
     return parts | (tables if nested else {}), found
 
 
-def nvfp4(w: np.ndarray, draw: np.random.Generator) -> tuple[Parts, Any]:
+def nvfp4(w: np.ndarray, draw: np.random.Generator, *, divides: bool = True) -> tuple[Parts, Any]:
+    """The second scale divides, or, of ModelOpt's files, multiplies."""
     blocks = w.reshape(len(w), -1, 16)
     scales = torch.tensor(np.abs(blocks).max(-1) / 6 * 2.5).to(torch.float8_e4m3fn)
     codes = draw.integers(0, 16, w.shape)
     factors = scales.float().numpy()
-    found = [[np.float32(E2M1[c]) * np.float32(factors[o, i // 16] / np.float32(2.5)) for i, c in enumerate(row)]
-             for o, row in enumerate(codes)]  # fmt: skip
-    parts = {
-        ".weight_packed": torch.tensor(codes[:, 0::2] + 16 * codes[:, 1::2], dtype=torch.uint8),
-        ".weight_scale": scales,
-        ".weight_global_scale": torch.tensor([2.5]),
-        ".input_global_scale": torch.tensor([3.0]),
-    }
-    return parts, np.float32(found)
+    factors = factors / np.float32(2.5) if divides else factors * np.float32(0.4)
+    found = np.zeros(w.shape, np.float32)
+    for o, row in enumerate(codes):
+        for i, code in enumerate(row):
+            found[o, i] = np.float32(E2M1[code]) * factors[o, i // 16]
+    both = torch.tensor(codes[:, 0::2] + 16 * codes[:, 1::2], dtype=torch.uint8)
+    if not divides:
+        return {".weight": both, ".weight_scale": scales, ".weight_scale_2": torch.tensor(0.4)}, found
+    parts = {".weight_packed": both, ".weight_scale": scales, ".weight_global_scale": torch.tensor([2.5])}
+    return parts | {".input_global_scale": torch.tensor([3.0])}, found
 
 
 def fp8(w: np.ndarray, draw: np.random.Generator, dtype: torch.dtype = torch.float32) -> tuple[Parts, Any]:
@@ -170,6 +172,14 @@ def fp8(w: np.ndarray, draw: np.random.Generator, dtype: torch.dtype = torch.flo
     return parts, codes.float().numpy() * factors
 
 
+def fp8_rows(w: np.ndarray, draw: np.random.Generator) -> tuple[Parts, Any]:
+    """A scale for every row, and scales of cached keys."""
+    scales = torch.tensor(np.abs(w).max(1, keepdims=True) / 448).to(torch.bfloat16)
+    codes = torch.tensor(w / scales.float().numpy()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    parts = {".weight": codes, ".weight_scale": scales, ".k_scale": torch.tensor([0.5])}
+    return parts, codes.float().numpy() * scales.float().numpy()
+
+
 def compressed(bits: int, **weights: Any) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": True} | weights
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
@@ -183,6 +193,7 @@ FORMS: dict[str, tuple[Form, dict[str, Any]]] = {
         lambda w, draw: fp8(w, draw, torch.bfloat16),
         {"quant_method": "fp8", "weight_block_size": list(BLOCK)},
     ),
+    "fp8-rows": (fp8_rows, compressed(8, type="float", strategy="channel") | {"format": "float-quantized"}),
     "int4": (pack_quantized, compressed(4)),
     "int4-without-shapes": (lambda w, draw: pack_quantized(w, draw, shape=False), compressed(4)),
     "int3": (lambda w, draw: pack_quantized(w, draw, 3), compressed(3)),
@@ -194,6 +205,7 @@ FORMS: dict[str, tuple[Form, dict[str, Any]]] = {
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}),
     "nf4": (lambda w, draw: nf4(w, draw, nested=False), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "nf4-nested": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
+    "nvfp4-modelopt": (lambda w, draw: nvfp4(w, draw, divides=False), {"quant_method": "modelopt"}),
     "nvfp4": (nvfp4, compressed(4, type="float", group_size=16) | {"format": "nvfp4-pack-quantized"}),
 }
 

@@ -34,7 +34,9 @@ def twin(source, folder, dense):
 @every_form
 def test_what_is_measured_is_what_the_dense_twin_gives(tiny_checkpoint, tmp_path, form):
     """Attention, shared experts, dense layers and routed experts in one form: every sum, in both dtypes."""
-    source = tiny_checkpoint({"nvfp4": "qwen3_moe", "awq": "qwen2_moe"}.get(form, "deepseek_v3"))
+    source = tiny_checkpoint(
+        {"nvfp4": "qwen3_moe", "nvfp4-modelopt": "qwen3_moe", "awq": "qwen2_moe"}.get(form, "deepseek_v3")
+    )
     dense = published.write(source, tmp_path / "m", form)
     models = [Model.open(folder) for folder in (tmp_path / "m", twin(source, tmp_path / "twin", dense))]
     for dtype in (torch.float32, torch.bfloat16):

@@ -130,8 +130,10 @@ def check_readable(model: Model) -> None:
     beside = _fault_outside(model)
     if inside or beside:
         where = " and ".join(["experts"] * bool(inside) + ["layers outside the experts"] * bool(beside))
+        settings = quantisation(model.checkpoint)
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise CoterieError(
-            f"{model.checkpoint.path}: {where} are stored in a way that we cannot read ("
+            f"{model.checkpoint.path}: {where} are stored in a way that we cannot read (quant_method {method!r:.40}; "
             f"{'; '.join(filter(None, (inside, beside)))}); {ADVICE}"
         )
 
