@@ -6,17 +6,19 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import published
 import tiny
-from coterie import apply, prune, sparsify, verify
+from coterie import apply, condense, drop, prune, sparsify, verify
 from coterie.errors import CoterieError
 from coterie.forward.measure import measure
 from coterie.model.experts import expert_matrices, expert_shapes
 from coterie.model.layer import Model
-from coterie.model.stored import check_readable
+from coterie.model.stored import check_readable, outside, quantised
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import unpacked
+from coterie.storage.tensors import read
 
 every_form = pytest.mark.parametrize("form", published.FORMS)
 
@@ -69,6 +71,55 @@ def test_numbers_stand_end_to_end_in_words(bits):
     assert np.array_equal(unpacked(rows, bits, 37), values)
 
 
+# --- against the libraries' own ----------------------------------------------------------------------------------
+
+
+def stored_matrices(source, folder, form):
+    """(the stored parts by what they add to the module's name, our values) of every matrix outside the experts."""
+    published.write(source, folder, form, lambda name, values: published.is_linear(name, values) and "attn" in name)
+    model = Model.open(folder)
+    for name, matrix in quantised(model.checkpoint, outside(model)).items():
+        stem = name.removesuffix("weight")
+        yield {part.removeprefix(stem): read(model.checkpoint, part) for part in matrix.parts}, matrix.rows(0)
+
+
+@pytest.mark.parametrize("form", ["fp8-rows"])
+def test_fp8_as_transformers_dequantises_it(tiny_checkpoint, tmp_path, form):
+    """Its own operation, in float32."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    for parts, ours in stored_matrices(tiny_checkpoint("qwen3_moe"), tmp_path / "m", form):
+        theirs = Fp8Dequantize(None)._dequantize_one(parts["weight"], parts["weight_scale"], torch.float32)
+        assert np.array_equal(ours, theirs.numpy())
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "int3", "nvfp4"])
+def test_integers_and_nvfp4_as_compressed_tensors_decompresses_them(tiny_checkpoint, tmp_path, form):
+    """Its own compressors; the scales are made float32, which its products then are. Of NVFP4 they are bf16."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationScheme
+
+    name = "NVFP4PackedCompressor" if form == "nvfp4" else "PackedQuantizationCompressor"
+    scheme = QuantizationScheme(**published.FORMS[form][1]["config_groups"]["group_0"])
+    for parts, ours in stored_matrices(tiny_checkpoint("qwen3_moe"), tmp_path / "m", form):
+        parts |= {"weight_scale": parts["weight_scale"].float()} if form != "nvfp4" else {}
+        theirs = getattr(compressors, name).decompress(parts, scheme)["weight"].float().numpy()
+        assert np.allclose(ours, theirs, rtol=2**-7, atol=0) if form == "nvfp4" else np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4_as_bitsandbytes_packs_it(tmp_path, nested):
+    """What it quantised and says that it means."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weights = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))  # else its CPU code mixes blocks up
+    codes, state = functional.quantize_4bit(weights, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    tensors = {f"x.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file({"x.weight": codes, **tensors}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    found = quantised(Checkpoint.open(tmp_path), ["x.weight", *tensors])["x.weight"]
+    assert np.array_equal(found.rows(0), functional.dequantize_4bit(codes, state).numpy())
+
+
 # --- what is written ----------------------------------------------------------------------------------------------
 
 CONDENSED = {"experts": [6, 1], "gates": [0.4, 0.3], "shared_gate": 1.0}
@@ -83,8 +134,6 @@ changing_forms = pytest.mark.parametrize("form", ["fp8", "int4", "gptq", "awq", 
 
 def in_bf16(source, folder, dense):
     """The checkpoint with what was quantised in BF16, the rest as it was."""
-    from safetensors.torch import save_file
-
     tensors, config = tiny.read(source)
     changed = {n for n, v in dense.items() if not np.array_equal(v, tensors[n])}
     stored = {n: torch.tensor(v).to(torch.bfloat16 if n in changed else torch.float32) for n, v in dense.items()}
@@ -137,19 +186,59 @@ def test_what_changes_is_written_in_bf16_as_of_the_twin_and_said(tiny_checkpoint
     assert_same(tmp_path / "again", tmp_path / "out")
 
 
+def test_mxfp4_experts_change_as_those_that_transformers_makes_of_them(tmp_path):
+    """Fused, transposed, gate and up in turn; biases keep their dtype."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    draw, prefix = torch.Generator().manual_seed(0), "model.layers.0.mlp."
+    plain = {f"{prefix}router.weight": torch.randn(4, 64, generator=draw), f"{prefix}router.bias": torch.zeros(4)}
+    packed, dense = {}, {}
+    for name, shape in (("gate_up_proj", (4, 64, 2)), ("down_proj", (4, 64, 1))):
+        blocks = torch.randint(0, 256, (*shape, 16), generator=draw).to(torch.uint8)
+        scales = torch.randint(120, 130, shape, generator=draw).to(torch.uint8)
+        packed |= {f"{prefix}experts.{name}_blocks": blocks, f"{prefix}experts.{name}_scales": scales}
+        dense[f"{prefix}experts.{name}"] = convert_moe_packed_tensors(blocks, scales).contiguous()
+        plain[f"{prefix}experts.{name}_bias"] = torch.randn(4, 64, generator=draw)
+    config = {"model_type": "gpt_oss", "num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 1}
+    for folder, tensors, said in (
+        ("m", packed, {"quantization_config": {"quant_method": "mxfp4"}}),
+        ("twin", dense, {}),
+    ):
+        (tmp_path / folder).mkdir()
+        save_file(plain | tensors, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | said))
+        plan = {"layers": {"0": {"kept": [0, 3], "clusters": [[0, 1], [2, 3]], "merged": True}}}
+        apply(tmp_path / folder, plan, tmp_path / f"{folder}-out")
+    assert_same(tmp_path / "m-out", tmp_path / "twin-out")
+
+
+def calibration(folder):
+    (folder / "data.jsonl").write_text("\n".join(json.dumps({"input_ids": list(s)}) for s in sequences()["prose"] * 3))
+    return {"data": {"prose": folder / "data.jsonl"}, "samples": 8, "seq_len": 9}
+
+
 @pytest.mark.parametrize(("method", "form"), [("magnitude", "int4"), ("magnitude", "nf4"), ("sparsegpt", "fp8")])
 def test_zeros_that_the_form_does_not_take_are_written_in_bf16(tiny_checkpoint, tmp_path, method, form):
     """Packed weights, and those that a rule corrects."""
     original, source = tiny_checkpoint("qwen3_moe"), tmp_path / "m"
     dense = published.write(original, source, form)
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"input_ids": list(s)}) for s in sequences()["prose"] * 3))
     how = {"method": method, "sparsity": 0.5}
-    how |= {} if method == "magnitude" else {"data": {"prose": data}, "samples": 8, "seq_len": 9, "min_tokens": 1}
+    how |= {} if method == "magnitude" else calibration(tmp_path) | {"min_tokens": 1}
     sparsify(source, tmp_path / "out", **how)
     sparsify(in_bf16(original, tmp_path / "twin", dense), tmp_path / "theirs", **how)
     assert_same(tmp_path / "out", tmp_path / "theirs")
     assert verify(tmp_path / "out", against=source)["ok"]
+
+
+@pytest.mark.parametrize("verb", [condense, drop])
+def test_layers_become_dense_in_bf16_where_experts_are_packed(tiny_checkpoint, tmp_path, verb):
+    """Condensed, or dropped: the shared expert is packed too."""
+    source = tmp_path / "m"
+    published.write(tiny_checkpoint("qwen2_moe"), source, "gptq")
+    how = {"layer_ids": [1]} if verb is condense else {"unit": "layer", "count": 1}
+    report = verb(source, tmp_path / "out", **how, **calibration(tmp_path))
+    assert report.plan["dequantised"] and verify(tmp_path / "out", against=source)["ok"]
+    assert "quantization_config" not in Checkpoint.open(tmp_path / "out").config
 
 
 def test_what_cannot_stay_where_it_is_is_not_changed_in_place(tiny_checkpoint, tmp_path):
@@ -167,8 +256,6 @@ def test_what_cannot_stay_where_it_is_is_not_changed_in_place(tiny_checkpoint, t
 
 def changed(folder, change):
     """Changes the tensors of a folder in place; nothing else."""
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
