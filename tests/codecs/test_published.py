@@ -230,6 +230,16 @@ def test_zeros_that_the_form_does_not_take_are_written_in_bf16(tiny_checkpoint, 
     assert verify(tmp_path / "out", against=source)["ok"]
 
 
+def test_a_plan_may_ask_for_bf16_alone(tiny_checkpoint, tmp_path):
+    """The whole model in plain floats, and nothing else."""
+    original, source = tiny_checkpoint("qwen3_moe"), tmp_path / "m"
+    dense = published.write(original, source, "awq")
+    apply(source, {"layers": {}, "dequantised": True}, tmp_path / "out")
+    assert_same(tmp_path / "out", in_bf16(original, tmp_path / "twin", dense))
+    with pytest.raises(CoterieError, match="dequantised must be true or false, found 'yes'"):
+        apply(source, {"layers": {}, "dequantised": "yes"}, tmp_path / "other")
+
+
 @pytest.mark.parametrize("verb", [condense, drop])
 def test_layers_become_dense_in_bf16_where_experts_are_packed(tiny_checkpoint, tmp_path, verb):
     """Condensed, or dropped: the shared expert is packed too."""
