@@ -159,6 +159,18 @@ def nvfp4(w: np.ndarray, draw: np.random.Generator, *, divides: bool = True) -> 
     return parts | {".input_global_scale": torch.tensor([3.0])}, found
 
 
+def mxfp4(w: np.ndarray, draw: np.random.Generator) -> tuple[Parts, Any]:
+    """Blocks of 32 that share an exponent."""
+    codes = draw.integers(0, 16, w.shape)
+    exponents = draw.integers(122, 126, (len(w), w.shape[1] // 32))
+    found = np.zeros(w.shape, np.float32)
+    for o, row in enumerate(codes):
+        for i, code in enumerate(row):
+            found[o, i] = E2M1[code] * 2.0 ** (int(exponents[o, i // 32]) - 127)
+    both = torch.tensor(codes[:, 0::2] + 16 * codes[:, 1::2], dtype=torch.uint8)
+    return {".weight_packed": both, ".weight_scale": torch.tensor(exponents, dtype=torch.uint8)}, found
+
+
 def fp8(w: np.ndarray, draw: np.random.Generator, dtype: torch.dtype = torch.float32) -> tuple[Parts, Any]:
     """Blocks of 16 x 24, the last of each axis cut short; scales beside, and one of activations."""
     rows, columns = -(-w.shape[0] // BLOCK[0]), -(-w.shape[1] // BLOCK[1])
@@ -187,6 +199,7 @@ def compressed(bits: int, **weights: Any) -> dict[str, Any]:
 
 
 Form = Callable[[np.ndarray, np.random.Generator], tuple[Parts, Any]]
+ATTENTION_ONLY = ("mxfp4",)  # tiny experts are narrower than a block
 FORMS: dict[str, tuple[Form, dict[str, Any]]] = {
     "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "static"}),
     "fp8-bf16-scales": (
@@ -205,6 +218,7 @@ FORMS: dict[str, tuple[Form, dict[str, Any]]] = {
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}),
     "nf4": (lambda w, draw: nf4(w, draw, nested=False), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "nf4-nested": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
+    "mxfp4": (mxfp4, compressed(4, type="float", group_size=32) | {"format": "mxfp4-pack-quantized"}),
     "nvfp4-modelopt": (lambda w, draw: nvfp4(w, draw, divides=False), {"quant_method": "modelopt"}),
     "nvfp4": (nvfp4, compressed(4, type="float", group_size=16) | {"format": "nvfp4-pack-quantized"}),
 }
@@ -224,7 +238,7 @@ def write(
     draw, stored, dense = np.random.default_rng(0), {}, {}
     for name, values in tensors.items():
         stored[name], dense[name] = torch.from_numpy(values), values
-        if only(name, values):
+        if only(name, values) and ("attn" in name or form not in ATTENTION_ONLY):
             parts, dense[name] = encode(values, draw)
             del stored[name]
             stored |= {name.removesuffix(".weight") + part: tensor.contiguous() for part, tensor in parts.items()}

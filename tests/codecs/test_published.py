@@ -36,9 +36,8 @@ def twin(source, folder, dense):
 @every_form
 def test_what_is_measured_is_what_the_dense_twin_gives(tiny_checkpoint, tmp_path, form):
     """Attention, shared experts, dense layers and routed experts in one form: every sum, in both dtypes."""
-    source = tiny_checkpoint(
-        {"nvfp4": "qwen3_moe", "nvfp4-modelopt": "qwen3_moe", "awq": "qwen2_moe"}.get(form, "deepseek_v3")
-    )
+    wide = form.startswith(("nvfp4", "mxfp4"))  # blocks that do not fit into the others' matrices
+    source = tiny_checkpoint("qwen3_moe" if wide else "qwen2_moe" if form == "awq" else "deepseek_v3")
     dense = published.write(source, tmp_path / "m", form)
     models = [Model.open(folder) for folder in (tmp_path / "m", twin(source, tmp_path / "twin", dense))]
     for dtype in (torch.float32, torch.bfloat16):
@@ -93,18 +92,19 @@ def test_fp8_as_transformers_dequantises_it(tiny_checkpoint, tmp_path, form):
         assert np.array_equal(ours, theirs.numpy())
 
 
-@pytest.mark.parametrize("form", ["int4", "int8", "int3", "nvfp4"])
+@pytest.mark.parametrize("form", ["int4", "int8", "int3", "nvfp4", "mxfp4"])
 def test_integers_and_nvfp4_as_compressed_tensors_decompresses_them(tiny_checkpoint, tmp_path, form):
     """Its own compressors; the scales are made float32, which its products then are. Of NVFP4 they are bf16."""
     compressors = pytest.importorskip("compressed_tensors.compressors")
     from compressed_tensors.quantization import QuantizationScheme
 
-    name = "NVFP4PackedCompressor" if form == "nvfp4" else "PackedQuantizationCompressor"
+    names = {"nvfp4": "NVFP4PackedCompressor", "mxfp4": "MXFP4PackedCompressor"}
     scheme = QuantizationScheme(**published.FORMS[form][1]["config_groups"]["group_0"])
     for parts, ours in stored_matrices(tiny_checkpoint("qwen3_moe"), tmp_path / "m", form):
-        parts |= {"weight_scale": parts["weight_scale"].float()} if form != "nvfp4" else {}
-        theirs = getattr(compressors, name).decompress(parts, scheme)["weight"].float().numpy()
-        assert np.allclose(ours, theirs, rtol=2**-7, atol=0) if form == "nvfp4" else np.array_equal(ours, theirs)
+        parts |= {"weight_scale": parts["weight_scale"].float()} if form not in names else {}
+        compressor = getattr(compressors, names.get(form, "PackedQuantizationCompressor"))
+        theirs = compressor.decompress(parts, scheme)["weight"].float().numpy()
+        assert np.allclose(ours, theirs, rtol=2**-7, atol=0) if form in names else np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("nested", [False, True])
