@@ -13,12 +13,15 @@ from coterie.decide.drop import Dropping
 from coterie.decide.drop import check_model as check_dropping
 from coterie.decide.zeros import Zeroing, check_writable
 from coterie.edits.kinds.convert import converted
+from coterie.edits.kinds.dequantise import dequantised, marked
 from coterie.edits.kinds.merge import check_plain
 from coterie.edits.pack import check_dense, check_packed
+from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.layered import check_layers, check_single
 from coterie.model.loadable import check_whole
+from coterie.model.stored import in_floats
 from coterie.storage.planned import root
 
 
@@ -27,23 +30,24 @@ def _anything(model: Model) -> None:
 
 
 def _zeroes(model: Model) -> None:
-    check_writable(model, Zeroing())
+    check_writable(dequantised(model, marked(model, Plan({}), {"method": Zeroing().method})), Zeroing())
     check_layers(model)
 
 
 def _merges(model: Model) -> None:
-    check_plain(model.checkpoint, list(model.moe))
     check_layers(model)
+    source = in_floats(model)
+    check_plain(source.checkpoint, source.moe)
 
 
 def _condenses(model: Model) -> None:
-    source = converted(model, target_type(model, 1))
+    source = in_floats(converted(model, target_type(model, 1)))
     check_condensing(source, Condensing(layers=1))
     check_layers(source)
 
 
 def _drops(model: Model) -> None:
-    source = converted(model, target_type(model, 1))
+    source = in_floats(converted(model, target_type(model, 1)))
     check_dropping(source, Dropping())
     check_layers(source)
 

@@ -23,6 +23,7 @@ from coterie.model.experts import read_layer
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import check_routable
 from coterie.model.stats import KNOWN, MERGING, Stats
+from coterie.model.stored import in_floats
 from coterie.options import Help, as_text, flag_of, flat
 from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
@@ -88,7 +89,7 @@ def decided(model: Model, options: Merging, spill: Path, on_progress: Progress =
     Blocks that calibration does not see are cut by their router rows or, where routers are aliased, stay whole.
     Reads routers and statistics, or measures them; where activations are large they go to the folder `spill`.
     """
-    check_plain(model.checkpoint, model.moe)
+    check_plain(in_floats(model).checkpoint, in_floats(model).moe)
     alias = options.router == "alias"
     # An aliased router is whole, whatever it leads to: routing groups and top-k do not bind what is stored.
     groups = 1 if alias else model.family.groups(model.checkpoint.config).num_groups

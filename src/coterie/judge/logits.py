@@ -6,6 +6,7 @@ from typing import Any
 
 from coterie.codecs.open import inexact
 from coterie.edits.kinds.convert import converted
+from coterie.edits.kinds.dequantise import dequantised
 from coterie.edits.lineage import plan_of
 from coterie.edits.plan import Plan, kinds
 from coterie.errors import CoterieError
@@ -156,7 +157,7 @@ def _explicit(
     """The original's logits with its condensed blocks as plain sums, and without its dropped layers."""
     from coterie.judge.explicit import explicit_logits
 
-    expected = explicit_logits(converted(source, plan.converted), plan, sequences, dtype)
+    expected = explicit_logits(dequantised(converted(source, plan.converted), plan), plan, sequences, dtype)
     what = f"{len(plan.condensed)} condensed layers as explicit sums" if plan.condensed else "explicit forward"
     return expected, f"{what}, {len(plan.dropped)} layers skipped"
 
