@@ -1,13 +1,15 @@
 """Writes docs/cli.md, docs/methods.md and docs/families.md from the code; `--check` fails when they are stale."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from coterie.cli import application, commands
+from coterie.edits.kinds.convert import CONVERSIONS
 from coterie.methods import merge, prune, sparsify
-from coterie.model.family import registry
+from coterie.model.family import Family, registry, unable
 
 FOLDER = Path(__file__).parent
 
@@ -54,8 +56,60 @@ def family_table() -> str:
     return (
         f"# Model families\n\n{len(rows)} model types. Names are relative to `...layers.N.`.\n\n{head}"
         + "\n".join(rows)
-        + "\n"
+        + f"\n\n{ability_table()}"
     )
+
+
+SERVED = re.compile(r"^\| (\w+)(?:, [^|]*)? \| \d+ to \d+ experts \| yes \|", re.MULTILINE)  # of docs/serving.md
+READ = ("deepseek_v2", "glm4_moe_lite")  # whose vLLM code was read: it takes the count of experts from the config
+# Not condensed, as only tensors say (biases, a fused shared expert, what is around a block), or a config around them.
+UNFOLDED = ("aria", "gpt_oss", "jetmoe", "minimax_m3_vl_text", "qwen3_5_moe")
+REFUSED = {"minimax_m2": "refused ([llama.cpp#19715](https://github.com/ggml-org/llama.cpp/issues/19715))"}
+ABOUT = """## What works
+
+By the default method of each command, on weights in plain floats; `coterie inspect MODEL` says it of a checkpoint. *own
+layout* is read by `coterie.load` alone. **vLLM**: *runs*: pruned models were run against transformers
+([serving.md](serving.md)); *read*: its source takes the count from the config; nothing: not tried. **llama.cpp**:
+nothing here was converted; known are one refusal of its converter, and one of what is pruned in general
+([llama.cpp#9483](https://github.com/ggml-org/llama.cpp/issues/9483)).
+
+| model type | prune | calibrate | condense | verify | vLLM | llama.cpp |
+|---|---|---|---|---|---|---|
+"""
+
+
+def ability_table() -> str:
+    """What commands and other engines do with each model type."""
+    served = set(SERVED.findall((FOLDER / "serving.md").read_text(encoding="utf-8")))
+    rows = []
+    for name, family in sorted(registry().items()):
+        calibrated = family.stock and not unable({"model_type": name}, "stream")
+        verified = "logits" if family.stock else "files and bytes"
+        served_as = "runs" if name in served else "read" if name in READ else ""
+        cells = (
+            "yes",
+            "yes" if calibrated else "no",
+            condensed(name, family),
+            verified,
+            served_as,
+            REFUSED.get(name, ""),
+        )
+        rows.append(f"| `{name}` | {' | '.join(cells)} |\n")
+    return ABOUT + "".join(rows)
+
+
+def condensed(name: str, family: Family) -> str:
+    """As what a condensed model is written; "no" where it cannot be."""
+    layout, config = family.layouts[0], {"model_type": name}
+    folds = layout.gate is not None and layout.router.startswith(layout.blocks[0]) and name not in UNFOLDED
+    if not folds or unable(config, "fold") or unable(config, "stream"):
+        return "no"
+    found = CONVERSIONS.get(name)
+    if not family.stock:
+        return f"becomes `{found.target}`" if found else "no"
+    if family.dense:
+        return "own layout, or for the first layers its own" if family.dense.kind == "prefix" else "stays stock"
+    return f"becomes `{found.target}`" if found else "own layout"
 
 
 def main() -> None:

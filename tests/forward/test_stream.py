@@ -1,5 +1,6 @@
 """The streaming forward: equal to the ordinary one for every family, with one layer and one expert in memory."""
 
+import json
 import mmap
 import re
 import shutil
@@ -568,15 +569,17 @@ def test_an_unknown_tensor_in_a_layer_is_refused(tiny_checkpoint, tmp_path):
         streamed(open_stream(tiny.write(tmp_path / "m", tensors, config)), samples())
 
 
-def test_quantised_weights_outside_the_experts_are_refused(tiny_checkpoint, tmp_path):
-    """FP8 attention weights need scales, which only experts' weights get."""
+def test_quantised_weights_without_their_scales_are_refused(tiny_checkpoint, tmp_path):
+    """FP8 attention weights need scales, where the config says that the model was quantised."""
     tensors, _ = tiny.read(tiny_checkpoint("qwen2_moe"))
     folder = tmp_path / "m"
     shutil.copytree(tiny_checkpoint("qwen2_moe"), folder)
     changed = {n: torch.from_numpy(v) for n, v in tensors.items()}
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file(changed | {name: changed[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
-    with pytest.raises(CoterieError, match=rf"{re.escape(name)}' is F8_E4M3, quantised outside the experts"):
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CoterieError, match=rf"outside the experts .*{re.escape(name)}': F8_E4M3 without a scale"):
         streamed(open_stream(folder), samples())
 
 

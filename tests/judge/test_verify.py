@@ -163,6 +163,147 @@ def test_memory_is_reckoned_in_float32(out):
     assert re.match(r"needs 5000000\.0 GB of memory, [\d.]+ GB available", loads.float32_short(Huge()))
 
 
+# --- what the checker cannot run ------------------------------------------------------------------------------------
+
+
+def fp8(folder, target, scales="BF16", router="F32", **config):
+    """A copy of a checkpoint as published in FP8: every matrix of attention and experts with one scale, the router in
+    its own dtype, all else in bfloat16."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors, found = tiny.read(folder)
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
+    made = {}
+    for name, values in tensors.items():
+        tensor = torch.from_numpy(values)
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().max() / 448
+            made[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            made[name + "_scale_inv"] = scale.reshape(1, 1).to(dtypes[scales])
+        else:
+            made[name] = tensor.to(dtypes[router if name.endswith("gate.weight") else "BF16"])
+    target.mkdir()
+    save_file(made, target / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (target / "config.json").write_text(json.dumps(found | {"dtype": "bfloat16", "quantization_config": settings}))
+    return target
+
+
+@pytest.mark.parametrize("scales", ["BF16", "F32"])
+def test_fp8_as_published_is_computed_in_float32(source, tmp_path, scales):
+    """What transformers decodes and what it leaves as stored meet in one dtype, so that logits are compared."""
+    model = fp8(source, tmp_path / "fp8", scales)
+    prune(model, tmp_path / "out", ratio=0.25)
+    result = verify(tmp_path / "out", against=model)
+    assert faults(result) == {}
+    assert details(result)[COMPUTES] == "finite logits on 128 tokens in 2 sequence(s)"
+    assert details(result)[LOGITS].startswith("bit-equal")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_a_quantised_model_has_one_dtype(source, tmp_path, dtype):
+    """A router stored in float32 among bfloat16 is of the dtype that is asked, as it is where nothing is quantised."""
+    import torch
+
+    model = loading.load(fp8(source, tmp_path / "fp8"), dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {torch.float32 if dtype == "float32" else torch.bfloat16}
+    assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "optimum"),
+        ({"quant_method": "awq", "bits": 4}, "pip install gptqmodel"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "pip install compressed-tensors"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "pip install -U bitsandbytes"),
+        ({"quant_method": "modelopt"}, "does not read quant_method 'modelopt'"),
+    ],
+)
+def test_a_missing_package_is_no_fault(out, monkeypatch, settings, says):
+    """What transformers reads only with a package that is not here, or not at all, is not held against OUT: the line
+    says what to install."""
+    from transformers.utils import import_utils
+
+    for package in ("optimum", "gptqmodel", "compressed_tensors", "bitsandbytes"):
+        if getattr(import_utils, f"is_{package}_available", lambda: False)():
+            pytest.skip(f"{package} is installed")
+    edit(out / "config.json", lambda config: config.update(quantization_config=settings))
+    result = verify(out)
+    assert faults(result) == {}
+    assert details(result)[LOADS].startswith("not loaded: ")
+    assert says in details(result)[LOADS]
+    assert details(result)[COMPUTES].startswith("not computed")
+
+
+def test_what_the_original_cannot_either_is_no_fault(source, tmp_path):
+    """A tensor of a name that transformers has no place for, in OUT as in the original, is not held against OUT; one
+    that the original does not have is."""
+    model = shutil.copytree(source, tmp_path / "model")
+    rewrite(model, lambda tensors: tensors.update({"model.layers.1.self_attn.k_proj.k_scale": np.ones(1, np.float32)}))
+    prune(model, tmp_path / "out", ratio=0.25)
+    alone, result = verify(tmp_path / "out"), verify(tmp_path / "out", against=model)
+    assert "k_scale" in faults(alone)[LOADS]
+    assert faults(result) == {}
+    assert details(result)[LOADS].startswith("not loaded: the original does no better (unexpected keys: ")
+    rewrite(
+        tmp_path / "out", lambda tensors: tensors.update({"model.layers.1.self_attn.extra": np.ones(1, np.float32)})
+    )
+    assert "extra" in faults(verify(tmp_path / "out", against=model))[LOADS]
+
+
+def test_a_forward_that_fails_for_both_is_no_fault(source, tmp_path, monkeypatch):
+    """What stops the original's forward pass as well says nothing of OUT; what stops OUT's alone does."""
+    model = shutil.copytree(source, tmp_path / "model")
+    edit(model / "config.json", lambda config: config.update(hidden_act="nonesuch"))
+    prune(model, tmp_path / "out", ratio=0.25)
+    assert LOADS in faults(verify(tmp_path / "out"))
+    assert faults(verify(tmp_path / "out", against=model)) == {}
+    rewrite(model, lambda tensors: tensors["model.norm.weight"].__setitem__(0, np.nan))
+    edit(model / "config.json", lambda config: config.update(hidden_act="silu"))
+    prune(model, tmp_path / "infinite", ratio=0.25)
+    assert COMPUTES in faults(verify(tmp_path / "infinite"))
+    result = verify(tmp_path / "infinite", against=model)
+    assert faults(result) == {}
+    assert "not computed: the original does no better (" in details(result)[COMPUTES]
+
+
+def test_an_unreadable_quantisation_is_told_from_a_broken_file(source, tmp_path):
+    """Where transformers stumbles over quantised weights and there is no original to try, that is said; with one that
+    loads, it is a fault."""
+    model = fp8(source, tmp_path / "fp8")
+    prune(model, tmp_path / "out", ratio=0.25)
+    edit(tmp_path / "out" / "config.json", lambda config: config["quantization_config"].update(weight_block_size=3))
+    alone, result = verify(tmp_path / "out"), verify(tmp_path / "out", against=model)
+    assert LOADS in faults(result)
+    assert faults(alone) == {} and "--against" in details(alone)[LOADS]
+
+
+def undecided(tensors, config):
+    """Routers whose rows come in pairs nearer than float32 can tell, of which the third choice takes one."""
+    config["num_experts_per_tok"] = 3
+    for layer in (2, 3):
+        router = tensors[f"model.layers.{layer}.mlp.gate.weight"]
+        router[1::2] = router[::2]
+        router[::2, 0], router[1::2, 0] = 0, 1e-8
+    return tensors, config
+
+
+def test_rounding_that_grows_is_told_from_a_fault(source, tmp_path):
+    """Where routers are nearly undecided, float32 chooses by rounding, and logits differ by what an expert gives: in
+    float64 they agree, so that nothing is wrong; a wrong gate is found as before."""
+    model = tiny.write(tmp_path / "model", *undecided(*tiny.read(source)))
+    gates = {"experts": [3, 1, 6], "gates": [0.5, 0.25, 0.3], "shared_gate": 1.0}
+    apply(model, {"layers": {"1": {"condensed": gates}}}, tmp_path / "out")
+    result = verify(tmp_path / "out", against=model)
+    assert faults(result) == {}
+    assert re.match(r".*equal.* in float64; in float32 they differ by up to \d", details(result)[LOGITS])
+    name = "model.layers.1.mlp.down_proj.weight"
+    rewrite(tmp_path / "out", lambda tensors: tensors[name].__imul__(np.float32(1.01)))
+    assert "differ by up to" in faults(verify(tmp_path / "out", against=model))[LOGITS]
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 

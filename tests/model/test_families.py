@@ -290,7 +290,7 @@ def test_an_unknown_family_is_refused_with_its_neighbours(tiny_checkpoint, tmp_p
     """An unknown model type is refused, naming the nearest known ones and where to add it."""
     tensors, config = tiny.read(tiny_checkpoint("mixtral"))
     model = tiny.write(tmp_path / "model", tensors, {**config, "model_type": "mixtrol"})
-    with pytest.raises(CoterieError, match=r"'mixtrol' is not a family we know.*mixtral.*coterie/families"):
+    with pytest.raises(CoterieError, match=r"'mixtrol' is not a family we know.*mixtral.*coterie/model/families"):
         prune(model, tmp_path / "out")
 
 

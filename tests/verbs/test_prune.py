@@ -538,7 +538,7 @@ def test_averaging_what_cannot_be_averaged_is_refused(tmp_path):
     plan = {"layers": {"0": {"kept": [0, 4], "clusters": [[0, 1, 2, 3], [4, 5, 6, 7]], "merged": True}}}
     from coterie.verbs.apply import apply
 
-    with pytest.raises(CoterieError, match="I8 weights cannot be averaged"):
+    with pytest.raises(CoterieError, match=r"cannot read .*packed integers"):
         apply(model, plan, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

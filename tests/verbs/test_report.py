@@ -14,6 +14,7 @@ from test_evaluate import PROBLEM, make_model, make_tokenizer, text_of, write
 from test_page import browser, opened  # noqa: F401 - fixtures
 
 import coterie
+import forms
 from coterie.cli import main
 from coterie.errors import CoterieError
 from coterie.judge import speed
@@ -193,6 +194,13 @@ def test_bytes_of_rounded_experts(folders):
     expert = 2 * 8 * (8 + 2) + 16 * (4 + 2)
     experts = 2 * 4 * 3 * 8 * 16
     assert rounded_bytes(source) == source.checkpoint.num_bytes - 4 * experts + 8 * expert
+
+
+def test_weights_in_parts_are_no_plain_floats(tiny_checkpoint, tmp_path):
+    """Of experts stored as blocks and scales (MXFP4) the reference is not simulated, and the reason names both."""
+    source = Model.open(forms.mxfp4(tiny_checkpoint("gpt_oss"), tmp_path / "model"))
+    with pytest.raises(CoterieError, match=r"layer 0: its experts are stored as U8, expected plain floats"):
+        rounded_bytes(source)
 
 
 def test_the_reference_is_judged_and_is_no_row_of_the_first_table(made):

@@ -19,7 +19,8 @@ from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.numerics import decode
 
 SCALE = re.compile(r"(weight_)?scale(_inv)?|qscale_weight")  # all of them multiply, `inv` or not
-OF_INPUTS = re.compile(r"(^|_)(input|activation|act|output)(_|$)")  # for arithmetic in 8 bits, which is not ours
+# For arithmetic in 8 bits, which is not ours: of what enters and leaves, and of cached keys and values.
+OF_INPUTS = re.compile(r"(^|_)(input|activation|act|output)(_|$)|^[qkv]_scale$")
 SCALE_LIKE = re.compile(r"scale|zero")
 PARTS = ("", "_scale_inv", "_scale", ".scale", ".qscale_weight")  # a matrix has the first and one of the others
 
@@ -32,7 +33,8 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
         return None
     names = (tensor.name, *scales)
     num_bytes = sum(checkpoint.tensors[name].num_bytes for name in names)
-    return Coded(tensor.name, "F32", tensor.shape, names, num_bytes, partial(_rows, checkpoint, place))
+    rows, check = partial(_rows, checkpoint, place), partial(_check, checkpoint, place)
+    return Coded(tensor.name, "F32", tensor.shape, names, num_bytes, rows, check=check)
 
 
 def _rows(checkpoint: Checkpoint, place: Place, e: int) -> np.ndarray:
@@ -40,10 +42,7 @@ def _rows(checkpoint: Checkpoint, place: Place, e: int) -> np.ndarray:
 
     Raises: CoterieError for scales, and for weights without one, of whose meaning there is any doubt.
     """
-    name, tensor = place.name, checkpoint.tensors[place.name]
-    check_shape(place, tensor.shape)
-    scale = weight_scale(place)
-    _check_dtypes(checkpoint, place, scale)
+    name, tensor, scale = place.name, checkpoint.tensors[place.name], _check(checkpoint, place)
     stacked = len(tensor.shape) == 3
     values = share(checkpoint, place, name, e, stacked).astype(np.float32, copy=False)
     if scale is None:
@@ -58,6 +57,14 @@ def _rows(checkpoint: Checkpoint, place: Place, e: int) -> np.ndarray:
         return dequantise(values, factors, name, size)
     pairs = zip(np.split(values, 2), np.split(factors, 2), strict=True)
     return np.concatenate([dequantise(v, f, name, size) for v, f in pairs])
+
+
+def _check(checkpoint: Checkpoint, place: Place) -> str | None:
+    """The scale, of a tensor that the headers leave no doubt about."""
+    check_shape(place, checkpoint.tensors[place.name].shape)
+    scale = weight_scale(place)
+    _check_dtypes(checkpoint, place, scale)
+    return scale
 
 
 def weight_scale(place: Place) -> str | None:

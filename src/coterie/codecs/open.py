@@ -40,16 +40,22 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
     for name in (n.removesuffix(first) for n in checkpoint.tensors if n.endswith(first)):
         if found := codec.read(checkpoint, Place(name)):
             coded[name] = found
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    return view(checkpoint, decoded(checkpoint, coded), config, coded=coded)
+
+
+def decoded(checkpoint: Checkpoint, coded: Mapping[str, Coded]) -> Shards:
+    """The checkpoint's tensors, with each of these matrices decoded where the first of its parts stands."""
     latest = lru_cache(maxsize=1)(lambda name, e: coded[name].raw(e))
-    parts = {part: name for name, found in coded.items() for part in found.parts}
+    first = {found.parts[0]: found for found in coded.values()}
+    others = {part for found in coded.values() for part in found.parts[1:]}
     outputs: Shards = {shard: [] for shard in checkpoint.shards}
     for tensor in checkpoint.tensors.values():
-        if tensor.name not in parts:
+        if tensor.name in first:
+            outputs[tensor.file].append(_decoded(first[tensor.name], latest))
+        elif tensor.name not in others:
             outputs[tensor.file].append(whole(tensor))
-        elif tensor.name == parts[tensor.name] + first:
-            outputs[tensor.file].append(_decoded(coded[parts[tensor.name]], latest))
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    return view(checkpoint, resolved(checkpoint, outputs), config, coded=coded)
+    return resolved(checkpoint, outputs)
 
 
 def _decoded(found: Coded, raw: Callable[[str, int], bytes]) -> Output:

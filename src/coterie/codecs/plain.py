@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from coterie.codecs import Codec, Coded, Place
@@ -16,11 +18,15 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     if tensor is None:
         return None
 
+    check = partial(check_shape, place, tensor.shape)
+
     def rows(e: int) -> np.ndarray:
-        check_shape(place, tensor.shape)
+        check()
         return share(checkpoint, place, place.name, e, len(tensor.shape) == 3).astype(np.float32, copy=False)
 
-    return Coded(tensor.name, tensor.dtype, tensor.shape, (tensor.name,), tensor.num_bytes, rows, verbatim=True)
+    return Coded(
+        tensor.name, tensor.dtype, tensor.shape, (tensor.name,), tensor.num_bytes, rows, verbatim=True, check=check
+    )
 
 
 def check_shape(place: Place, shape: tuple[int, ...]) -> None:

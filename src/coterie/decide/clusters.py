@@ -13,12 +13,13 @@ from coterie.decide.pruning import Pruning
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
 from coterie.methods.prune import stun
-from coterie.model.experts import Layer
+from coterie.model.experts import Layer, expert_storage
 from coterie.model.layer import MoE
 from coterie.model.stats import Stats
 from coterie.storage.record import Progress, no_progress
 
 UNMEASURED = "multi-token-prediction layers are never measured: router rows alone decide there"
+UNREAD = "experts are stored in a way that we cannot compare: of three or more alike, the tie rule says who stays"
 Nearest = Callable[[Layer, tuple[int, ...]], int]  # of three or more members: who is nearest to their mean
 FAR = 1e3  # times the largest distance: of guarded experts
 
@@ -41,10 +42,12 @@ class Clusterer:
         """The choices, what the budget and the statistics came to, and what should be said aloud."""
         known = cache(nearest)
         choices, found = self.choose(stats, known, on_progress)
+        unread = [reason for layer in self.task.layers.values() if (reason := unreadable(layer))]
+        notes = [f"{UNREAD} ({unread[0]})"] if unread else []
         if stats is None:
-            return Selected(choices, found)
+            return Selected(choices, found, notes=tuple(notes))
         found |= origin(stats, self.how.stats)
-        notes = [UNMEASURED] if any(b.mtp for b in self.task.layers) else []
+        notes += [UNMEASURED] if any(b.mtp for b in self.task.layers) else []
         stable, unstable = how_stable(stats, "the choice is", lambda h: kept_of(self.task, self.choose(h, known)[0]))
         found |= {"stability": stable} if stable else {}
         return Selected(choices, found, notes=(*notes, *unstable))
@@ -146,6 +149,7 @@ class Clusterer:
         choices = {}
         for done, (block, layer) in enumerate(self.task.layers.items()):
             found, guarded, kept = clusters[block], set(self.guarded.get(block, [])), []
+            by_ties = self.dry_run or bool(unreadable(layer))
             if any(len(guarded & set(c)) > 1 for c in found):
                 raise CoterieError(
                     f"{block.name}: more super experts than the {len(found)} experts that stay (or than those of a "
@@ -154,7 +158,7 @@ class Clusterer:
             for cluster in found:
                 if guarded & set(cluster):
                     kept.append(min(guarded & set(cluster)))
-                elif self.dry_run or len(cluster) < 3:  # a dry run reads no weights: the tie rule stands in
+                elif by_ties or len(cluster) < 3:  # a dry run reads no weights: the tie rule stands in
                     kept.append(stun.pair_winner(cluster, layer.router, tokens.get(block)))
                 else:
                     kept.append(nearest(layer, tuple(cluster)))
@@ -164,6 +168,15 @@ class Clusterer:
             choices[block] = Choice(tuple(e for e, _ in ordered), tuple(c for _, c in ordered), merged)
             on_progress("choosing representatives", done + 1, len(self.task.layers))
         return choices
+
+
+def unreadable(layer: Layer) -> str:
+    """Why the experts' weights are bytes to us that move, but cannot be compared; empty if they can."""
+    try:
+        expert_storage(layer.experts.checkpoint, layer.experts.block, 0)
+    except CoterieError as error:
+        return str(error)
+    return ""
 
 
 def nearest(layer: Layer, members: tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype
 from coterie.methods import condense as methods
 from coterie.methods.layer_search import SEARCHES
-from coterie.model.family import num_layers
+from coterie.model.family import num_layers, unable
 from coterie.model.layer import Model
 from coterie.options import Help, flag_of, flat
 from coterie.storage.planned import Planned
@@ -124,6 +124,11 @@ def check_model(model: Model, options: Condensing) -> tuple[int, list[str]]:
     if keep > num_experts:
         raise CoterieError(f"--keep {keep}: the layers have {num_experts} experts; keep at most those")
     check_writable(model, plan_of(wanted or indices[:count]))
+    if count and (kind := unable(model.checkpoint.config, "fold")):
+        raise CoterieError(
+            f"{path}: blocks of {kind!r} do more than add a shared expert to the experts' weighted sum, so no dense "
+            "MLP can stand for them"
+        )
     for block in model.main if count else ():
         check_foldable(model.checkpoint, block)
         if keep == 0 and shared_names(block) is None:

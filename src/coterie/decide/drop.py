@@ -17,7 +17,7 @@ from coterie.edits.kinds.drop import check as check_dropped
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
-from coterie.model.family import num_layers
+from coterie.model.family import num_layers, unable
 from coterie.model.layer import Model
 from coterie.options import Help
 from coterie.storage.folders import existing
@@ -57,6 +57,12 @@ def check_model(model: Model, options: Dropping) -> list[int]:
     """The layers that may go. Raises: CoterieError where there are too few, or the config cannot say that one went."""
     candidates = list(range(num_layers(model.checkpoint.config)))
     if options.unit == "layer":
+        if kind := unable(model.checkpoint.config, "add"):
+            raise CoterieError(
+                f"{model.checkpoint.path}: the layers of {kind!r} do not simply add their MoE block's output to the "
+                "hidden states before it, so that the block cannot go alone; --unit block, or `condense --select "
+                "least-squares`"
+            )
         for block in model.main:
             check_foldable(model.checkpoint, block)
         candidates = [int(block.key) for block in model.main]

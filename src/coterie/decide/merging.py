@@ -10,6 +10,7 @@ from typing import Annotated
 from coterie.decide.criteria import Task, by_weights, guard, how_stable, keep, origin, tokens_of, total
 from coterie.decide.experts import count_kept, num_kept
 from coterie.decide.pruning import Remaining, Weights, spelled
+from coterie.edits.kinds.merge import check_plain
 from coterie.edits.plan import Choice, Decision, Plan
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
@@ -19,6 +20,7 @@ from coterie.model.experts import read_layer
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import check_routable
 from coterie.model.stats import KNOWN, MERGING, Stats
+from coterie.model.stored import in_floats
 from coterie.options import Help, as_text, flag_of, flat
 from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
@@ -84,6 +86,7 @@ def decided(model: Model, options: Merging, spill: Path, on_progress: Progress =
     Blocks that calibration does not see are cut by their router rows or, where routers are aliased, stay whole.
     Reads routers and statistics, or measures them; where activations are large they go to the folder `spill`.
     """
+    check_plain(in_floats(model).checkpoint, in_floats(model).moe)
     alias = options.router == "alias"
     # An aliased router is whole, whatever it leads to: routing groups and top-k do not bind what is stored.
     groups = 1 if alias else model.family.groups(model.checkpoint.config).num_groups

@@ -24,6 +24,7 @@ import torch
 
 from coterie.decide.pruner import Pruner, Visitors, every_expert, read_finite
 from coterie.edits.budget import zeros_of
+from coterie.edits.kinds.dequantise import dequantised
 from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import planned
 from coterie.edits.plan import read_plan
@@ -127,6 +128,7 @@ def worker_of(scratch: str) -> tuple[Model, Pruner]:
     job = load_json(Path(scratch) / JOB)
     torch.set_num_threads(job["threads"])
     source, plan = Model.open(load_json(Path(scratch) / SOURCE)["path"]), read_plan({"plan": job["plan"]})
+    source = dequantised(source, plan)
     view = planned(source, plan)
     zeros = zeros_of(view, {key: Fraction(share) for key, share in job["shares"].items()}, job["total"])
     pattern = tuple(job["pattern"]) if job["pattern"] else None

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from coterie.decide import experts
 from coterie.decide.pruning import Lambda1, Lambda2, NoGuard, Pruning, Remaining, Statistics
 from coterie.decide.pruning import check_options as check_dropping
-from coterie.decide.zeros import Calibrated, Scoring, Workers, Zeroing, idle
+from coterie.decide.zeros import Calibrated, Scoring, Workers, Zeroing, check_writable, idle
 from coterie.decide.zeros import check_options as check_zeroing
 from coterie.edits import beside
 from coterie.edits.budget import num_weights
@@ -122,8 +122,9 @@ def unused(options: Stunning) -> tuple[str, ...]:
 def decided(source: Model, options: Stunning, request: Request) -> tuple[Decision, Zeroing]:
     """Which experts go, and how the weights of the others are zeroed.
 
-    Raises: CoterieError where the experts removed are more than the total already.
+    Raises: CoterieError where the weights cannot hold zeros, or the experts removed are more than the total already.
     """
+    check_writable(source, Zeroing(method=options.second))
     recipe = StunRecipe(source, options, Fraction(str(options.sparsity)), request.writing.dry_run)
     kept, splits = recipe.kept(), list[Split]()
     if options.expert_ratio == "auto":

@@ -25,7 +25,7 @@ from coterie.errors import CoterieError
 from coterie.forward.samples import DATA, Calibration, Dtype, compute_dtype, counted, read_samples
 from coterie.methods import sparsify as methods
 from coterie.methods.masks import check_pattern
-from coterie.model.experts import Experts, expert_shapes
+from coterie.model.experts import Experts, expert_shapes, expert_storage
 from coterie.model.layer import Model
 from coterie.options import Help, flag_of, flat
 from coterie.storage.folders import existing
@@ -123,6 +123,8 @@ def prepared(options: Zeroing, source: Model, plan: Plan, request: Request) -> P
 
 def check_writable(view: Model, options: Zeroing) -> None:
     """Raises: CoterieError for a pattern that does not divide the inputs, and for weights that share bytes."""
+    for block in view.main:
+        expert_storage(view.checkpoint, block, 0)  # which raises where it knows of no weights
     for name in prunable(view):
         tensor = view.checkpoint.tensors.get(name)
         if tensor is None or tensor.num_bytes < tensor.num_parameters:

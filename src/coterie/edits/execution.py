@@ -15,12 +15,14 @@ from typing import Annotated, Any
 
 from coterie.codecs.open import check_coded, opened
 from coterie.edits.counts import count, removed_shares
+from coterie.edits.kinds.dequantise import dequantised, marked, said
 from coterie.edits.naming import Renumbering, renumbered_files
 from coterie.edits.outputs import check_plan, experts_left, patched_config, plan_outputs, planned, sealed, with_holes
 from coterie.edits.plan import Decision, Numbers, Plan, kinds, read_plan
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
+from coterie.model.stored import is_dense_view
 from coterie.options import Help
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.storage.copying import IO, check_io
@@ -155,11 +157,13 @@ def execute(model: Model, decision: Decision, request: Request, *, prepare: Prep
 
 def _checked(model: Model, decision: Decision, request: Request, prepare: Prepare | None) -> Execution:
     """What is to be done, after everything that could be wrong with it was looked at."""
-    plan = decision.plan
+    plan = marked(model, decision.plan, request.options if prepare else None)
+    model = dequantised(model, plan)
     check_plan(model, plan)
     plan = sealed(model, plan)
     outputs = plan_outputs(model, plan)
     numbers, notes = _numbers(model, plan, outputs), [*decision.notes, *left_behind(model.checkpoint)]
+    notes += [said(model.checkpoint)] if is_dense_view(model.checkpoint) else []
     notes += left_over(request.out) if request.options.get("save") == "dense" else []
     view = planned(model, plan, outputs) if prepare else model
     config, beside = patched_config(model, plan), filter(_travels, model.checkpoint.other_files())
@@ -176,6 +180,8 @@ def _checked(model: Model, decision: Decision, request: Request, prepare: Prepar
 def _consumed(execution: Execution, request: Request) -> Report:
     """Makes OUT of the model's own files."""
     checkpoint = execution.model.checkpoint
+    if is_dense_view(checkpoint):
+        raise CoterieError(f"{request.path}: --in-place moves bytes; here {said(checkpoint)}; leave --in-place out")
     recipe = UsedUp.of(checkpoint, execution.outputs, execution.report, request.out)
     execution.notes.append(recipe.note)
     if request.writing.dry_run:
@@ -351,7 +357,7 @@ def _numbers(
     left = {b.key: left.stored for b, left in experts_left(model, plan).items() if b in model.main and left.stored}
     return {
         "before": {
-            "parameters": opened(root(checkpoint)).num_parameters,
+            "parameters": (checkpoint if is_dense_view(checkpoint) else opened(root(checkpoint))).num_parameters,
             "bytes": root(checkpoint).num_bytes,
             "experts": one_or_all({b.key: b.num_experts for b in model.main}),
         },

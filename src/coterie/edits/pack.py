@@ -52,7 +52,7 @@ def pack(
     Raises: CoterieError, before anything is written, when no matrix would shrink.
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(dense)
-    _check_dense(checkpoint)
+    check_dense(checkpoint)
     if values not in VALUES:
         raise CoterieError(f"--values {values!r:.40}: expected one of {', '.join(VALUES)}")
     check_out(out, checkpoint.path, resume=writing.resume, overwrite=writing.overwrite)
@@ -77,14 +77,9 @@ def unpack(packed: str | Path, dense: Path, *, writing: Writing, on_progress: Pr
     Raises: CoterieError for a checkpoint that is not packed, or whose parts are damaged; nothing is written then.
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(packed)
-    if codec_of(checkpoint) is not fmt.CODEC:
-        raise CoterieError(f"{packed}: nothing in it is packed (no quantization_config of ours in config.json)")
     view = opened(checkpoint)
+    check_packed(checkpoint, view)
     assert isinstance(view, Planned)
-    if rounded := inexact(view):
-        raise CoterieError(
-            f"{packed}: {min(rounded)!r} was packed as int8, which rounds: there is no dense original to restore"
-        )
     check_out(dense, checkpoint.path, resume=writing.resume, overwrite=writing.overwrite)
     check_coded(view, on_progress)  # here, so that damage is found before anything is written
     outputs = view.by_shard
@@ -96,6 +91,19 @@ def unpack(packed: str | Path, dense: Path, *, writing: Writing, on_progress: Pr
     }
     job = _Job("unpack", checkpoint, str(packed), outputs, view.config, numbers)
     return _execute(job, dense, clock, writing, on_progress)
+
+
+def check_packed(checkpoint: Checkpoint, view: Checkpoint) -> None:
+    """Raises: CoterieError unless `view`, the checkpoint opened, is one that was there before it was packed."""
+    if codec_of(checkpoint) is not fmt.CODEC:
+        raise CoterieError(
+            f"{checkpoint.path}: nothing in it is packed (no quantization_config of ours in config.json)"
+        )
+    if rounded := inexact(view):
+        name = min(rounded)
+        raise CoterieError(
+            f"{checkpoint.path}: {name!r} was packed as int8, which rounds: there is no dense original to restore"
+        )
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,8 @@ def _card(job: _Job, report: Report) -> str:
 # --- what is packed --------------------------------------------------------------------------------------------
 
 
-def _check_dense(checkpoint: Checkpoint) -> None:
+def check_dense(checkpoint: Checkpoint) -> None:
+    """Raises: CoterieError for a checkpoint that is stored in another way already, or in our own layout."""
     if codec_of(checkpoint) is fmt.CODEC:
         raise CoterieError(f"{checkpoint.path}: is packed already")
     if checkpoint.config.get("quantization_config"):

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from coterie.errors import CoterieError
 from coterie.model import moe
 from coterie.model.layer import Model, MoE, expert_names
+from coterie.model.layered import check_layers
 from coterie.model.loading import NO_DATA, convert, decoder_layers, empty_stock, guarded, quiet_transformers
 from coterie.model.opened import open_experts
+from coterie.model.stored import outside, quantised
 from coterie.model.targets import targets
-from coterie.storage.checkpoint import FLOATS, Checkpoint
+from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.tensors import Maps, read, trim
 
 MAPPED = 2**26  # bytes: a table of embeddings larger than this is mapped, since few of its rows are touched
@@ -34,13 +37,19 @@ class Skeleton:
 
         Raises: CoterieError for a model that transformers does not know, or whose experts are closed to us.
         """
+        check_layers(source)
         self.checkpoint, self.dtype = source.checkpoint, dtype
         self.model = empty_model(source.checkpoint, dtype)
         self.decoder = self.model.get_decoder()
         self.layers = decoder_layers(self.decoder, str(source.checkpoint.path))
         self.blocks = self._check_layers(source)  # layer index -> its MoE block
         walked = {name for block in source.moe if not block.attention for name in expert_names(block)}
-        self._targets = targets(self.model, [name for name in self.checkpoint.tensors if name not in walked])
+        stored = [name for name in self.checkpoint.tensors if name not in walked]
+        self._coded = quantised(
+            self.checkpoint, outside(source)
+        )  # by the names of the plain weights that they are here
+        parts = {name for matrix in self._coded.values() for name in matrix.parts}
+        self._targets = targets(self.model, [*(name for name in stored if name not in parts), *self._coded])
         self._root = next(name for name, module in self.model.named_modules() if module is self.layers)
         self._names = self._group_names()
 
@@ -86,7 +95,7 @@ class Skeleton:
     def stored(self, index: int) -> dict[str, str]:
         """Parameter of a layer, as its `named_parameters` has it -> the checkpoint's tensor it equals.
 
-        Left out: experts, and what transformers computes from stored tensors (fused, split or transposed ones).
+        Left out: experts, quantised weights, and what transformers computes (fused, split or transposed ones).
         """
         prefix, names = f"{self._root}.{index}.", self._names.get(index, [])
         sources = Counter(self._targets[name].name for name in names)
@@ -95,14 +104,14 @@ class Skeleton:
         for name in names:
             target, converted = self._targets[name]
             parameter = parameters.get(target.removeprefix(prefix))
-            alone = sources[target] == 1 and not converted
+            alone = sources[target] == 1 and not converted and name not in self._coded
             if alone and parameter is not None and self.checkpoint.tensors[name].shape == tuple(parameter.shape):
                 found[target.removeprefix(prefix)] = name
         return found
 
     def load(self, index: int) -> None:
         """Fills one layer. Raises: CoterieError when something stays empty."""
-        fill(self.model, self.checkpoint, self._names.get(index, []), self.dtype)
+        self._fill(self._names.get(index, []))
         closed = {id(p) for m in moe.experts_modules(self.layers[index]) for p in m.parameters()}
         parameters = self.layers[index].named_parameters()
         self._check_filled([f"layer {index}: {n}" for n, p in parameters if p.is_meta and id(p) not in closed])
@@ -114,9 +123,20 @@ class Skeleton:
         """
         wanted = own_tensors(self.outside(head=head))
         names = [name for name in self._names.get(None, []) if self._targets[name].name in wanted]
-        fill(self.model, self.checkpoint, names, self.dtype, maps)
+        self._fill(names, maps)
         self.model.tie_weights()
         self._check_filled([n for n, p in own_tensors(self.outside(head=head)).items() if p.is_meta])
+
+    def _fill(self, names: list[str], maps: Maps | None = None) -> None:
+        """Given maps, large tables are mapped."""
+
+        def tensor(name: str) -> torch.Tensor:
+            if matrix := self._coded.get(name):
+                return torch.from_numpy(np.ascontiguousarray(matrix.rows(0)))
+            large = maps is not None and self.checkpoint.tensors[name].num_bytes >= MAPPED
+            return maps.stored(self.checkpoint, name) if maps and large else read(self.checkpoint, name)
+
+        fill(self.model, self.checkpoint, names, self.dtype, tensor)
 
     def _check_filled(self, empty: list[str]) -> None:
         if empty:
@@ -146,14 +166,13 @@ def own_tensors(modules: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
     return found
 
 
-def fill(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype, maps: Maps | None = None) -> None:
-    """Reads the named tensors into the model's parameters; given maps, large ones are mapped.
-
-    Raises: CoterieError for a tensor that does not fit, or is quantised.
-    """
+def fill(
+    model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype, tensor: Callable[[str], torch.Tensor]
+) -> None:
+    """Reads the named tensors into the model's parameters. Raises: CoterieError for one that does not fit."""
     with _young():
         plan = model._get_dtype_plan(dtype)  # what the library keeps in float32 whatever is asked
-        tensors = {name: _tensor(checkpoint, name, maps) for name in names}
+        tensors = {name: tensor(name) for name in names}
         with quiet_transformers():
             info = convert(model, tensors, dtype, plan)
         del tensors
@@ -184,14 +203,3 @@ def free(modules: Iterable[torch.nn.Module]) -> None:
             empty = torch.empty_like(parameter, device="meta")
             module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
     trim()
-
-
-def _tensor(checkpoint: Checkpoint, name: str, maps: Maps | None) -> torch.Tensor:
-    """A stored tensor as torch has it.
-
-    Raises: CoterieError for small floats: quantised weights outside the experts need scales that we do not apply.
-    """
-    stored = checkpoint.tensors[name]
-    if stored.dtype not in FLOATS and stored.dtype.startswith(("F", "U", "I8")):
-        raise CoterieError(f"tensor {name!r} is {stored.dtype}, quantised outside the experts; dequantise it first")
-    return maps.stored(checkpoint, name) if maps and stored.num_bytes >= MAPPED else read(checkpoint, name)

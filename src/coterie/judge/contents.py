@@ -10,6 +10,7 @@ from pathlib import Path
 
 from coterie.codecs.open import inexact
 from coterie.edits.kinds.convert import converted
+from coterie.edits.kinds.dequantise import dequantised
 from coterie.edits.lineage import plan_of
 from coterie.edits.outputs import check_plan, patched_config, plan_outputs
 from coterie.edits.plan import Written, kinds
@@ -31,7 +32,7 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
         return _check_same(out, source.checkpoint, on_progress)
     if object_at(record, "source").get("hash") != source.checkpoint.hash:
         return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
-    source = converted(source, plan.converted)
+    source = dequantised(converted(source, plan.converted), plan)
     check_plan(source, plan)
     lost = inexact(out)
     outputs = [o for shard in plan_outputs(source, plan).values() for o in shard if o.name not in lost]

@@ -17,15 +17,17 @@ from coterie.forward.stream import advance
 from coterie.model.layer import Model
 
 
-def explicit_logits(source: Model, plan: Plan, sequences: list[list[int]]) -> list[torch.Tensor]:
-    """Logits of each sequence, (T, vocabulary) float32; `source` is the original as the type that OUT has.
+def explicit_logits(source: Model, plan: Plan, sequences: list[list[int]], dtype: str) -> list[torch.Tensor]:
+    """Logits of each sequence, (T, vocabulary) float32, computed in a dtype.
+
+    source: the original as the type that OUT has.
 
     Raises: CoterieError for a model that cannot be streamed.
     """
     if plan.layers or plan.attention:
         pruned = replace(plan, condensed={}, dropped=(), converted=None, budget={"layout": "coterie"})
         source = planned(source, pruned)
-    blocks = Blocks(source, torch.float32)
+    blocks = Blocks(source, getattr(torch, dtype))
     batches = blocks.stream.embed(sequences)
     for index in range(blocks.num_layers):
         if index in plan.dropped:

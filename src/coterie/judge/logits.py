@@ -6,13 +6,14 @@ from typing import Any
 
 from coterie.codecs.open import inexact
 from coterie.edits.kinds.convert import converted
+from coterie.edits.kinds.dequantise import dequantised
 from coterie.edits.lineage import plan_of
 from coterie.edits.plan import Plan, kinds
 from coterie.errors import CoterieError
 from coterie.forward.documents import Document
 from coterie.forward.tokens import encode
 from coterie.judge.files import Answer, first
-from coterie.judge.loads import float32_short, load_float32
+from coterie.judge.loads import float32_short, float64_short, load_plain, unjudged
 from coterie.model import causal
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
@@ -61,25 +62,44 @@ def _forward(model: Any, sequences: list[list[int]]) -> list[Any]:
         return [model(input_ids=torch.tensor([s]), use_cache=False).logits[0].float() for s in sequences]
 
 
-def check_computes(model: Any, sequences: list[list[int]]) -> Answer:
-    """The model's logits are finite."""
+def check_computes(
+    out: Checkpoint, model: Any, sequences: list[list[int]], original: Checkpoint | None = None
+) -> Answer:
+    """The model's logits are finite. Where the original's fail likewise it is no fault of OUT."""
     if model is None:
         return True, "not computed: no model was loaded", None
+    logits, fault, sign = _outcome(model, sequences)
+    tokens = f"{sum(map(len, sequences)):,} tokens in {len(sequences)} sequence(s)"
+    if not fault:
+        return True, f"finite logits on {tokens}", logits
+    if excuse := _excuse(out, original, sequences, sign):
+        return True, f"not computed: {excuse} ({fault}, on {tokens})", None
+    return False, f"{fault}, on {tokens}", None
+
+
+def _outcome(model: Any, sequences: list[list[int]]) -> tuple[list[Any], str, str]:
+    """The logits, what is wrong with them ("" if nothing), and of which kind that is."""
     try:
         logits = _forward(model, sequences)
     except Exception as error:  # whatever modelling code raises for a wrong checkpoint
-        return False, f"the forward pass failed: {type(error).__name__}: {error!s:.300}", None
-    tokens = f"{sum(map(len, sequences)):,} tokens in {len(sequences)} sequence(s)"
+        kind = type(error).__name__
+        return [], f"the forward pass failed: {kind}: {error!s:.300}", kind
     bad = sum(int((~values.isfinite()).sum()) for values in logits)
-    if bad:
-        return False, f"{bad:,} logits are NaN or infinite, on {tokens}", None
-    return True, f"finite logits on {tokens}", logits
+    return logits, *((f"{bad:,} logits are NaN or infinite", "not finite") if bad else ("", ""))
+
+
+def _excuse(out: Checkpoint, original: Checkpoint | None, sequences: list[list[int]], sign: str) -> str:
+    """Why the logits' failure is no fault of OUT: the original's fail likewise, or could; empty if it is one."""
+    if original is None:
+        return "" if sign == "not finite" else unjudged(out)
+    if float32_short(original):
+        return ""
+    model, faults = load_plain(original)
+    return "" if faults or _outcome(model, sequences)[2] != sign else "the original does no better"
 
 
 def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], logits: list[Any] | None) -> Answer:
     """OUT computes exactly what the original does when its routers cannot choose the dropped experts."""
-    from coterie.edits.masked import mask_experts, route_original
-
     plan = plan_of(out)
     if logits is None:
         return True, "not compared: OUT gave no logits", None
@@ -87,41 +107,69 @@ def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], log
         return True, "not compared: packing rounded weights to int8", None
     if reason := next((why for kind in reversed(kinds()) if (why := kind.unlike(plan))), ""):
         return True, f"not compared: {reason}", None
-    if plan.condensed or plan.dropped or plan.converted:
-        return _check_explicit(source, plan, sequences, logits)
+    compared = _explicit if plan.condensed or plan.dropped or plan.converted else _masked
+    try:
+        expected, note = compared(out, source, plan, sequences, "float32")
+        if not expected:
+            return False, note, None
+        ok, detail = _judge(logits, expected)
+        if not ok and not any(float64_short(c) for c in (out, source.checkpoint)):
+            expected, _ = compared(out, source, plan, sequences, "float64")  # none where routers insist on float32
+            precise = _judge(_forward(_loaded(out, "float64"), sequences), expected) if expected else (False, "")
+            ok, detail = (True, f"{precise[1]} in float64; in float32 {detail}") if precise[0] else (ok, detail)
+    except CoterieError as error:
+        return True, f"not compared: {error}", None
+    return ok, f"{detail}; {note}", None
+
+
+def _loaded(checkpoint: Checkpoint, dtype: str) -> Any:
+    """The model. Raises: CoterieError where it does not load whole."""
+    model, faults = load_plain(checkpoint, dtype=dtype)
+    if faults:
+        raise CoterieError(f"{checkpoint.path}: does not fill its model ({first(next(iter(faults.values())))})")
+    return model
+
+
+def _masked(
+    out: Checkpoint, source: Model, plan: Plan, sequences: list[list[int]], dtype: str
+) -> tuple[list[Any], str]:
+    """The original's logits when its routers know only what the plan keeps, and what that changed; none, and why, where
+    that changed nothing that was computed. Raises: CoterieError where the original cannot be computed so."""
+    from coterie.edits.masked import mask_experts, route_original
+
     short = float32_short(source.checkpoint)
     if short:
-        return True, f"not compared: the original {short}", None
-    model, faults = load_float32(source.checkpoint)
-    if faults:
-        raise CoterieError(f"{source.checkpoint.path}: the original itself does not load: {first(faults)}")
+        raise CoterieError(f"the original {short}")
+    model = _loaded(source.checkpoint, dtype)
     before = _forward(model, sequences)
     routing, num_routed = mask_experts(model, source, plan), route_original(model, source, plan, out)
     with routing:
         expected = _forward(model, sequences)
     idle = [name for name, hits in routing.hits.items() if hits == 0]
     if idle:
-        return False, f"not a comparison: the router of {first(idle)} was never seen at work in the original", None
+        return [], f"not a comparison: the router of {first(idle)} was never seen at work in the original"
     moved, num_changed = _largest_gap(before, expected), len(routing.hits) + num_routed
-    ok, detail = _judge(_largest_gap(logits, expected), expected)
-    return ok, f"{detail}; leaving experts out of {num_changed} routers moved them by up to {moved:.3g}", None
+    return expected, f"leaving experts out of {num_changed} routers moved them by up to {moved:.3g}"
 
 
-def _check_explicit(source: Model, plan: Plan, sequences: list[list[int]], logits: list[Any]) -> Answer:
-    """OUT computes what the original does with its condensed blocks as plain sums, and without its dropped layers."""
+def _explicit(
+    out: Checkpoint, source: Model, plan: Plan, sequences: list[list[int]], dtype: str
+) -> tuple[list[Any], str]:
+    """The original's logits with its condensed blocks as plain sums, and without its dropped layers."""
     from coterie.judge.explicit import explicit_logits
 
-    try:
-        expected = explicit_logits(converted(source, plan.converted), plan, sequences)
-    except CoterieError as error:
-        return True, f"not compared: {error}", None
-    ok, detail = _judge(_largest_gap(logits, expected), expected)
+    expected = explicit_logits(dequantised(converted(source, plan.converted), plan), plan, sequences, dtype)
     what = f"{len(plan.condensed)} condensed layers as explicit sums" if plan.condensed else "explicit forward"
-    return ok, f"{detail}; {what}, {len(plan.dropped)} layers skipped", None
+    return expected, f"{what}, {len(plan.dropped)} layers skipped"
 
 
-def _judge(gap: float, expected: list[Any]) -> tuple[bool, str]:
-    """Equal to the last bit, or but for sums whose order a family's router makes depend on the number of experts."""
+def _judge(logits: list[Any], expected: list[Any]) -> tuple[bool, str]:
+    """Equal to the last bit, or but for sums whose order a family's router makes depend on the number of experts.
+
+    Where a router is nearly undecided, or layers amplify, that rounding alone can grow beyond the limit in float32, on
+    one processor and not on another: in float64 it does not, and a wrong expert is as wrong as it was.
+    """
+    gap = _largest_gap(logits, expected)
     if gap == 0.0:
         return True, "bit-equal"
     scale = max(float(values.abs().max()) for values in expected)

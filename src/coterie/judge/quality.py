@@ -176,7 +176,7 @@ def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], one: M
     window = _clamped_window(model, options.window, what)
     stride = options.stride or max(1, window // 2)
     check_stride(window, stride)
-    with one.kept.watch(one.name, model):
+    with one.kept.watch(one.name, model), loading.guarded(what, "cannot run it"):
         sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: one.report(what, *a))
     one.kept.losses[one.name], one.kept.counts[one.name] = sums, counts
     if not np.isfinite(sums).all():
@@ -312,7 +312,9 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], one: M
         for batch in _batches(members, options.batch_size):
             ids = torch.tensor([prompts[i] for i in batch], device=model.device)
             most = min(options.max_new_tokens, room - length)
-            for i, row in zip(batch, _generate(model, tokenizer, ids, most, what), strict=True):
+            with loading.guarded(what, "cannot run it"):
+                rows = _generate(model, tokenizer, ids, most, what)
+            for i, row in zip(batch, rows, strict=True):
                 generated[i], full[i] = row, len(row) >= most
             done += len(batch)
             one.report(what, done, len(problems))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from coterie.errors import CoterieError
-from coterie.model.experts import expert_shapes, expert_weights
+from coterie.model.experts import expert_shapes, expert_storage
 from coterie.model.layer import Model
 from coterie.model.moe import WEIGHTS, Expert, experts_modules
 from coterie.storage.checkpoint import FLOATS
@@ -111,9 +111,10 @@ def rounded_bytes(source: Model) -> int:
     """
     total = source.checkpoint.num_bytes
     for block in source.main:
-        stored = [source.checkpoint.tensors[name] for name in expert_weights(source.checkpoint, block)]
-        if any(t.dtype not in FLOATS[1:] for t in stored):
-            raise CoterieError(f"{block.name}: its experts are stored as {stored[0].dtype}, expected plain floats")
+        held = [m for e in range(len(block.experts) or 1) for m in expert_storage(source.checkpoint, block, e)]
+        stored = [source.checkpoint.tensors[part] for matrix in held for part in matrix.parts]
+        if other := sorted({t.dtype for t in stored} - set(FLOATS[1:])):
+            raise CoterieError(f"{block.name}: its experts are stored as {', '.join(other)}, expected plain floats")
         shapes = expert_shapes(source.checkpoint, block).values()
         expert_bytes = sum(rows * _row_bytes(columns) for rows, columns in shapes)
         total += block.num_experts * expert_bytes - sum(t.num_bytes for t in stored)

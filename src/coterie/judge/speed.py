@@ -224,7 +224,7 @@ def subject(view: Checkpoint) -> Subject | None:
     if model is None or not model.main:
         return None
     block = model.main[len(model.main) // 2]
-    names = [n for n in expert_weights(view, block) if len(view.tensors[n].shape) in (2, 3)]
+    names = [n for n in expert_weights(view, block) if n in view.tensors and len(view.tensors[n].shape) in (2, 3)]
     held = {name: found.packed for name, found in coded(view).items() if found.packed}
     names = [n for n in names if n in held] or [n for n in names if view.tensors[n].dtype in ("BF16", "F16", "F32")]
     if not names:

@@ -18,6 +18,7 @@ from coterie.model.layer import MoE
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode
 
+QUANTISATION = "quantization_config"  # the entry of config.json
 Matrices = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # of an expert: gate (F, D), up (F, D), down (D, F)
 
 
@@ -26,7 +27,7 @@ class Experts(Sequence):
     """The experts of one block, read from disk one at a time: `experts[e] -> (gate, up, down)`.
 
     Matrices are float32 (out, in): gate and up (F, D), down (D, F); gate is None where the family has none.
-    Quantised experts (FP8 with scales, MXFP4) are dequantised exactly; other codings are refused.
+    Quantised experts are dequantised exactly where a codec knows how (`codecs/`); other codings are refused.
     """
 
     checkpoint: Checkpoint
@@ -118,11 +119,23 @@ def expert_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, in
 
 
 def expert_weights(checkpoint: Checkpoint, block: MoE) -> list[str]:
-    """The tensors that hold the experts' matrices, without scales and biases."""
+    """The tensors that hold the experts' matrices, without scales and biases.
+
+    Of one that is packed in several, the name that it would have alone: a checkpoint has no such tensor.
+    """
     if block.experts:
         parts = block.layout.parts
-        return [n for e in block.experts for k, n in e.items() if k in parts or k.removesuffix(".weight") in parts]
+        return [name for expert in block.experts for name in _weights(expert, parts)]
     return [matrix.name for matrix in expert_storage(checkpoint, block, 0)]
+
+
+def _weights(expert: dict[str, str], parts: tuple[str, ...]) -> list[str]:
+    """Those of an expert that is stored under its number, in the file's order."""
+    alone = [name for key, name in expert.items() if key.removesuffix(".weight") in parts]
+    if len(alone) == len(parts) or not expert:
+        return alone
+    key, name = next(iter(expert.items()))
+    return [f"{name.removesuffix(key)}{part}.weight" for part in parts]
 
 
 def expert_storage(checkpoint: Checkpoint, block: MoE, e: int) -> list[Coded]:
@@ -136,7 +149,8 @@ def expert_storage(checkpoint: Checkpoint, block: MoE, e: int) -> list[Coded]:
         raise CoterieError(f"{block.name}: expected fused weights {', '.join(block.layout.fused)}; dequantise first")
     part = next(part for part, matrix in found.items() if not matrix)
     known = ", ".join(sorted(block.experts[e]))
-    raise CoterieError(f"expert tensors {known}: no plain {part!r} weight to read; dequantise the checkpoint first")
+    where = f"{block.prefix}{block.layout.experts}{e}"
+    raise CoterieError(f"{where} ({known}): no {part!r} weight in a form that we know; dequantise the checkpoint first")
 
 
 def _held(checkpoint: Checkpoint, block: MoE, e: int) -> dict[str, Coded | None]:
@@ -152,11 +166,15 @@ def _held(checkpoint: Checkpoint, block: MoE, e: int) -> dict[str, Coded | None]
     return found
 
 
+def quantisation(checkpoint: Checkpoint) -> object:
+    """What config.json says of how weights are stored; an empty object where it says nothing."""
+    said = (value for _, _, value in lookup(checkpoint.config, (QUANTISATION,)) if value is not None)
+    return next(said, {})
+
+
 def _place(checkpoint: Checkpoint, block: MoE, e: int, key: str) -> Place:
     """What a codec has to know of a tensor: `key` is its name below the expert's, or below the layer's."""
-    layout = block.layout
-    said = (value for _, _, value in lookup(checkpoint.config, ("quantization_config",)) if value is not None)
-    settings: object = next(said, {})
+    layout, settings = block.layout, quantisation(checkpoint)
     if block.experts:
         name = f"{block.prefix}{layout.experts}{e}.{key}"
         return Place(name, key, 0, block.experts[e], layout.parts, settings=settings)
@@ -228,6 +246,8 @@ def _as_stored(block: MoE, e: int, matrices: Matrices) -> list[tuple[str, np.nda
     if block.experts:
         pairs = [(layout.gate, gate), (layout.up, up), (layout.down, down)]
         names = block.experts[e]
+        if packed := next((p for p, m in pairs if m is not None and not {p, f"{p}.weight"} & names.keys()), None):
+            raise CoterieError(f"expert tensors {', '.join(sorted(names))}: {packed!r} is packed; dequantise it first")
         return [(names.get(f"{p}.weight") or names[str(p)], m) for p, m in pairs if m is not None]
     stored = [f"{block.prefix}{name}" for name in layout.fused]
     if len(stored) == 3:  # dbrx

@@ -250,6 +250,12 @@ def registry() -> dict[str, Family]:
     return found
 
 
+def unable(config: Config, what: str) -> str:
+    """The model type, if its layers are built so that `what` (see `families.UNABLE`) cannot be; else nothing."""
+    types = importlib.import_module("coterie.model.families").UNABLE[what]
+    return next((str(v) for _, _, v in lookup(config, ("coterie.model_type", "model_type")) if v in types), "")
+
+
 def names_experts(names: Iterable[str]) -> bool:
     """Whether any tensor's name is of a mixture of experts; else the model is dense, of whatever family."""
     return any(re.search(r"experts?\b|router|moe", name) for name in names)
@@ -269,6 +275,6 @@ def detect(config: Config, names: Collection[str] = ()) -> Family:
     near = difflib.get_close_matches(types[0][:60], registry(), n=3, cutoff=0.3) if types else []
     hint = f"; the nearest known ones are {', '.join(near)}" if near else ""
     raise CoterieError(
-        f"config.json: {shown} is not a family we know{hint}. Adding one is a file in coterie/families "
+        f"config.json: {shown} is not a family we know{hint}. Adding one is a file in coterie/model/families "
         "(CONTRIBUTING.md says how)"
     )

@@ -21,6 +21,7 @@ from typing import Any
 from coterie.errors import CoterieError
 from coterie.model.family import detect, lookup, num_layers
 from coterie.model.layer import LAYER, Model, MoE, is_mtp
+from coterie.model.loadable import check_whole
 from coterie.model.own import OWN, OwnLayout, is_own, own_layout
 from coterie.storage.checkpoint import Checkpoint, load_json, resolve
 
@@ -29,6 +30,8 @@ DTYPES = ("auto", *FLOATS[1:])  # what verbs compute in
 WIDTHS = ("hidden_size", "d_model", "vocab_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 NO_DATA = "use a method that needs no data"
 TOKENIZER_NEEDED = "text and problems need the tokenizer beside the model, token ids (input_ids) do not"
+
+DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors")  # the library decodes these as it loads them, if asked
 
 HEADROOM = 1.25  # loading holds some tensors twice
 
@@ -91,6 +94,7 @@ def load(path: str | Path, *, dtype: str = "auto") -> Any:
 
     check_folder(path)
     folder = resolve(path)
+    check_whole(Checkpoint.open(folder))
     model, faults = load_ours(folder, dtype) if is_ours(folder) else load_stock(folder, dtype)
     if faults:
         found = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in faults.items())
@@ -109,16 +113,46 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
 
     Raises: CoterieError when transformers does not load it at all.
     """
-    config = load_json(folder / "config.json")
-    check_sizes(Checkpoint.open(folder))
+    checkpoint = Checkpoint.open(folder)
+    check_sizes(checkpoint)
+    config = checkpoint.config
+    quantised = any(settings is not None for _, _, settings in lookup(config, ("quantization_config",)))
     with guarded(folder, "cannot load it"):
+        if dtype in ("float32", "float64") and (changed := _dequantised(config)):
+            how["config"] = stock_config(changed)
         model, info = auto_class(config).from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             use_safetensors=True, trust_remote_code=False, **how,
         )  # fmt: skip
     faults = {kind: sorted(k if isinstance(k, str) else str(k[0]) for k in keys) for kind, keys in info.items()}
     faults["unexpected_keys"] = [k for k in faults.get("unexpected_keys", []) if not is_mtp(k, config)]
+    if quantised:
+        _one_dtype(model, checkpoint)
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
+
+
+def _dequantised(config: Mapping[str, object]) -> dict[str, object] | None:
+    """The config under which transformers makes plain floats of weights that it would compute with as they are stored
+    (and then not in float32); None where it knows no such way."""
+    changed = copy.deepcopy(dict(config))
+    for _, holder, settings in lookup(changed, ("quantization_config",)):
+        if isinstance(settings, dict) and settings.get("quant_method") in DEQUANTISED:
+            holder["quantization_config"] = settings | {"dequantize": True}
+            return changed
+    return None
+
+
+def _one_dtype(model: Any, checkpoint: Checkpoint) -> None:
+    """Gives every number the dtype that it has where nothing is quantised: the library leaves what it does not decode
+    as it is stored. What is still packed, in other shapes or in bytes, stays."""
+    plan = model._get_dtype_plan(model.config.dtype)  # what the library keeps in float32 whatever is asked
+    meant = empty_stock(checkpoint, model.config.dtype)
+    loaded = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, tensor in (*meant.named_parameters(), *meant.named_buffers()):
+        found = loaded.get(name)
+        if found is not None and found.shape == tensor.shape and found.is_floating_point() and found.itemsize > 1:
+            kept = any(re.search(pattern.replace("*", ".*"), name) for pattern in plan)
+            found.data = found.data.float() if kept else found.data.to(tensor.dtype)
 
 
 def auto_class(config: Mapping[str, object]) -> Any:

@@ -103,3 +103,14 @@ def _float8_values(dtype: str) -> np.ndarray:
         return np.where((codes & 0x7F) == 0x7F, np.nan, values).astype(np.float32)
     special = np.where(mantissa == 0, sign * np.inf, np.nan)
     return np.where(exponent == 31, special, values).astype(np.float32)
+
+
+def unpacked(words: np.ndarray, num_bits: int, count: int) -> np.ndarray:
+    """Numbers below 2^num_bits (R, count), uint8, of rows of 32-bit words (R, W): end to end from the lowest bit on."""
+    raw = np.ascontiguousarray(words, "<i4").view(np.uint8)
+    if num_bits == 8:
+        return raw[:, :count]
+    if num_bits == 4:
+        return np.stack([raw & 15, raw >> 4], axis=-1).reshape(len(raw), -1)[:, :count]
+    bits = np.unpackbits(raw, axis=1, bitorder="little", count=num_bits * count)
+    return np.packbits(bits.reshape(len(raw), count, num_bits), axis=-1, bitorder="little")[..., 0]

@@ -29,6 +29,7 @@ class Coded:
     verbatim: the tensor's bytes are those values. exact: decoding gives back the bytes that were encoded.
     stored: dtype of the values in the file, where it is another. dense: number of a matrix -> its bytes once decoded,
     where they are not simply its rows rounded. packed: number of a matrix -> what its codec holds of it, checked.
+    check: raises CoterieError where headers show already that it cannot be decoded.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Coded:
     stored: str = ""
     dense: Callable[[int], bytes] | None = field(default=None, repr=False)
     packed: Callable[[int], Any] | None = field(default=None, repr=False)
+    check: Callable[[], object] = field(default=lambda: None, repr=False)
 
     @property
     def num_matrices(self) -> int:

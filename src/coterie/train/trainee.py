@@ -124,7 +124,7 @@ def trainee_of(checkpoint: Checkpoint, options: Training) -> Trainee:
     teacher = open_teacher(checkpoint, options)
     trainee = Trainee(model, plan, record, options, teacher, mlps, blocks, tuple(notes))
     for name in trainee.tensors:
-        dtype = checkpoint.tensors[name].dtype
+        dtype = checkpoint.tensors[name].dtype if name in checkpoint.tensors else "packed"
         if dtype not in FLOATS:
             raise CoterieError(f"tensor {name!r}: {dtype} weights cannot be trained; dequantise the checkpoint first")
     return trainee

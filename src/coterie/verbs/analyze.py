@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, read_samples
 from coterie.model.layer import Model
+from coterie.model.layered import check_single
 from coterie.options import Help, ModelPath, public
 from coterie.pages.terminal import Asked, paragraphs
 from coterie.storage.files import check_new_file, write_whole
@@ -70,6 +71,7 @@ def analyze(
     if out is not None:
         check_new_file(Path(out), overwrite)
     source = Model.open(model)
+    check_single(source)
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, calibration)
     spill = None if out is None else Path(out).parent

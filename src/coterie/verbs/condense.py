@@ -13,6 +13,7 @@ from coterie.edits.execution import Io, Request, Writing, execute
 from coterie.edits.kinds.convert import converted
 from coterie.edits.saving import savable
 from coterie.model.layer import Model
+from coterie.model.stored import in_floats
 from coterie.options import ModelPath, OutPath, flat, public
 from coterie.pages.terminal import show_report as show
 from coterie.storage.record import Progress, Report, no_progress
@@ -55,5 +56,5 @@ def condense(
     )  # fmt: skip
     request.check(original.checkpoint)
     target = target_type(original, condensing.layers, condensing.layer_ids)
-    source = converted(original, target)
+    source = in_floats(converted(original, target))
     return execute(source, decided(original, source, target, condensing, request), request)

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from coterie.codecs.open import coded
-from coterie.edits.folding import check_foldable
+from coterie.decide.abilities import abilities
 from coterie.edits.kinds.convert import conversion
-from coterie.errors import CoterieError
 from coterie.model.layer import ROLES, Model
 from coterie.options import ModelPath, public
 from coterie.pages.terminal import Asked, table
@@ -20,8 +19,9 @@ def inspect(model: ModelPath) -> dict[str, Any]:
 
     Returns `{"path", "family", "model_type", "stock", "moe_layers", "mtp_layers", "experts" (per layer),
     "experts_per_token", "groups", "parameters", "bytes", "roles": {role: {"parameters", "bytes", "tensors"}},
-    "dtypes", "shards", "expert_bytes", "packed", "can": [...]}`. Parameters are those of the dense checkpoint; bytes
-    are those on the disk; `packed` counts the tensors that are packed, and their bytes.
+    "dtypes", "shards", "expert_bytes", "packed", "can": {verb: true, or the reason why not}, "condensed_as"}`.
+    Parameters are those of the dense checkpoint; bytes are those on the disk; `packed` counts the tensors that are
+    packed, and their bytes; `can` is of each verb's default method, by headers.
     Raises: CoterieError for a dense, unknown or damaged checkpoint.
     """
     source = Model.open(model)
@@ -57,33 +57,40 @@ def inspect(model: ModelPath) -> dict[str, Any]:
         "dtypes": dtypes,
         "shards": len(checkpoint.shards),
         "packed": {"tensors": len(packed), "bytes": sum(found.num_bytes for found in packed.values())},
-        "can": _abilities(source, packed=bool(packed)),
+        "can": abilities(source),
+        "condensed_as": _condensed_as(source),
     }
 
 
-def _abilities(model: Model, *, packed: bool) -> list[str]:
-    """What the commands can do to this checkpoint, and why they cannot where that is so."""
-    config, kind = model.checkpoint.config, model.checkpoint.config.get("model_type")
-    storing = "pack: zeros stored as bits, where there are enough"
-    found = [
-        "prune, apply: experts dropped by editing files",
-        "unpack: back to the dense checkpoint, byte for byte" if packed else storing,
-    ]
-    if model.family.stock:
-        found.append("collect, analyze, sparsify, stun, merge, drop, eval, generate, bench: transformers computes it")
-    else:
-        found.append("verify: files and bytes only (transformers has no class for this family)")
-    repackaged = conversion(config)
-    if not model.family.stock and not repackaged:
-        return found
-    try:
-        for block in model.main:
-            check_foldable(model.checkpoint, block)
-    except CoterieError as error:
-        return [*found, f"not condense: {error}"]
-    said = f"after repackaging as {repackaged.target}" if repackaged else f"stays {kind}"
-    said = said if repackaged or model.family.dense else "in a layout that `coterie.load` reads"
-    return [*found, f"condense: layers become dense MLPs ({said})"]
+def _condensed_as(model: Model) -> str:
+    """Of what type the result of `condense` is."""
+    if repackaged := conversion(model.checkpoint.config):
+        return f"after repackaging as {repackaged.target}"
+    kind = model.checkpoint.config.get("model_type")
+    return f"stays {kind}" if model.family.dense else "in a layout that `coterie.load` reads"
+
+
+SAID = {
+    ("prune", "apply"): "experts dropped by editing files",
+    ("verify",): "files and bytes, and what the model computes where transformers loads it",
+    ("unpack",): "back to the dense checkpoint, byte for byte",
+    ("pack",): "zeros stored as bits, where there are enough",
+    ("collect", "analyze", "sparsify", "stun", "merge", "drop"): "on data, one layer in memory at a time",
+    ("eval", "report", "generate", "bench"): "transformers computes it",
+    ("condense",): "layers become dense MLPs",
+}  # what people read of commands that go well
+
+
+def _lines(can: Mapping[str, bool | str], condensed_as: str) -> Iterator[tuple[str, str]]:
+    """What works, in groups; then why the rest does not, each reason once."""
+    for verbs, what in SAID.items():
+        if able := [verb for verb in verbs if can[verb] is True]:
+            yield "can", f"{', '.join(able)}: {what}" + (f" ({condensed_as})" if verbs == ("condense",) else "")
+    reasons: dict[str, list[str]] = {}
+    for verb, reason in can.items():
+        if isinstance(reason, str) and verb not in ("pack", "unpack"):
+            reasons.setdefault(reason, []).append(verb)
+    yield from (("cannot", f"{', '.join(verbs)}: {reason}") for reason, verbs in reasons.items())
 
 
 def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
@@ -100,4 +107,5 @@ def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     ]
     rows += [("packed", f"{packed['tensors']:,} tensors in {packed['bytes']:,} bytes")] if packed["tensors"] else []
     rows += [(f"  {n}", f"{role['bytes']:,} bytes, {role['tensors']:,} tensors") for n, role in found["roles"].items()]
-    return table(f"{found['path']}: {found['model_type']}", [*rows, *(("can", ability) for ability in found["can"])])
+    rows += _lines(found["can"], found["condensed_as"])
+    return table(f"{found['path']}: {found['model_type']}", rows)

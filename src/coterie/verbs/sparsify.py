@@ -12,6 +12,7 @@ from typing import Annotated
 from coterie.decide.zeros import Scoring, Zeroing, check_options, idle, parse_pattern, prepared
 from coterie.edits import budget
 from coterie.edits.execution import Io, Request, Writing, execute
+from coterie.edits.kinds.dequantise import dequantised, marked
 from coterie.edits.plan import Decision, Plan
 from coterie.edits.saving import savable
 from coterie.engine import Cluster, Engine
@@ -76,5 +77,7 @@ def sparsify(
         command="sparsify", path=model, out=Path(out), options=asked | scoring.record() | {"save": writing.save},
         writing=writing, io=io, engine=engine, on_progress=on_progress,
     )  # fmt: skip
+    plan = marked(source, plan, request.options)
+    source = dequantised(source, plan)
     prepare = prepared(options, source, plan, request)
     return execute(source, Decision(plan, idle(options)), request, prepare=prepare)

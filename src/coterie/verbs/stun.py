@@ -10,6 +10,8 @@ from pathlib import Path
 from coterie.decide.stun import Stunning, check_options, decided
 from coterie.decide.zeros import prepared
 from coterie.edits.execution import Io, Request, Writing, execute
+from coterie.edits.kinds.dequantise import dequantised, marked
+from coterie.edits.plan import Plan
 from coterie.edits.saving import savable
 from coterie.engine import Cluster, Engine
 from coterie.model.layer import Model
@@ -57,5 +59,7 @@ def stun(
         writing=writing, io=io, engine=engine, on_progress=on_progress,
     )  # fmt: skip
     request.check(source.checkpoint)
+    source = dequantised(source, marked(source, Plan({}), request.options))
     decision, zeroing = decided(source, stunning, request)
-    return execute(source, decision, request, prepare=prepared(zeroing, source, decision.plan, request))
+    plan = marked(source, decision.plan, request.options)
+    return execute(source, decision, request, prepare=prepared(zeroing, source, plan, request))

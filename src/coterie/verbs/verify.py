@@ -46,7 +46,8 @@ def verify(
     data: what to compute logits on: the first 2 blocks of 64 tokens of a text, or the first 8 lines of a JSONL with
     input_ids, uncut (default: 2 blocks of random token ids, always the same).
     A packed folder is checked as the dense one that it stands for, once its version, masks, counts and checksums are.
-    A check that cannot be made here (no stock class, too little memory) is ok, and its detail begins with "not".
+    A check that cannot be made here (no stock class, a package that is missing, too little memory), or that the
+    original passes no better, is ok, and its detail begins with "not" and says why.
     Raises: CoterieError when OUT is no folder, or when `against` or `data` cannot be used.
     """
     folder = Path(out)
@@ -87,18 +88,22 @@ def _check_contents(
         run("accounts for every tensor", lambda: check_trained(out, source, on_progress))
     elif source:
         run("accounts for every tensor", lambda: check_bytes(out, source, on_progress))
-    sequences, logits = _own_logits(out, documents, run)
+    original = source.checkpoint if isinstance(source, Model) else source
+    sequences, logits = _own_logits(out, original, documents, run)
     if isinstance(source, Model):
         run("logits equal the masked original", lambda: check_logits(out, source, sequences, logits))
 
 
 def _own_logits(
-    out: Checkpoint, documents: list[Document] | None, run: Callable[[str, Callable[[], Any]], Any]
+    out: Checkpoint,
+    original: Checkpoint | None,
+    documents: list[Document] | None,
+    run: Callable[[str, Callable[[], Any]], Any],
 ) -> tuple[list[list[int]], list[Any] | None]:
     """The tokens and OUT's logits on them; returning frees the model before the original is loaded."""
-    model = run("loads in stock transformers", lambda: check_loads(out))
+    model = run("loads in stock transformers", lambda: check_loads(out, original))
     sequences = sequences_of(out, documents, model) if model is not None else []
-    return sequences, run("computes", lambda: check_computes(model, sequences))
+    return sequences, run("computes", lambda: check_computes(out, model, sequences, original))
 
 
 def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:

@@ -47,13 +47,17 @@ def read(at: str, value: Any) -> dict[str, object]:
 
 def check(model: Model, plan: Plan) -> None:
     """Raises: CoterieError for weights that are not plain floats."""
-    for block, choice in plan.chosen(model):
-        for name in (*expert_names(block), block.router) if choice.merged else ():
-            if model.checkpoint.tensors[name].dtype not in FLOATS:
-                raise CoterieError(
-                    f"tensor {name!r}: {model.checkpoint.tensors[name].dtype} weights cannot be averaged; "
-                    "dequantise the checkpoint first, or average none (prune: --kappa 0)"
-                )
+    check_plain(model.checkpoint, [block for block, choice in plan.chosen(model) if choice.merged])
+
+
+def check_plain(checkpoint: Checkpoint, blocks: Iterable[MoE]) -> None:
+    """Raises: CoterieError where these blocks' experts are not plain floats."""
+    for name in (name for block in blocks for name in (*expert_names(block), block.router)):
+        if (dtype := checkpoint.tensors[name].dtype) not in FLOATS:
+            raise CoterieError(
+                f"tensor {name!r}: {dtype} weights cannot be averaged; dequantise the checkpoint first, or average "
+                "none (prune: --kappa 0)"
+            )
 
 
 def averaged(choice: Choice) -> list[int]:

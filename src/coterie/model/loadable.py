@@ -1,0 +1,64 @@
+"""Whether transformers loads a checkpoint on this machine: what its config and the packages that are here say.
+
+Asked by what loads one (`loading.py`) before it starts, and by `inspect`, which imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from coterie.errors import CoterieError
+from coterie.model.family import lookup, registry
+from coterie.storage.checkpoint import Checkpoint, load_json
+
+# quant_method -> the packages without which transformers does not load it on a CPU; it loads no others.
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "aqlm": ("aqlm",),
+    "auto-round": ("auto_round",),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "coterie": (),
+    "compressed-tensors": ("compressed_tensors",),
+    "fp8": (),
+    "gptq": ("optimum", "gptqmodel"),
+    "hqq": ("hqq",),
+    "mxfp4": (),
+    "quanto": ("optimum.quanto",),
+    "quark": ("quark",),
+    "torchao": ("torchao",),
+    "vptq": ("vptq",),
+}
+
+
+def quantisation(path: Path) -> Mapping[str, object] | None:
+    """What config.json, as it stands in the folder, says of it; None where it says nothing."""
+    said = lookup(load_json(path / "config.json"), ("quantization_config",))
+    return next((settings for _, _, settings in said if isinstance(settings, dict)), None)
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raises: CoterieError where transformers has no class for the family, or cannot read its weights here."""
+    path, types = checkpoint.path, [value for _, _, value in lookup(checkpoint.config, ("model_type",))]
+    known = [registry()[found] for found in types if isinstance(found, str) and found in registry()]
+    if known and not known[0].stock:
+        raise CoterieError(f"{path}: transformers has no class for {known[0].name}")
+    settings = quantisation(path)
+    method = settings.get("quant_method") if settings else None
+    if not isinstance(method, str):
+        return
+    if method not in PACKAGES:
+        raise CoterieError(f"{path}: transformers does not read quant_method {method!r:.60}; dequantise it first")
+    missing = [package for package in PACKAGES[method] if not is_installed(package)]
+    if missing:
+        names = " ".join(package.replace("_", "-") for package in missing)
+        raise CoterieError(f"{path}: stored as {method}, which transformers reads with {names}; pip install {names}")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is here, without importing it."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the one that it is in
+        return False
