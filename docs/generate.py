@@ -7,6 +7,7 @@ from types import ModuleType
 
 from coterie.cli import application, commands
 from coterie.methods import merge, prune, sparsify
+from coterie.model.families import NO_FAMILY
 from coterie.model.family import registry
 
 FOLDER = Path(__file__).parent
@@ -54,6 +55,9 @@ def family_table() -> str:
     return (
         f"# Model families\n\n{len(rows)} model types. Names are relative to `...layers.N.`.\n\n{head}"
         + "\n".join(rows)
+        + "\n\n## No families\n\nOther model types of transformers that have experts, and why they are none here.\n\n"
+        + "| model type | why |\n|---|---|\n"
+        + "\n".join(f"| `{model_type}` | {why} |" for model_type, why in sorted(NO_FAMILY.items()))
         + "\n"
     )
 

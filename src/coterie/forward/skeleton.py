@@ -103,7 +103,7 @@ class Skeleton:
     def load(self, index: int) -> None:
         """Fills one layer. Raises: CoterieError when something stays empty."""
         fill(self.model, self.checkpoint, self._names.get(index, []), self.dtype)
-        closed = {id(p) for m in moe.experts_modules(self.layers[index]) for p in m.parameters()}
+        closed = {id(p) for m in moe.experts_modules(self.layers[index]) for p in m.parameters(recurse=False)}
         parameters = self.layers[index].named_parameters()
         self._check_filled([f"layer {index}: {n}" for n, p in parameters if p.is_meta and id(p) not in closed])
 

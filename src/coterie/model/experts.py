@@ -84,8 +84,8 @@ def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
         up, down, *gate = (matrix.rows(0) for matrix in expert_storage(checkpoint, block, e))
         return (gate[0] if gate else None), up, down
     first, *rest = (matrix.rows(e) for matrix in expert_storage(checkpoint, block, e))
-    if len(rest) == 2:  # dbrx: gate (F, D), up (F, D), down stored (F, D)
-        return first, rest[0], rest[1].T
+    if len(rest) == 2:  # gate (F, D), up (F, D), and down
+        return first, rest[0], rest[1].T if layout.transposed_down else rest[1]
     down = rest[0]
     if layout.transposed:
         first, down = first.T, down.T
@@ -109,8 +109,8 @@ def expert_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, in
         return {part: (shape[0], shape[1]) for part, shape in shapes.items()}
     fused = [matrix.shape for matrix in expert_storage(checkpoint, block, 0)]
     first, *rest = ((shape[-2] // (1 if len(shape) == 3 else block.num_experts), shape[-1]) for shape in fused)
-    if len(rest) == 2:  # dbrx stores all three (F, D)
-        return {"gate": first, "up": rest[0], "down": rest[1][::-1]}
+    if len(rest) == 2:
+        return {"gate": first, "up": rest[0], "down": rest[1][::-1] if layout.transposed_down else rest[1]}
     (rows, columns), down = (s[::-1] if layout.transposed else s for s in (first, rest[0]))
     if layout.gate is None:
         return {"up": (rows, columns), "down": down}
@@ -169,7 +169,7 @@ def _place(checkpoint: Checkpoint, block: MoE, e: int, key: str) -> Place:
         block.num_experts,
         beside,
         weights,
-        transposed=layout.transposed,
+        transposed=bool(layout.transposed),
         gate_above_up=bool(two and key == layout.fused[0]),
         settings=settings,
     )
@@ -230,8 +230,8 @@ def _as_stored(block: MoE, e: int, matrices: Matrices) -> list[tuple[str, np.nda
         names = block.experts[e]
         return [(names.get(f"{p}.weight") or names[str(p)], m) for p, m in pairs if m is not None]
     stored = [f"{block.prefix}{name}" for name in layout.fused]
-    if len(stored) == 3:  # dbrx
-        parts = [gate, up, down.T]
+    if len(stored) == 3:
+        parts = [gate, up, down.T if layout.transposed_down else down]
     elif gate is None:
         parts = [up, down]
     elif layout.interleaved:

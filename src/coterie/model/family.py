@@ -45,7 +45,8 @@ class Layout:
     gate: str | None = "gate_proj"  # None: the experts have no gate
     up: str = "up_proj"
     down: str = "down_proj"
-    transposed: bool = False  # fused matrices are (E, in, out)
+    transposed: bool | None = False  # fused matrices are (E, in, out); None: as shapes say, both are published
+    transposed_down: bool = False  # of three fused matrices, down is (F, D) as gate and up are
     interleaved: bool = False  # gate and up alternate along the output axis instead of standing side by side
 
     @classmethod
@@ -215,6 +216,9 @@ def detect(config: Config, names: Collection[str] = ()) -> Family:
         raise CoterieError(
             f"config.json: {shown} is dense (no tensor of an expert); expected a mixture-of-experts model"
         )
+    reasons = importlib.import_module("coterie.model.families").NO_FAMILY
+    if reason := next((reasons[model_type] for model_type in types if model_type in reasons), None):
+        raise CoterieError(f"config.json: {shown} is no family of ours: {reason}")
     near = difflib.get_close_matches(types[0][:60], registry(), n=3, cutoff=0.3) if types else []
     hint = f"; the nearest known ones are {', '.join(near)}" if near else ""
     raise CoterieError(

@@ -7,7 +7,7 @@ Axes: L layer, E expert, K top-k, T token, D hidden, F expert hidden, O/I out/in
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coterie.codecs.open import opened
@@ -95,7 +95,8 @@ def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
         for attention, layouts in ((False, family.layouts), (True, family.attention)):
             layout = _layout(layouts, names) if prefix else None
             if layout:
-                blocks.append(_block(checkpoint, family, own, prefix, layout, names, attention))
+                settled = _settled(checkpoint, layout, names)
+                blocks.append(_block(checkpoint, family, own, prefix, settled, names, attention))
                 _check_block(checkpoint, blocks[-1])
         roles |= _claim(family, blocks, names)
         found += blocks
@@ -130,6 +131,16 @@ def _layout(layouts: tuple[Layout, ...], names: dict[str, str]) -> Layout | None
         if any(rest.startswith((f"{layout.experts}0.", *layout.fused)) for rest in names):
             return layout
     return fits[0] if fits else None
+
+
+def _settled(checkpoint: Checkpoint, layout: Layout, names: dict[str, str]) -> Layout:
+    """The layout with `transposed` decided where files may hold either: down is (E, F, D) then, else (E, D, F)."""
+    if layout.transposed is not None:
+        return layout
+    down = names.get(layout.fused[-1])
+    shape = checkpoint.tensors[down].shape if down else ()
+    size = checkpoint.tensors[names[layout.router]].shape[-1]
+    return replace(layout, transposed=len(shape) == 3 and shape[1] != size == shape[2])
 
 
 def _claim(family: Family, blocks: list[MoE], names: dict[str, str]) -> dict[str, str]:

@@ -164,8 +164,8 @@ def _fused_axis(block: MoE, name: str) -> tuple[int | None, str]:
     """The same of one expert's part of a fused tensor: (out, in), or (in, out) where the layout is transposed."""
     layout, bias = block.layout, name.endswith("_bias")
     place = next(j for j, known in enumerate(layout.fused) if name.startswith(block.prefix + known))
-    if len(layout.fused) == 3:  # all (F, D)
-        return 0, "alone"
+    if len(layout.fused) == 3:  # gate (F, D), up (F, D), down
+        return (0 if place < 2 or layout.transposed_down else 1), "alone"
     if place == 1:
         return (None, "") if bias else (0 if layout.transposed else 1, "alone")
     kind = "alone" if layout.gate is None else "alternating" if layout.interleaved else "gate above up"

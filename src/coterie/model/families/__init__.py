@@ -1,1 +1,20 @@
-"""One file per model family, or per group of families that agree; each defines `FAMILIES`."""
+"""One file per model family, or per group of families that agree; each defines `FAMILIES`.
+
+`NO_FAMILY` names the model types of transformers that have experts and are deliberately none of ours, with the reason.
+"""
+
+NO_FAMILY = {
+    "diffusion_gemma": "writes by denoising blocks of tokens with an encoder and a decoder; nothing here runs that",
+    "doge": "its experts are rows of two tables on a grid of product keys, from which no single one can go",
+    "dots3_note": "its vision tower has experts of its own; the text model alone is `dots3_note_text`",
+    "ernie4_5_vl_moe": "text and vision experts are one numbered list under one count; routers are stored (in, out)",
+    "inkling_mm_model": "its router weighs the shared experts in one softmax with the routed ones, by rows of its own",
+    "inkling_text": "its router weighs the shared experts in one softmax with the routed ones, by rows of its own",
+    "longcat_flash": "its router has rows for experts that are the identity, which nothing stores",
+    "nllb-moe": "translates; its encoder and its decoder have experts, and one count rules both",
+    "openai_privacy_filter": "labels tokens; it is no language model",
+    "qwen3_omni_moe": "two models with experts in one, thinker and talker, whose layers have the same numbers",
+    "switch_transformers": "an encoder and a decoder that have experts, and one count rules both",
+    "vitpose_backbone": "a vision model whose experts are chosen by the name of a data set, not by a router",
+    "zaya": "its router is an MLP that passes states from layer to layer, with a row for skipping the experts",
+}

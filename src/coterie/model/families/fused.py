@@ -19,6 +19,7 @@ DBRX = Layout.under(
     gate="w1",
     up="v1",
     down="w2",
+    transposed_down=True,
 )
 # The experts stand in the layer itself, beside a dense MLP that always runs.
 GEMMA4 = replace(

@@ -2,11 +2,20 @@
 
 from coterie.model.family import Dense, Family, Layout
 
+HUNYUAN = Layout.under("mlp.", router="gate.wg.weight", shared=("shared_mlp.",))
+
 FAMILIES = (
     Family(("qwen2_moe", "qwen3_moe", "qwen3_next", "flint"), dense=Dense("ids", "mlp_only_layers")),
+    # Published with fused matrices (E, in, out), saved by transformers as (E, out, in), under the same names.
+    Family(
+        ("qwen3_vl_moe",),
+        layouts=(Layout.under("mlp.", transposed=None),),
+        dense=Dense("ids", "mlp_only_layers"),
+    ),
     Family(("mellum",), dense=Dense("types", "mlp_layer_types")),
     # No dense layers, or (cohere2_moe) of the experts' own width alone.
-    Family(("qwen3_5_moe", "qwen3_5_moe_text", "olmoe", "flex_olmo", "cohere2_moe")),
-    Family(("hunyuan_v1_moe",), layouts=(Layout.under("mlp.", router="gate.wg.weight", shared=("shared_mlp.",)),)),
+    Family(("qwen3_5_moe", "qwen3_5_moe_text", "olmoe", "flex_olmo", "cohere2_moe", "qwen4_exp", "qwen4_exp_text")),
+    Family(("hunyuan_v1_moe",), layouts=(HUNYUAN,)),
+    Family(("hunyuan",), layouts=(HUNYUAN,), stock=False),  # Hunyuan-Large: remote code only
     Family(("jamba",), layouts=(Layout.under("feed_forward.", router="router.weight"),)),
 )
