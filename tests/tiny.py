@@ -17,6 +17,7 @@ import numpy as np
 from coterie.model.family import registry
 
 NUM_EXPERTS, TOP_K, HIDDEN, EXPERT_HIDDEN, VOCABULARY = 8, 2, 32, 16, 128
+NUM_ZERO = 4  # experts that are the identity
 
 # Every spelling of a size that configs use; a config class takes the ones it knows.
 SIZES: dict[str, Any] = {
@@ -75,6 +76,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2_text": {"topk_method": "greedy", "mlp_layer_types": ["dense", *["sparse"] * 3]},
     "unlimited_ocr_text": {"topk_method": "greedy"},
+    "longcat_flash": {**LATENT_ATTENTION, "num_layers": 2, "zero_expert_num": NUM_ZERO},
     "glm4v_moe_text": {"rope_parameters": MROPE},
     "glm5_next_text": {**LATENT_ATTENTION, "qk_rope_head_dim": 0, "linear_num_heads": 4, "linear_head_dim": 8},
     "muse_spark_text": {"moe_hidden_size": HIDDEN},
@@ -93,6 +95,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def model_types() -> list[str]:
     """Every model type of the registry."""
     return sorted(registry())
+
+
+def spellings() -> list[tuple[str, bool]]:
+    """(model type, fused) of every checkpoint that `save` writes."""
+    fused = [t for t in model_types() if t not in HAND_MADE and t not in NEVER_FUSED]
+    return [(t, False) for t in model_types()] + [(t, True) for t in fused]
 
 
 def save(model_type: str, folder: Path, *, fused: bool = False) -> Path:
@@ -259,6 +267,9 @@ def _transposed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Fused experts (E, in, out) instead of (E, out, in)."""
     return {n: np.ascontiguousarray(v.swapaxes(1, 2)) if ".experts." in n else v for n, v in tensors.items()}
 
+
+# Saved as in memory, its identity experts have weights that nothing uses, and no file published has.
+NEVER_FUSED = {"longcat_flash"}
 
 # What transformers reads as published, and saves otherwise.
 PUBLISHED: dict[str, Any] = {"qwen3_vl_moe": _transposed}

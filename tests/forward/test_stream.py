@@ -28,7 +28,8 @@ from coterie.storage import tensors
 from coterie.storage.checkpoint import Checkpoint
 
 STOCK = [t for t in tiny.model_types() if registry()[t].stock]
-OPENED = ["dbrx", "jetmoe", "llama4", "llama4_text", "step3p7"]  # transformers keeps their experts to itself
+# transformers keeps their experts to itself.
+OPENED = ["dbrx", "jetmoe", "llama4", "llama4_text", "longcat_flash", "step3p7"]
 # Their layers pass each other the indices their attention chose, or attend to what the ones before put out.
 TALKATIVE = ["glm5_next", "glm_moe_dsa", "hy_v4", "inkling2", "inkling2_text", "mistral_large4"]
 FOLLOWED = [t for t in STOCK if t not in TALKATIVE]

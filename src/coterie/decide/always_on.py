@@ -203,6 +203,7 @@ def routing_walk(blocks: Blocks, found: dict[int, Routing]) -> Walk:
     def walk(routed: Routed) -> torch.Tensor:
         index, num_experts = int(routed.block.key), routed.block.num_experts
         flat, weights = routed.chosen.flatten(), routed.weights.flatten().double()
+        flat, weights = flat[flat < num_experts], weights[flat < num_experts]  # ids beyond stand for none
         sums = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, flat, weights)
         counts = torch.bincount(flat, minlength=num_experts)
         shared = sum(blocks.shared_gates(index, x).double().sum() for x in routed.x.split(MOST_TOKENS))

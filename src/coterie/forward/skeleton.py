@@ -16,7 +16,7 @@ import torch
 
 from coterie.errors import CoterieError
 from coterie.model import moe
-from coterie.model.layer import Model, MoE, expert_names
+from coterie.model.layer import Model, MoE, expert_names, unused_names
 from coterie.model.loading import NO_DATA, convert, decoder_layers, empty_stock, guarded, quiet_transformers
 from coterie.model.opened import open_experts
 from coterie.model.targets import targets
@@ -39,7 +39,8 @@ class Skeleton:
         self.decoder = self.model.get_decoder()
         self.layers = decoder_layers(self.decoder, str(source.checkpoint.path))
         self.blocks = self._check_layers(source)  # layer index -> its MoE block
-        walked = {name for block in source.moe if not block.attention for name in expert_names(block)}
+        blocks = [block for block in source.moe if not block.attention]
+        walked = {name for block in blocks for name in (*expert_names(block), *unused_names(block))}
         self._targets = targets(self.model, [name for name in self.checkpoint.tensors if name not in walked])
         self._root = next(name for name, module in self.model.named_modules() if module is self.layers)
         self._names = self._group_names()

@@ -66,12 +66,13 @@ class Layer:
 def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
     """Reads the block's router (and nothing else). Raises: CoterieError for NaN or infinite rows."""
     values = checkpoint.read(block.router).astype(np.float32, copy=False)
-    if values.size == 0 or values.size != block.num_experts * values.shape[-1]:
+    num_rows = block.zero_rows.stop
+    if values.size == 0 or values.size != num_rows * values.shape[-1]:
         raise CoterieError(
             f"{checkpoint.path}: router {block.router!r} has shape {list(values.shape)}; "
-            f"expected one row for each of {block.num_experts} experts"
+            f"expected one row for each of {num_rows} experts"
         )
-    router = values.reshape(block.num_experts, -1)
+    router = values.reshape(num_rows, -1)[: block.num_experts]
     if not np.isfinite(router).all():
         raise CoterieError(f"{checkpoint.path}: router {block.router!r} holds NaN or infinite values; expected finite")
     return Layer(block.key, router, Experts(checkpoint, block))

@@ -118,6 +118,7 @@ class Family:
     group_keys: tuple[str, str] = ("n_group", "topk_group")
     min_per_group: int = 2  # sigmoid routers score a group by the sum of its two best
     group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
+    zero_count: str = ""  # key of how many experts are the identity: router rows after those of the stored ones
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
     stock: bool = True  # transformers has a class for it
     dense: Dense | None = None  # None: its config cannot say that some layers are dense

@@ -34,6 +34,7 @@ class MoE:
     prefix: str  # "model.layers.3."
     layout: Layout
     num_experts: int
+    num_zero: int  # rows of the router, after the experts', that lead to the identity
     router: str
     rows: tuple[str, ...]
     tables: tuple[str, ...]
@@ -41,13 +42,19 @@ class MoE:
     fused: tuple[str, ...]
     shared: tuple[str, ...]
     whole: tuple[str, ...] = ()
+    unused: tuple[dict[str, str], ...] = ()  # what may be stored for identity experts, which compute nothing with it
     routes: tuple[int, ...] = ()  # the stored expert that each router row leads to, -1 for none; (): one row for each
     constants: str | None = None  # (R, D): what the R rows that lead to none give instead
 
     @property
     def num_rows(self) -> int:
         """How many experts the router knows."""
-        return len(self.routes) or self.num_experts
+        return len(self.routes) or self.num_experts + self.num_zero
+
+    @property
+    def zero_rows(self) -> range:
+        """The rows of the router that lead to the identity, which stay whatever goes."""
+        return range(self.num_experts, self.num_experts + self.num_zero)
 
     @property
     def stack(self) -> str:
@@ -183,7 +190,8 @@ def _block(
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
     key = f"mtp.{index}" if MTP.search(prefix) else str(index)
     num_experts = own.counts.get(key) or family.num_experts(checkpoint.config)
-    experts = _numbered(layout, names, num_experts)
+    num_zero = whole_number(checkpoint.config, (family.zero_count,), 0)
+    experts = _numbered(layout, names, num_experts + num_zero)
     numbered = {name for expert in experts for name in expert.values()}
     named: dict[str, list[str]] = {"fused": [], "shared": [], "whole": [], "": []}
     for rest, name in names.items():
@@ -197,10 +205,12 @@ def _block(
         prefix=prefix,
         layout=layout,
         num_experts=num_experts,
+        num_zero=num_zero,
         router=names[layout.router],
         rows=tuple(names[row] for row in layout.rows if row in names),
         tables=tuple(names[table] for table in layout.tables if table in names),
-        experts=experts,
+        experts=experts[:num_experts],
+        unused=experts[num_experts:],
         fused=tuple(named["fused"]),
         shared=tuple(named["shared"]),
         whole=tuple(named["whole"]),
@@ -239,10 +249,16 @@ def expert_names(block: MoE) -> list[str]:
     return [name for expert in block.experts for name in expert.values()] + list(block.fused)
 
 
+def unused_names(block: MoE) -> list[str]:
+    """Every tensor of the identity experts."""
+    return [name for expert in block.unused for name in expert.values()]
+
+
 def _claims(block: MoE) -> dict[str, str]:
     claims = [(block.router, "router"), *((n, "row") for n in block.rows), *((n, "table") for n in block.tables)]
     claims += [(n, "expert") for n in expert_names(block)]
     claims += [(block.constants, "constant")] if block.constants else []
+    claims += [(n, "other") for n in unused_names(block)]
     claims += [(n, "shared") for n in block.shared] + [(n, "other") for n in block.whole]
     assert len({n for n, _ in claims}) == len(claims), f"{block.name}: a tensor claimed twice"
     return dict(claims)
@@ -264,7 +280,7 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
             raise CoterieError(f"{where}: expert {number} differs from expert 0 ({odd}); expected all alike")
     for name in block.fused:
         shape = tensors[name].shape
-        if not shape or shape[0] == 0 or shape[0] % num_experts:
+        if not shape or shape[0] == 0 or shape[0] % num_experts or (block.num_zero and shape[0] != num_experts):
             raise CoterieError(f"{where}: {name!r} has shape {list(shape)}, which {num_experts} experts cannot share")
     for name in (block.router, *block.rows, *block.tables):
         if not 0 < tensors[name].num_bytes <= MAX_ROUTER:

@@ -131,7 +131,7 @@ class Members:
     def rows(self, i: int, name: str) -> Iterator[np.ndarray]:
         """Every member's row of the router, or of what stands beside it, of cluster i."""
         tensor = self.checkpoint.tensors[name]
-        size = tensor.num_bytes // self.block.num_experts
+        size = tensor.num_bytes // self.block.zero_rows.stop
         for e in self.choice.clusters[i]:
             yield decode(self.checkpoint.raw(name, e * size, size), tensor.dtype, name)
 

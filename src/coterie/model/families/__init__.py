@@ -10,7 +10,6 @@ NO_FAMILY = {
     "ernie4_5_vl_moe": "text and vision experts are one numbered list under one count; routers are stored (in, out)",
     "inkling_mm_model": "its router weighs the shared experts in one softmax with the routed ones, by rows of its own",
     "inkling_text": "its router weighs the shared experts in one softmax with the routed ones, by rows of its own",
-    "longcat_flash": "its router has rows for experts that are the identity, which nothing stores",
     "nllb-moe": "translates; its encoder and its decoder have experts, and one count rules both",
     "openai_privacy_filter": "labels tokens; it is no language model",
     "qwen3_omni_moe": "two models with experts in one, thinker and talker, whose layers have the same numbers",

@@ -33,6 +33,7 @@ WITH_TYPES = tuple(
     deepseek_v32 axk1 beam dots3_note_text exaone_moe glm4_moe_lite glm5_next glm_moe_dsa hy_v4 laguna mimo_v2_flash
     """.split()
 )
+THIRD_PARTY = ("kimi_k2", "bailing_moe", "bailing_moe_v2", "deepseek_vl_v2")
 
 FAMILIES = (
     # Remote code only; softmax and plain top-k.
@@ -58,7 +59,7 @@ FAMILIES = (
     ),
     Family(("mistral_large4",), layouts=(MISTRAL, LAYOUT), dense=TYPES),
     # Remote code only. Ling and Ring: softmax without groups, and (v2) sigmoid with them.
-    Family(("kimi_k2", "bailing_moe", "bailing_moe_v2", "deepseek_vl_v2"), layouts=(LAYOUT,), stock=False, dense=FIRST),
+    *(Family((model_type,), layouts=(LAYOUT,), stock=False, dense=FIRST) for model_type in THIRD_PARTY),
     Family(("bailing_hybrid",), layouts=(LAYOUT,), group_keys=("num_expert_group", "topk_group"), dense=TYPES),
     Family(("kimi_linear",), layouts=(KIMI, LAYOUT), group_keys=("num_expert_group", "topk_group"), dense=TYPES),
     Family(("deepseek_v4",), layouts=(HASHED, HASHED_SAVED)),

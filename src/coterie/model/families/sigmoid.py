@@ -20,6 +20,8 @@ INKLING = Layout.under("mlp.", rows=("gate.bias",), fused=("experts.w13_weight",
 INKLING_SAVED = Layout.under("mlp.", rows=("gate.e_score_correction_bias",))
 # Experts work in a space of their own, behind a projection and before another.
 MUSE = replace(INKLING_SAVED, whole=("mlp.experts.post_expert_norm.", "mlp.pre_expert_", "mlp.post_expert_"))
+# Some of the router's rows lead to the identity instead of an expert.
+LONGCAT = Layout.under("mlp.", router="router.classifier.weight", rows=("router.e_score_correction_bias",))
 NEMOTRON = Layout.under(
     "mixer.",
     rows=("gate.e_score_correction_bias",),
@@ -38,5 +40,6 @@ FAMILIES = (
     Family(("muse_spark",), layouts=(MUSE,), dense=Dense("types", "mlp_layer_types")),
     Family(("kolibri1",), layouts=(KOLIBRI,)),
     Family(("lfm2_moe",), layouts=(LFM2,), dense=Dense("prefix", FIRST, "feed_forward.", ("w1", "w3", "w2"))),
+    Family(("longcat_flash",), layouts=(LONGCAT,), zero_count="zero_expert_num"),
     Family(("nemotron_h",), layouts=(NEMOTRON,)),
 )

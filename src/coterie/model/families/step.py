@@ -9,7 +9,7 @@ HUB = Layout.under(
     rows=("router_bias",),
     fused=("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
 )
-HUB = replace(HUB, shared=("share_expert.",))
+HUB = replace(HUB, blocks=(*HUB.blocks, "share_expert."), shared=("share_expert.",))
 SAVED = Layout.under("mlp.", rows=("gate.e_score_correction_bias",))
 TYPES = Dense("types", "mlp_layer_types")
 
