@@ -12,11 +12,12 @@ import pytest
 
 import tiny
 from coterie.errors import CoterieError
-from coterie.model.experts import Experts
+from coterie.model.experts import Experts, expert_biases, expert_shapes
 from coterie.model.family import detect, registry
 from coterie.model.layer import ROLES, expert_axis, find_blocks
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.prune import prune
+from coterie.verbs.sparsify import sparsify
 from coterie.verbs.verify import verify
 
 STOCK = [t for t in tiny.model_types() if registry()[t].stock]
@@ -215,6 +216,43 @@ def test_a_known_text_model_in_another_wrapper_is_pruned(tmp_path):
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
     prune(tmp_path / "model", tmp_path / "out", ratio=0.25)
     details(verify(tmp_path / "out", against=tmp_path / "model"))
+
+
+def as_lists(tensors):
+    """gpt-oss with one linear for every expert, and its router one as well."""
+    made = {}
+    for name, values in tensors.items():
+        at, _, part = name.partition("experts.")
+        if not part:
+            made[name.replace("mlp.router.", "mlp.router.linear.")] = values
+            continue
+        kind, _, bias = part.partition("_proj")
+        for e, own in enumerate(values):
+            made[f"{at}experts.{kind}_projs.{e}.{bias[1:] or 'weight'}"] = np.ascontiguousarray(own.T)
+    return made
+
+
+def test_one_linear_per_expert_is_read_and_cut_as_fused_ones(tiny_checkpoint, tmp_path):
+    """gpt-oss as others save it: the same matrices, biases, choice, and experts left, with their new numbers."""
+    fused = opened(tiny_checkpoint("gpt_oss"))
+    tensors, config = tiny.read(fused[0].path)
+    listed = opened(tiny.write(tmp_path / "lists", as_lists(tensors), config))
+    for ours, theirs in zip(listed[2].moe, fused[2].moe, strict=True):
+        assert expert_shapes(listed[0], ours) == expert_shapes(fused[0], theirs)
+        for e in (0, 5):
+            np.testing.assert_array_equal(Experts(listed[0], ours).flat(e), Experts(fused[0], theirs).flat(e))
+            biases = zip(expert_biases(listed[0], ours, e), expert_biases(fused[0], theirs, e), strict=True)
+            for found, expected in biases:
+                np.testing.assert_array_equal(found, expected)
+    for folder, name in ((fused[0].path, "fused"), (listed[0].path, "listed")):
+        prune(folder, tmp_path / f"{name}-out", method="weight-norm", ratio=0.25)
+        sparsify(folder, tmp_path / f"{name}-zeros", method="magnitude")
+    for what in ("out", "zeros"):
+        expected, found = (tiny.read(tmp_path / f"{name}-{what}")[0] for name in ("fused", "listed"))
+        expected = as_lists(expected)
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values)
 
 
 def test_hash_tables_name_all_experts(tiny_checkpoint):

@@ -47,6 +47,7 @@ class Layout:
     down: str = "down_proj"
     transposed: bool | None = False  # fused matrices are (E, in, out); None: as shapes say, both are published
     transposed_down: bool = False  # of three fused matrices, down is (F, D) as gate and up are
+    lists: tuple[str, ...] = ()  # of gate and up in one, and of down, each expert's by number: `experts.LIST.3.weight`
     interleaved: bool = False  # gate and up alternate along the output axis instead of standing side by side
 
     @classmethod
@@ -70,8 +71,13 @@ class Layout:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of an expert's matrices: gate, where there is one, up and down."""
-        return tuple(part for part in (self.gate, self.up, self.down) if part)
+        """The names of an expert's matrices: gate, where there is one, up and down; or its places in the lists."""
+        return self.lists or tuple(part for part in (self.gate, self.up, self.down) if part)
+
+    def expert(self, e: int, key: str) -> str:
+        """The name of expert e's tensor that is called `key` of each."""
+        part, _, rest = key.partition(".")
+        return f"{self.experts}{part}.{e}.{rest}" if part in self.lists else f"{self.experts}{e}.{key}"
 
     def is_fused(self, name: str) -> bool:
         """Whether a tensor holds all experts, or something beside one that does."""

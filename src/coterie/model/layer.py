@@ -224,14 +224,15 @@ def _numbered(layout: Layout, names: dict[str, str], num_experts: int) -> tuple[
 
     Raises: CoterieError for a number beyond the last.
     """
-    pattern = re.compile(re.escape(layout.experts) + r"(\d{1,6})\.(.+)", re.DOTALL)
+    lists = "|".join(re.escape(name) for name in layout.lists)
+    pattern = re.compile(re.escape(layout.experts) + rf"((?:{lists})\.)?(\d{{1,6}})\.(.+)", re.DOTALL)
     experts: list[dict[str, str]] = [{} for _ in range(num_experts)]
     for rest, name in names.items():
         if match := pattern.fullmatch(rest):
-            number = int(match[1])
-            if number >= num_experts or match[1] != str(number):
-                raise CoterieError(f"tensor {name!r}: expert {match[1]}, but the config counts {num_experts} experts")
-            experts[number][match[2]] = name
+            number = int(match[2])
+            if number >= num_experts or match[2] != str(number):
+                raise CoterieError(f"tensor {name!r}: expert {match[2]}, but the config counts {num_experts} experts")
+            experts[number][(match[1] or "") + match[3]] = name
     return tuple(experts) if any(experts) else ()
 
 

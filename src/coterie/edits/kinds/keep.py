@@ -126,11 +126,11 @@ def _of_experts(checkpoint: Checkpoint, block: MoE, kept: tuple[int, ...]) -> Ou
     result: Outputs = {}
     for e, names in enumerate(block.experts):
         for key, name in names.items():
-            renamed = f"{block.prefix}{block.layout.experts}{index.get(e)}.{key}"
+            renamed = block.prefix + block.layout.expert(index.get(e, 0), key)
             result[name] = (whole(tensors[name], renamed),) if e in index else ()
     for e, names in enumerate(block.unused):
         for key, name in names.items():
-            result[name] = (whole(tensors[name], f"{block.prefix}{block.layout.experts}{len(kept) + e}.{key}"),)
+            result[name] = (whole(tensors[name], block.prefix + block.layout.expert(len(kept) + e, key)),)
     for name in block.fused:
         result[name] = (_cut(tensors[name], kept, block.num_experts, 0),)
     for name in (block.router, *block.rows):

@@ -157,7 +157,9 @@ def _numbered_axis(block: MoE, key: str) -> tuple[int | None, str]:
     part, layout = key.removesuffix(".weight").removesuffix(".bias"), block.layout
     if part in (layout.gate, layout.up):
         return 0, "alone"
-    return (1, "alone") if part == layout.down and not key.endswith(".bias") else (None, "")
+    if part in layout.lists[:1]:
+        return 0, "alternating" if layout.interleaved else "gate above up"
+    return (1, "alone") if part in (layout.down, *layout.lists[1:]) and not key.endswith(".bias") else (None, "")
 
 
 def _fused_axis(block: MoE, name: str) -> tuple[int | None, str]:
