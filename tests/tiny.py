@@ -80,6 +80,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"rope_parameters": MROPE},
     "glm5_next_text": {**LATENT_ATTENTION, "qk_rope_head_dim": 0, "linear_num_heads": 4, "linear_head_dim": 8},
     "muse_spark_text": {"moe_hidden_size": HIDDEN},
+    "qwen3_omni_moe_text": {"rope_parameters": MROPE},
+    "qwen3_omni_moe_talker_text": {"rope_parameters": MROPE},
     "qwen3_vl_moe_text": {"moe_intermediate_size": 24},  # gate above up is square otherwise, and says nothing
     "qwen4_exp_text": {**INDEXER, "hc_lowrank": 8},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -248,13 +250,17 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax_m3_vl": ("minimax_m3_vl_text", {**VISION, "image_size": 28}),
     "mistral_large4": ("mistral_large4_text", {**VISION, "image_size": 32}),
     "muse_spark": ("muse_spark_text", VISION),
+    "qwen3_omni_moe_thinker": ("qwen3_omni_moe_text", {**QWEN_VISION, "deepstack_visual_indexes": [0]}),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", QWEN_VISION),
     "qwen4_exp": ("qwen4_exp_text", QWEN_VISION),
     "step3p7": ("step3p5", {**VISION, "image_size": 28}),
     "unlimited_ocr": ("unlimited_ocr_text", OCR_VISION),
 }
 # What a config needs besides text and vision.
+HEARING = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+HEARING |= {"output_dim": HIDDEN, "downsample_hidden_size": 8, "num_mel_bins": 16}
 BESIDE: dict[str, dict[str, Any]] = {
+    "qwen3_omni_moe_thinker": {"audio_config": HEARING},
     "muse_spark": {
         "out_hidden_size": HIDDEN,
         "projector_hidden_size": 16,
@@ -382,6 +388,16 @@ def _step() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return {name: v for name, v in tensors.items() if name not in numbered}, sizes
 
 
+def _omni() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Two decoders whose layers have the same numbers, and experts of their own."""
+    thinker, sizes = _third_party("mlp", shared="", stack="thinker.model.")
+    talker, _ = _third_party("mlp", shared="shared_expert", stack="talker.model.")
+    draw = _normal(2)
+    talker = {name: draw(*values.shape) for name, values in talker.items()}
+    inner = {"thinker_config": {"text_config": sizes}, "talker_config": {"text_config": {**sizes}}}
+    return thinker | talker, inner
+
+
 SMALL = ("w1", "w3", "w2")
 LATENT = {
     "gate.e_score_correction_bias": (NUM_EXPERTS,),
@@ -404,5 +420,6 @@ HAND_MADE: dict[str, Any] = {
     ),
     "minimax_m1": lambda: _third_party("block_sparse_moe", names=SMALL, shared="", count="num_local_experts"),
     "minimax_text_01": lambda: _third_party("block_sparse_moe", names=SMALL, shared="", count="num_local_experts"),
+    "qwen3_omni_moe": _omni,
     "step3p5": _step,
 }

@@ -20,6 +20,8 @@ from coterie.errors import CoterieError
 
 MAX_EXPERTS = 8192  # of a layer; some methods hold a number for every pair
 Config = Mapping[str, object]  # of config.json, to be read
+TEXTS = ("text_config", "language_config", "llm_config")  # of the text model inside another
+MODELS = ("thinker_config", "talker_config")  # of two models in one
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 
 
@@ -126,6 +128,7 @@ class Family:
     group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
     zero_count: str = ""  # key of how many experts are the identity: router rows after those of the stored ones
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+    side: str = ""  # where a second model with experts stands: "talker."; layer 3 of it is "talker.3" in plans
     stock: bool = True  # transformers has a class for it
     dense: Dense | None = None  # None: its config cannot say that some layers are dense
 
@@ -134,12 +137,21 @@ class Family:
         return self.model_types[0]
 
     def num_experts(self, config: Config) -> int:
-        """The routed experts per layer, from the config. Raises: CoterieError when no key says."""
-        return self._positive(config, self.count)
+        """The routed experts per layer, from the config. Raises: CoterieError when no key says, or models differ."""
+        found = [self._positive(scope, self.count) for scope in self._models(config)]
+        if len(set(found)) > 1:
+            counts = f"{found[0]} experts in one model, {found[1]} in {self.side!r}"
+            raise CoterieError(f"config.json ({self.name}): {counts}; expected as many in both")
+        return found[0]
+
+    def _models(self, config: Config) -> list[Config]:
+        """The config, or those of the two models inside."""
+        inside = [config[key] for key in MODELS if self.side and key in config]
+        return [scope for scope in inside if isinstance(scope, dict)] or [config]
 
     def num_experts_per_token(self, config: Config) -> int:
-        """Top-k. Raises: CoterieError when no key says."""
-        return self._positive(config, self.top_k)
+        """Top-k, the larger one where there are two models. Raises: CoterieError when no key says."""
+        return max(self._positive(scope, self.top_k) for scope in self._models(config))
 
     def _positive(self, config: Config, keys: tuple[str, ...]) -> int:
         found = {key: value for key, _, value in lookup(config, keys) if value is not None}
@@ -170,7 +182,8 @@ class Family:
 def lookup(config: Config, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Every place where one of `keys` stands, as (key, the dictionary holding it, value): top level first,
     then the nested text config of multimodal wrappers."""
-    scopes = [config, *(config[n] for n in ("text_config", "language_config", "llm_config") if n in config)]
+    models = [config, *(config[n] for n in MODELS if n in config)]
+    scopes = [s for m in models if isinstance(m, dict | Mapping) for s in (m, *(m[n] for n in TEXTS if n in m))]
     for scope in scopes:
         for key in keys:
             *path, last = key.split(".")

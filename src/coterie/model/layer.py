@@ -28,9 +28,9 @@ ROLES = ("expert", "constant", "shared", "router", "row", "table", "other")
 class MoE:
     """One MoE block: the names of its tensors by role. Exactly one of `experts` and `fused` is filled."""
 
-    key: str  # of the layer in plans: "3", or "mtp.0"
+    key: str  # of the layer in plans: "3", "mtp.0", or "talker.3"
     attention: bool  # the block is made of attention experts
-    mtp: bool  # of a multi-token-prediction layer, which stock inference leaves out
+    mtp: bool  # of a multi-token-prediction layer, or of a second model: stock inference of text leaves them out
     prefix: str  # "model.layers.3."
     layout: Layout
     num_experts: int
@@ -50,6 +50,11 @@ class MoE:
     def num_rows(self) -> int:
         """How many experts the router knows."""
         return len(self.routes) or self.num_experts + self.num_zero
+
+    @property
+    def aside(self) -> bool:
+        """Whether the block is of a second model beside the one that writes text."""
+        return not self.key.isdecimal() and not self.key.startswith("mtp.")
 
     @property
     def zero_rows(self) -> range:
@@ -188,7 +193,8 @@ def _block(
 ) -> MoE:
     """Sorts a layer's tensors (`names`: relative -> full) into the block's roles."""
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
-    key = f"mtp.{index}" if MTP.search(prefix) else str(index)
+    aside = bool(family.side) and prefix.startswith(family.side)
+    key = f"{family.side if aside else 'mtp.' if MTP.search(prefix) else ''}{index}"
     num_experts = own.counts.get(key) or family.num_experts(checkpoint.config)
     num_zero = whole_number(checkpoint.config, (family.zero_count,), 0)
     experts = _numbered(layout, names, num_experts + num_zero)
@@ -201,7 +207,7 @@ def _block(
     return MoE(
         key=key,
         attention=attention,
-        mtp=is_mtp(prefix + "x", checkpoint.config),
+        mtp=aside or is_mtp(prefix + "x", checkpoint.config),
         prefix=prefix,
         layout=layout,
         num_experts=num_experts,

@@ -12,7 +12,6 @@ NO_FAMILY = {
     "inkling_text": "its router weighs the shared experts in one softmax with the routed ones, by rows of its own",
     "nllb-moe": "translates; its encoder and its decoder have experts, and one count rules both",
     "openai_privacy_filter": "labels tokens; it is no language model",
-    "qwen3_omni_moe": "two models with experts in one, thinker and talker, whose layers have the same numbers",
     "switch_transformers": "an encoder and a decoder that have experts, and one count rules both",
     "vitpose_backbone": "a vision model whose experts are chosen by the name of a data set, not by a router",
     "zaya": "its router is an MLP that passes states from layer to layer, with a row for skipping the experts",
