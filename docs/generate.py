@@ -9,6 +9,7 @@ from types import ModuleType
 from coterie.cli import application, commands
 from coterie.edits.kinds.convert import CONVERSIONS
 from coterie.methods import merge, prune, sparsify
+from coterie.model.families import NO_FAMILY
 from coterie.model.family import Family, registry, unable
 
 FOLDER = Path(__file__).parent
@@ -57,6 +58,10 @@ def family_table() -> str:
         f"# Model families\n\n{len(rows)} model types. Names are relative to `...layers.N.`.\n\n{head}"
         + "\n".join(rows)
         + f"\n\n{ability_table()}"
+        + "\n\n## No families\n\nOther model types of transformers that have experts, and why they are none here.\n\n"
+        + "| model type | why |\n|---|---|\n"
+        + "\n".join(f"| `{model_type}` | {why} |" for model_type, why in sorted(NO_FAMILY.items()))
+        + "\n"
     )
 
 

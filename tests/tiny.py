@@ -17,6 +17,7 @@ import numpy as np
 from coterie.model.family import registry
 
 NUM_EXPERTS, TOP_K, HIDDEN, EXPERT_HIDDEN, VOCABULARY = 8, 2, 32, 16, 128
+NUM_ZERO = 4  # experts that are the identity
 
 # Every spelling of a size that configs use; a config class takes the ones it knows.
 SIZES: dict[str, Any] = {
@@ -25,7 +26,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"), TOP_K),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), EXPERT_HIDDEN),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size"), 48),
-    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 24),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"), 24),
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "max_seq_len"), VOCABULARY),
     **dict.fromkeys(("num_hidden_layers", "n_layers"), 4),
     **dict.fromkeys(("num_attention_heads", "n_heads"), 4),
@@ -50,8 +51,12 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
 }
 LATENT_ATTENTION = {"num_key_value_heads": 4}  # as many as attention heads
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64}
+INDEXER["indexer_compress_ratio"] = 4
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), LATENT_ATTENTION),
+    **dict.fromkeys(("mistral4", "mistral_large4_text"), LATENT_ATTENTION),
     "deepseek_v2": {**LATENT_ATTENTION, "topk_method": "group_limited_greedy"},
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8},
     "dots3_note_text": {
@@ -69,6 +74,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "deepseek_ocr2_text": {"topk_method": "greedy", "mlp_layer_types": ["dense", *["sparse"] * 3]},
+    "unlimited_ocr_text": {"topk_method": "greedy"},
+    "longcat_flash": {**LATENT_ATTENTION, "num_layers": 2, "zero_expert_num": NUM_ZERO},
+    "glm4v_moe_text": {"rope_parameters": MROPE},
+    "glm5_next_text": {**LATENT_ATTENTION, "qk_rope_head_dim": 0, "linear_num_heads": 4, "linear_head_dim": 8},
+    "muse_spark_text": {"moe_hidden_size": HIDDEN},
+    "qwen3_omni_moe_text": {"rope_parameters": MROPE},
+    "qwen3_omni_moe_talker_text": {"rope_parameters": MROPE},
+    "qwen3_vl_moe_text": {"moe_intermediate_size": 24},  # gate above up is square otherwise, and says nothing
+    "qwen4_exp_text": {**INDEXER, "hc_lowrank": 8},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
@@ -84,6 +99,12 @@ def model_types() -> list[str]:
     return sorted(registry())
 
 
+def spellings() -> list[tuple[str, bool]]:
+    """(model type, fused) of every checkpoint that `save` writes."""
+    fused = [t for t in model_types() if t not in HAND_MADE and t not in NEVER_FUSED]
+    return [(t, False) for t in model_types()] + [(t, True) for t in fused]
+
+
 def save(model_type: str, folder: Path, *, fused: bool = False) -> Path:
     """Writes a tiny checkpoint and returns its folder. Raises: LookupError when nothing here can build the family."""
     if model_type in HAND_MADE:
@@ -93,6 +114,9 @@ def save(model_type: str, folder: Path, *, fused: bool = False) -> Path:
     else:
         model = build(model_type)
         model.save_pretrained(folder, save_original_format=not fused)
+        if model_type in PUBLISHED and not fused:
+            tensors, config = read(folder)
+            write(folder, PUBLISHED[model_type](tensors), config)
     return folder
 
 
@@ -119,10 +143,9 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def logits(folder: Path) -> np.ndarray:
     """What stock transformers computes from a folder on a fixed batch: (2, 24, vocabulary) float32."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
-    multimodal = AutoConfig.from_pretrained(folder).model_type in TOWERS
-    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    auto = auto_class(AutoConfig.from_pretrained(folder))
     model = auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     tokens = np.random.default_rng(1).integers(3, VOCABULARY, (2, 24))
     with torch.inference_mode():
@@ -132,10 +155,9 @@ def logits(folder: Path) -> np.ndarray:
 def build(model_type: str, seed: int = 0) -> Any:
     """The stock model with random weights. Raises: LookupError naming what to add for a family it cannot build."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = tiny_config(model_type)
-    auto = AutoModelForImageTextToText if model_type in TOWERS else AutoModelForCausalLM
+    auto = auto_class(config)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # for what `_randomise` leaves alone
@@ -144,6 +166,14 @@ def build(model_type: str, seed: int = 0) -> Any:
         raise LookupError(f"{model_type}: {error}; add sizes to SPECIAL in tests/tiny.py") from error
     _randomise(model, torch.Generator().manual_seed(seed))
     return model
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of a model: of text alone, or of images and text (also text models that only this one knows)."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text = config.model_type not in TOWERS and type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if text else AutoModelForImageTextToText
 
 
 def tiny_config(model_type: str) -> Any:
@@ -156,7 +186,8 @@ def tiny_config(model_type: str) -> Any:
         raise LookupError(f"{model_type}: not in transformers; add it to HAND_MADE in tests/tiny.py") from error
     if model_type in TOWERS:
         text, vision = TOWERS[model_type]
-        return AutoConfig.for_model(model_type, text_config=tiny_config(text).to_dict(), vision_config=vision)
+        others = BESIDE.get(model_type, {})
+        return AutoConfig.for_model(model_type, text_config=tiny_config(text).to_dict(), vision_config=vision, **others)
     sizes = {key: value for key, value in SIZES.items() if key in known}
     aliases = type(AutoConfig.for_model(model_type)).attribute_map
     sizes = {key: value for key, value in sizes.items() if aliases.get(key) not in sizes}
@@ -196,6 +227,15 @@ def _table(shape: tuple[int, ...], generator: Any) -> Any:
 
 
 # Vision towers around text models: the text model's type, and what makes the tower small.
+QWEN_VISION = {"hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": HIDDEN}
+GLM_VISION = {**QWEN_VISION, "patch_size": 4, "image_size": 16}
+OCR_VISION = {
+    "sam_config": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "mlp_dim": 16,
+        "output_channels": 8, "downsample_channels": [8, 16], "global_attn_indexes": [0],
+    },
+    "encoder_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+}  # fmt: skip
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 PROJECTOR = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
 TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -203,7 +243,42 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": ("gemma4_text", VISION),
     "llama4": ("llama4_text", {**VISION, **PROJECTOR, "image_size": 28}),
     "qwen3_5_moe": ("qwen3_5_moe_text", {"hidden_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN}),
+    "deepseek_ocr2": ("deepseek_ocr2_text", OCR_VISION),
+    "glm4v_moe": ("glm4v_moe_text", GLM_VISION),
+    "glm5_next": ("glm5_next_text", {**GLM_VISION, "projection_intermediate_size": 16}),
+    "inkling2": ("inkling2_text", {**VISION, "text_hidden_size": HIDDEN}),
+    "minimax_m3_vl": ("minimax_m3_vl_text", {**VISION, "image_size": 28}),
+    "mistral_large4": ("mistral_large4_text", {**VISION, "image_size": 32}),
+    "muse_spark": ("muse_spark_text", VISION),
+    "qwen3_omni_moe_thinker": ("qwen3_omni_moe_text", {**QWEN_VISION, "deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", QWEN_VISION),
+    "qwen4_exp": ("qwen4_exp_text", QWEN_VISION),
+    "step3p7": ("step3p5", {**VISION, "image_size": 28}),
+    "unlimited_ocr": ("unlimited_ocr_text", OCR_VISION),
 }
+# What a config needs besides text and vision.
+HEARING = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+HEARING |= {"output_dim": HIDDEN, "downsample_hidden_size": 8, "num_mel_bins": 16}
+BESIDE: dict[str, dict[str, Any]] = {
+    "qwen3_omni_moe_thinker": {"audio_config": HEARING},
+    "muse_spark": {
+        "out_hidden_size": HIDDEN,
+        "projector_hidden_size": 16,
+        "audio_config": {"out_hidden_size": HIDDEN, "hidden_sizes": [8] * 4, "depths": [1] * 4},
+    },
+}
+
+
+def _transposed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fused experts (E, in, out) instead of (E, out, in)."""
+    return {n: np.ascontiguousarray(v.swapaxes(1, 2)) if ".experts." in n else v for n, v in tensors.items()}
+
+
+# Saved as in memory, its identity experts have weights that nothing uses, and no file published has.
+NEVER_FUSED = {"longcat_flash"}
+
+# What transformers reads as published, and saves otherwise.
+PUBLISHED: dict[str, Any] = {"qwen3_vl_moe": _transposed}
 
 
 # --- families without a stock class: their hub names, written directly ------------------------------------------
@@ -269,8 +344,82 @@ def _arctic() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return tensors, {"num_hidden_layers": 2, "num_local_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}
 
 
+def _third_party(
+    block: str,
+    *,
+    names: tuple[str, str, str] = GATED,
+    router: str = "gate.weight",
+    row: str = "",
+    shared: str = "shared_experts",
+    count: str = "num_experts",
+    stack: str = "model.",
+    beside: dict[str, tuple[int, ...]] | None = None,
+    **config: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A dense layer and two of experts under `block`, as published by others; `beside`: shapes of the block's own."""
+    draw, tensors = _normal(), dict(_decoder(3))
+    tensors |= expert("model.layers.0.mlp", draw)
+    for layer in (1, 2):
+        mlp = f"model.layers.{layer}.{block}"
+        tensors |= {f"{mlp}.{router}": draw(NUM_EXPERTS, HIDDEN)} | ({f"{mlp}.{row}": draw(NUM_EXPERTS)} if row else {})
+        tensors |= expert(f"{mlp}.{shared}", draw) if shared else {}
+        tensors |= {f"{mlp}.{name}": draw(*shape) for name, shape in (beside or {}).items()}
+        for e in range(NUM_EXPERTS):
+            tensors |= expert(f"{mlp}.experts.{e}", draw, names)
+    sizes = {"num_hidden_layers": 3, count: NUM_EXPERTS, "num_experts_per_tok": TOP_K, "first_k_dense_replace": 1}
+    return {stack + name.removeprefix("model."): values for name, values in tensors.items()}, sizes | config
+
+
+def _within(key: str, made: tuple[dict[str, np.ndarray], dict[str, Any]], text: str) -> Any:
+    """A text model inside another: its config under `key`."""
+    return made[0], {key: {"model_type": text, **made[1]}}
+
+
+def _step() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Step: one matrix a part for all experts, the shared expert beside the block."""
+    tensors, _ = _third_party("moe", row="router_bias", shared="")
+    numbered = [name for name in tensors if ".experts." in name]
+    for layer in (1, 2):
+        for part in GATED:
+            values = [tensors[f"model.layers.{layer}.moe.experts.{e}.{part}.weight"] for e in range(NUM_EXPERTS)]
+            tensors[f"model.layers.{layer}.moe.{part}.weight"] = np.stack(values)
+        tensors |= expert(f"model.layers.{layer}.share_expert", _normal(layer))
+    sizes = {"num_hidden_layers": 3, "moe_num_experts": NUM_EXPERTS, "moe_top_k": TOP_K, "moe_layers_enum": "1,2"}
+    return {name: v for name, v in tensors.items() if name not in numbered}, sizes
+
+
+def _omni() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Two decoders whose layers have the same numbers, and experts of their own."""
+    thinker, sizes = _third_party("mlp", shared="", stack="thinker.model.")
+    talker, _ = _third_party("mlp", shared="shared_expert", stack="talker.model.")
+    draw = _normal(2)
+    talker = {name: draw(*values.shape) for name, values in talker.items()}
+    inner = {"thinker_config": {"text_config": sizes}, "talker_config": {"text_config": {**sizes}}}
+    return thinker | talker, inner
+
+
+SMALL = ("w1", "w3", "w2")
+LATENT = {
+    "gate.e_score_correction_bias": (NUM_EXPERTS,),
+    "routed_expert_down_proj.weight": (HIDDEN, HIDDEN),
+    "routed_expert_up_proj.weight": (HIDDEN, HIDDEN),
+    "routed_expert_norm.weight": (HIDDEN,),
+}
 HAND_MADE: dict[str, Any] = {
     "arctic": _arctic,
+    "bailing_moe": lambda: _third_party("mlp"),
+    "bailing_moe_v2": lambda: _third_party("mlp", row="gate.expert_bias", n_group=2, topk_group=1),
     "deepseek": lambda: _deepseek(bias=False),
+    "deepseek_vl_v2": lambda: _within(
+        "language_config", _third_party("mlp", count="n_routed_experts", stack="language.model."), "deepseek_v2"
+    ),
+    "hunyuan": lambda: _third_party("mlp", router="gate.wg.weight", shared="shared_mlp", moe_topk=TOP_K),
     "kimi_k2": lambda: _deepseek(bias=True),
+    "kimi_k3": lambda: _within(
+        "text_config", _third_party("block_sparse_moe", names=SMALL, beside=LATENT, stack="language_model.model."), "k3"
+    ),
+    "minimax_m1": lambda: _third_party("block_sparse_moe", names=SMALL, shared="", count="num_local_experts"),
+    "minimax_text_01": lambda: _third_party("block_sparse_moe", names=SMALL, shared="", count="num_local_experts"),
+    "qwen3_omni_moe": _omni,
+    "step3p5": _step,
 }

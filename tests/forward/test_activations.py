@@ -21,8 +21,7 @@ from coterie.model.layer import Model
 from coterie.storage import tensors
 from coterie.storage.checkpoint import Checkpoint
 
-SPELLINGS = [(t, fused) for t in tiny.model_types() if t not in tiny.HAND_MADE for fused in (False, True)]
-SPELLINGS += [(t, False) for t in tiny.HAND_MADE]
+SPELLINGS = tiny.spellings()
 
 
 class Swiglu:

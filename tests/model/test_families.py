@@ -12,15 +12,16 @@ import pytest
 
 import tiny
 from coterie.errors import CoterieError
-from coterie.model.experts import Experts
+from coterie.model.experts import Experts, expert_biases, expert_shapes
 from coterie.model.family import detect, registry
 from coterie.model.layer import ROLES, expert_axis, find_blocks
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.prune import prune
+from coterie.verbs.sparsify import sparsify
 from coterie.verbs.verify import verify
 
 STOCK = [t for t in tiny.model_types() if registry()[t].stock]
-SPELLINGS = [(t, False) for t in tiny.model_types()] + [(t, True) for t in STOCK]
+SPELLINGS = tiny.spellings()
 every_spelling = pytest.mark.parametrize(
     ("model_type", "fused"), SPELLINGS, ids=[t + ("-fused" if fused else "") for t, fused in SPELLINGS]
 )
@@ -65,14 +66,15 @@ def test_every_tensor_has_one_plausible_role(tiny_checkpoint, model_type, fused)
     assert counts["router"] == len(blocks.moe) == len({(b.key, b.attention) for b in blocks.moe})
     for name, role in blocks.roles.items():
         if role == "expert":
-            assert re.search(r"expert|_linear", name), name
+            assert re.search(r"expert|_linear|[.]moe[.]", name), name
             assert "shared" not in name, name
         if re.search(r"embed|lm_head|norm|self_attn|vision", name):
             assert role in ("other", "shared"), name
     for block in blocks.moe:
-        assert checkpoint.tensors[block.router].shape == (tiny.NUM_EXPERTS, tiny.HIDDEN)
+        num_rows = tiny.NUM_EXPERTS + block.num_zero
+        assert checkpoint.tensors[block.router].shape == (num_rows, tiny.HIDDEN)
         for name in block.rows:
-            assert expert_axis(checkpoint.tensors[name].shape, tiny.NUM_EXPERTS) is not None
+            assert expert_axis(checkpoint.tensors[name].shape, num_rows) is not None
 
 
 @every_spelling
@@ -90,7 +92,7 @@ def test_an_experts_matrices_account_for_its_weights(tiny_checkpoint, model_type
         assert tiny.NUM_EXPERTS * sum(m.size for m in (gate, up, down) if m is not None) == weights
 
 
-@every_stock_family
+@pytest.mark.parametrize("model_type", [t for t, fused in SPELLINGS if fused])
 def test_both_spellings_hold_the_same_experts(tiny_checkpoint, model_type):
     """An expert read from the hub's spelling equals the one read from transformers' own."""
     hub, fused = opened(tiny_checkpoint(model_type)), opened(tiny_checkpoint(model_type, fused=True))
@@ -147,7 +149,7 @@ def test_kept_experts_keep_their_bytes(tiny_checkpoint, tmp_path, model_type, fu
         assert new.num_experts == len(kept) == tiny.NUM_EXPERTS * 3 // 4
         for i, e in enumerate(kept):
             assert expert_bytes(out, new, i) == expert_bytes(source, old, e)
-        np.testing.assert_array_equal(out.read(new.router), source.read(old.router)[kept])
+        np.testing.assert_array_equal(out.read(new.router), source.read(old.router)[[*kept, *old.zero_rows]])
 
 
 @every_stock_family
@@ -159,10 +161,10 @@ def test_order_of_experts_means_nothing(tiny_checkpoint, tmp_path, model_type):
     swap = np.arange(tiny.NUM_EXPERTS).reshape(-1, 2)[:, ::-1].ravel()  # within every routing group
     for block in blocks.moe:
         for name in (*block.fused, block.router, *block.rows):
-            axis = 0 if name in block.fused else expert_axis(tensors[name].shape, tiny.NUM_EXPERTS)
+            axis = 0 if name in block.fused else expert_axis(tensors[name].shape, block.num_rows)
             shape = tensors[name].shape
-            parts = tensors[name].reshape(*shape[:axis], tiny.NUM_EXPERTS, -1)
-            tensors[name] = np.ascontiguousarray(parts.take(swap, axis).reshape(shape))
+            parts = tensors[name].reshape(*shape[:axis], block.num_rows, -1)
+            tensors[name] = np.ascontiguousarray(parts.take([*swap, *block.zero_rows], axis).reshape(shape))
         for name in block.tables:
             tensors[name] = swap[tensors[name]].astype(tensors[name].dtype)
         for e in range(0, tiny.NUM_EXPERTS if block.experts else 0, 2):
@@ -172,6 +174,85 @@ def test_order_of_experts_means_nothing(tiny_checkpoint, tmp_path, model_type):
     tiny.write(tmp_path / "swapped", tensors, config)
     expected, found = tiny.logits(source.path), tiny.logits(tmp_path / "swapped")
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_identity_experts_stay(tiny_checkpoint, tmp_path, published):
+    """The router's rows of experts that are the identity are none of the experts that are counted, ranked and cut;
+    whether they have weights (transformers saves some, which it never uses) or, as published, none."""
+    tensors, config = tiny.read(tiny_checkpoint("longcat_flash"))
+    stored = {n: v for n, v in tensors.items() if not (published and re.search(r"experts\.(8|9|10|11)\.", n))}
+    assert (stored.keys() != tensors.keys()) == published
+    source = Checkpoint.open(tiny.write(tmp_path / "model", stored, config))
+    prune(source.path, tmp_path / "out", ratio=0.5)
+    out, _, after = opened(tmp_path / "out")
+    assert out.config["zero_expert_num"] == source.config["zero_expert_num"] == tiny.NUM_ZERO
+    for block in after.moe:
+        assert out.tensors[block.router].shape == (tiny.NUM_EXPERTS // 2 + tiny.NUM_ZERO, tiny.HIDDEN)
+        assert all(bool(expert) != published for expert in block.unused)
+
+
+def test_weights_of_identity_experts_are_refused(tiny_checkpoint, tmp_path):
+    """Fused as in memory, gate and up have rows for them: whose is whose is not guessed."""
+    folder = tiny.save("qwen3_moe", tmp_path / "model", fused=True)
+    tensors, config = tiny.read(folder)
+    config |= {"model_type": "longcat_flash", "zero_expert_num": tiny.NUM_EXPERTS}
+    for name in [n for n in tensors if n.endswith("mlp.gate.weight")]:
+        rows = tensors.pop(name)
+        tensors[name.replace("gate.weight", "router.classifier.weight")] = np.concatenate([rows, rows])
+    for name in [n for n in tensors if n.endswith("gate_up_proj")]:
+        tensors[name] = np.concatenate([tensors[name]] * 2)
+    with pytest.raises(CoterieError, match=r"gate_up_proj.* has shape \[16, 32, 32\], which 8 experts cannot share"):
+        opened(tiny.write(folder, tensors, config))
+
+
+def test_a_known_text_model_in_another_wrapper_is_pruned(tmp_path):
+    """Its config and tensors stand inside: Mistral Small 4 as published is a mistral3."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = tiny.tiny_config("mistral4").to_dict()
+    vision = {**tiny.VISION, "model_type": "pixtral", "image_size": 32}
+    config = AutoConfig.for_model("mistral3", text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    prune(tmp_path / "model", tmp_path / "out", ratio=0.25)
+    details(verify(tmp_path / "out", against=tmp_path / "model"))
+
+
+def as_lists(tensors):
+    """gpt-oss with one linear for every expert, and its router one as well."""
+    made = {}
+    for name, values in tensors.items():
+        at, _, part = name.partition("experts.")
+        if not part:
+            made[name.replace("mlp.router.", "mlp.router.linear.")] = values
+            continue
+        kind, _, bias = part.partition("_proj")
+        for e, own in enumerate(values):
+            made[f"{at}experts.{kind}_projs.{e}.{bias[1:] or 'weight'}"] = np.ascontiguousarray(own.T)
+    return made
+
+
+def test_one_linear_per_expert_is_read_and_cut_as_fused_ones(tiny_checkpoint, tmp_path):
+    """gpt-oss as others save it: the same matrices, biases, choice, and experts left, with their new numbers."""
+    fused = opened(tiny_checkpoint("gpt_oss"))
+    tensors, config = tiny.read(fused[0].path)
+    listed = opened(tiny.write(tmp_path / "lists", as_lists(tensors), config))
+    for ours, theirs in zip(listed[2].moe, fused[2].moe, strict=True):
+        assert expert_shapes(listed[0], ours) == expert_shapes(fused[0], theirs)
+        for e in (0, 5):
+            np.testing.assert_array_equal(Experts(listed[0], ours).flat(e), Experts(fused[0], theirs).flat(e))
+            biases = zip(expert_biases(listed[0], ours, e), expert_biases(fused[0], theirs, e), strict=True)
+            for found, expected in biases:
+                np.testing.assert_array_equal(found, expected)
+    for folder, name in ((fused[0].path, "fused"), (listed[0].path, "listed")):
+        prune(folder, tmp_path / f"{name}-out", method="weight-norm", ratio=0.25)
+        sparsify(folder, tmp_path / f"{name}-zeros", method="magnitude")
+    for what in ("out", "zeros"):
+        expected, found = (tiny.read(tmp_path / f"{name}-{what}")[0] for name in ("fused", "listed"))
+        expected = as_lists(expected)
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values)
 
 
 def test_hash_tables_name_all_experts(tiny_checkpoint):

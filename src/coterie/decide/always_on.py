@@ -287,8 +287,9 @@ def observe(
 
 def routing(blocks: Blocks, index: int, routed: Routed) -> Routing:
     """The routing weights of a layer, counted."""
-    num_experts, flat = routed.block.num_experts, routed.chosen.flatten()
-    sums = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, flat, routed.weights.flatten().double())
+    num_experts, flat, weights = routed.block.num_experts, routed.chosen.flatten(), routed.weights.flatten().double()
+    flat, weights = flat[flat < num_experts], weights[flat < num_experts]  # ids beyond stand for none
+    sums = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, flat, weights)
     counts = torch.bincount(flat, minlength=num_experts)
     shared = sum(blocks.shared_gates(index, x).double().sum() for x in routed.x.split(MOST_TOKENS))
     return Routing(sums.numpy(), counts.numpy(), float(shared) / len(routed.x))

@@ -77,7 +77,8 @@ def decided(
         notes.insert(0, f"{kept} experts is not a multiple of 8: some serving kernels and expert parallelism want that")
     if any(b.mtp for b in model.moe):
         fate = f"cut to {kept} experts by the same rule" if cut else "kept whole"
-        notes.append(f"multi-token-prediction layers are {'left out' if options.drop_mtp else fate}")
+        what = "a second model's layers" if any(b.aside for b in model.moe) else "multi-token-prediction layers"
+        notes.append(f"{what} are {'left out' if options.drop_mtp else fate}")
     choices = found.choices if cut else _routed(found.choices, options.fate)
     plan = Plan(
         layers={b.key: c for b, c in choices.items() if not b.attention},

@@ -86,7 +86,7 @@ def mask_experts(model: Any, source: Model, plan: Plan) -> MaskedRouting:
         choice = plan.choice(block)
         if block.mtp or choice is None or len(choice.kept) == block.num_experts or is_routed(choice, block):
             continue
-        routing.hide(block.name, twin(model, checkpoint, block.router), choice.kept)
+        routing.hide(block.name, twin(model, checkpoint, block.router), (*choice.kept, *block.zero_rows))
         dropped = sorted(set(range(block.num_experts)) - set(choice.kept))
         with torch.no_grad():
             for name in block.rows:

@@ -201,7 +201,8 @@ def _coactivation(routed: Routed, groups: torch.Tensor, num_groups: int) -> np.n
     num_experts = routed.block.num_experts
     counts = torch.zeros(num_groups * num_experts**2, dtype=torch.long)
     for i, j in combinations(routed.chosen.T, 2):
-        counts += torch.bincount((groups * num_experts + i) * num_experts + j, minlength=len(counts))
+        both = (i < num_experts) & (j < num_experts)  # ids beyond the experts stand for none
+        counts += torch.bincount(((groups * num_experts + i) * num_experts + j)[both], minlength=len(counts))
     found = counts.view(num_groups, num_experts, num_experts)
     return (found + found.mT).double().numpy()
 

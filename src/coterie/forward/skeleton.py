@@ -17,7 +17,7 @@ import torch
 
 from coterie.errors import CoterieError
 from coterie.model import moe
-from coterie.model.layer import Model, MoE, expert_names
+from coterie.model.layer import Model, MoE, expert_names, unused_names
 from coterie.model.layered import check_layers
 from coterie.model.loading import NO_DATA, convert, decoder_layers, empty_stock, guarded, quiet_transformers
 from coterie.model.opened import open_experts
@@ -43,7 +43,8 @@ class Skeleton:
         self.decoder = self.model.get_decoder()
         self.layers = decoder_layers(self.decoder, str(source.checkpoint.path))
         self.blocks = self._check_layers(source)  # layer index -> its MoE block
-        walked = {name for block in source.moe if not block.attention for name in expert_names(block)}
+        blocks = [block for block in source.moe if not block.attention]
+        walked = {name for block in blocks for name in (*expert_names(block), *unused_names(block))}
         stored = [name for name in self.checkpoint.tensors if name not in walked]
         self._coded = quantised(
             self.checkpoint, outside(source)
@@ -112,7 +113,7 @@ class Skeleton:
     def load(self, index: int) -> None:
         """Fills one layer. Raises: CoterieError when something stays empty."""
         self._fill(self._names.get(index, []))
-        closed = {id(p) for m in moe.experts_modules(self.layers[index]) for p in m.parameters()}
+        closed = {id(p) for m in moe.experts_modules(self.layers[index]) for p in m.parameters(recurse=False)}
         parameters = self.layers[index].named_parameters()
         self._check_filled([f"layer {index}: {n}" for n, p in parameters if p.is_meta and id(p) not in closed])
 

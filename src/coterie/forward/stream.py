@@ -74,9 +74,10 @@ class Stream:
         arguments: dict[int, Arguments] = {}  # by length
         for rows in _grouped(samples, tokens_per_batch):
             ids = torch.tensor([list(samples[i]) for i in rows])
-            batch = Batch(*self._capture(ids, changed=False), rows)
+            hidden, given, _ = self._capture(ids, changed=False)
+            batch = Batch(hidden, given, rows)
             if not batches:
-                self._check_arguments(ids, batch.arguments)
+                self._check_alone(ids, hidden, given)
                 places = _places(samples, batch.hidden, spill, IN_MEMORY if budget is None else budget, copies)
             length = ids.shape[1]
             batch.arguments = arguments[length] = shared(batch.arguments, arguments.get(length, []))
@@ -95,10 +96,11 @@ class Stream:
                 found = next((f"token id {t}" for t in sample if not 0 <= t < vocabulary), "no tokens")
                 raise CoterieError(f"sample {number}: {found}; expected one id or more, all below {vocabulary}")
 
-    def _capture(self, ids: torch.Tensor, *, changed: bool) -> tuple[torch.Tensor, Arguments]:
-        """The first layer's hidden states, and what else each layer is given.
+    def _capture(self, ids: torch.Tensor, *, changed: bool) -> tuple[torch.Tensor, Arguments, torch.Tensor]:
+        """The first layer's hidden states, what else each layer is given, and what the decoder makes of it all.
 
-        Runs the decoder with every layer replaced by the identity, or by one that changes the hidden states.
+        Runs the decoder with every layer replaced by the identity, or by one that changes the hidden states; the last
+        one gives the first one's again, either way.
         """
         arguments: Arguments = []
         returned: list[torch.Tensor] = []
@@ -110,24 +112,30 @@ class Stream:
             first.append(hidden)
             kwargs.pop("past_key_values", None)
             arguments.append((args, kwargs))
-            returned.append(hidden + 1 if changed else hidden)
+            is_last = len(arguments) == len(self.layers)
+            returned.append(first[0] if is_last else hidden + 1 if changed else hidden)
             return returned[-1]
 
         try:
             with unobserved(self.layers.modules()), instead(dict.fromkeys(self.layers, record)):
-                self.decoder(input_ids=ids, use_cache=False)
+                output = self.decoder(input_ids=ids, use_cache=False)
         except Exception as error:  # anything can go wrong where layers are expected to return more
             raise self._refusal(str(error)) from error
         if len(arguments) != len(self.layers):
             raise self._refusal(f"{len(arguments)} calls of {len(self.layers)} layers")
-        return first[0], arguments
+        return first[0], arguments, output[0]
 
-    def _check_arguments(self, ids: torch.Tensor, arguments: Arguments) -> None:
-        """What layers are given beside hidden states must not depend on the hidden states of layers before."""
-        _, again = self._capture(ids, changed=True)
+    def _check_alone(self, ids: torch.Tensor, hidden: torch.Tensor, arguments: Arguments) -> None:
+        """Hidden states of layers before must reach neither what a layer is given beside its own, nor the end."""
+        _, again, end = self._capture(ids, changed=True)
         pairs = zip(tree_leaves(arguments), tree_leaves(again), strict=True)
         if any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs):
             raise self._refusal("a layer's arguments depend on the layers before")
+        through = dict.fromkeys(self.layers, lambda *args, **kwargs: hidden)
+        with unobserved(self.layers.modules()), instead(through):
+            alone = self.decoder(input_ids=torch.zeros_like(ids), use_cache=False)[0]
+        if not torch.equal(end, alone):
+            raise self._refusal("the end depends on more than the last layer")
 
     def _refusal(self, reason: str) -> CoterieError:
         name = type(self.decoder).__name__

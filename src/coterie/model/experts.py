@@ -67,12 +67,13 @@ class Layer:
 def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
     """Reads the block's router (and nothing else). Raises: CoterieError for NaN or infinite rows."""
     values = checkpoint.read(block.router).astype(np.float32, copy=False)
-    if values.size == 0 or values.size != block.num_experts * values.shape[-1]:
+    num_rows = block.zero_rows.stop
+    if values.size == 0 or values.size != num_rows * values.shape[-1]:
         raise CoterieError(
             f"{checkpoint.path}: router {block.router!r} has shape {list(values.shape)}; "
-            f"expected one row for each of {block.num_experts} experts"
+            f"expected one row for each of {num_rows} experts"
         )
-    router = values.reshape(block.num_experts, -1)
+    router = values.reshape(num_rows, -1)[: block.num_experts]
     if not np.isfinite(router).all():
         raise CoterieError(f"{checkpoint.path}: router {block.router!r} holds NaN or infinite values; expected finite")
     return Layer(block.key, router, Experts(checkpoint, block))
@@ -81,12 +82,12 @@ def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
 def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
     """(gate, up, down) of expert e as float32 (out, in) matrices, whatever the layout on disk."""
     layout = block.layout
-    if block.experts:
+    if block.experts and not layout.lists:
         up, down, *gate = (matrix.rows(0) for matrix in expert_storage(checkpoint, block, e))
         return (gate[0] if gate else None), up, down
-    first, *rest = (matrix.rows(e) for matrix in expert_storage(checkpoint, block, e))
-    if len(rest) == 2:  # dbrx: gate (F, D), up (F, D), down stored (F, D)
-        return first, rest[0], rest[1].T
+    first, *rest = (matrix.rows(0 if block.experts else e) for matrix in expert_storage(checkpoint, block, e))
+    if len(rest) == 2:  # gate (F, D), up (F, D), and down
+        return first, rest[0], rest[1].T if layout.transposed_down else rest[1]
     down = rest[0]
     if layout.transposed:
         first, down = first.T, down.T
@@ -103,15 +104,16 @@ def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
 def expert_shapes(checkpoint: Checkpoint, block: MoE) -> dict[str, tuple[int, int]]:
     """(out, in) of an expert's matrices by part ("gate", "up", "down"), from the headers."""
     layout = block.layout
-    if block.experts:
+    if block.experts and not layout.lists:
         parts = {"gate": layout.gate, "up": layout.up, "down": layout.down}
         held = _held(checkpoint, block, 0)
         shapes = {part: matrix.shape for part, name in parts.items() if name and (matrix := held[name])}
         return {part: (shape[0], shape[1]) for part, shape in shapes.items()}
-    fused = [matrix.shape for matrix in expert_storage(checkpoint, block, 0)]
-    first, *rest = ((shape[-2] // (1 if len(shape) == 3 else block.num_experts), shape[-1]) for shape in fused)
-    if len(rest) == 2:  # dbrx stores all three (F, D)
-        return {"gate": first, "up": rest[0], "down": rest[1][::-1]}
+    stored = [matrix.shape for matrix in expert_storage(checkpoint, block, 0)]
+    num_blocks = block.num_experts if block.fused else 1  # of rows, where matrices stand one after the other
+    first, *rest = ((shape[-2] // (1 if len(shape) == 3 else num_blocks), shape[-1]) for shape in stored)
+    if len(rest) == 2:
+        return {"gate": first, "up": rest[0], "down": rest[1][::-1] if layout.transposed_down else rest[1]}
     (rows, columns), down = (s[::-1] if layout.transposed else s for s in (first, rest[0]))
     if layout.gate is None:
         return {"up": (rows, columns), "down": down}
@@ -159,7 +161,7 @@ def _held(checkpoint: Checkpoint, block: MoE, e: int) -> dict[str, Coded | None]
     if block.fused:
         return {name: matrices_at(checkpoint, _place(checkpoint, block, e, name)) for name in layout.fused}
     found: dict[str, Coded | None] = {}
-    for part in (layout.up, layout.down, layout.gate):
+    for part in layout.lists or (layout.up, layout.down, layout.gate):
         if part:
             places = (_place(checkpoint, block, e, key) for key in (f"{part}.weight", part))
             found[part] = next((matrix for place in places if (matrix := matrices_at(checkpoint, place))), None)
@@ -176,7 +178,7 @@ def _place(checkpoint: Checkpoint, block: MoE, e: int, key: str) -> Place:
     """What a codec has to know of a tensor: `key` is its name below the expert's, or below the layer's."""
     layout, settings = block.layout, quantisation(checkpoint)
     if block.experts:
-        name = f"{block.prefix}{layout.experts}{e}.{key}"
+        name = block.prefix + layout.expert(e, key)
         return Place(name, key, 0, block.experts[e], layout.parts, settings=settings)
     beside = {name.removeprefix(block.prefix): name for name in block.fused}
     weights = tuple(name.removesuffix(".weight") for name in layout.fused)
@@ -187,7 +189,7 @@ def _place(checkpoint: Checkpoint, block: MoE, e: int, key: str) -> Place:
         block.num_experts,
         beside,
         weights,
-        transposed=layout.transposed,
+        transposed=bool(layout.transposed),
         gate_above_up=bool(two and key == layout.fused[0]),
         settings=settings,
     )
@@ -196,14 +198,19 @@ def _place(checkpoint: Checkpoint, block: MoE, e: int, key: str) -> Place:
 def expert_biases(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Biases of expert e as float32: of gate above up (2F,), and of down (D,); None where there are none."""
     layout = block.layout
-    if block.experts:
+    if block.experts and not layout.lists:
         names = block.experts[e]
         parts = [p for p in (layout.gate, layout.up) if p and f"{p}.bias" in names]
         first = [checkpoint.read(names[f"{p}.bias"]).astype(np.float32) for p in parts]
         down = names.get(f"{layout.down}.bias")
         return (np.concatenate(first) if first else None), (checkpoint.read(down).astype(np.float32) if down else None)
-    found = [f"{block.prefix}{name}_bias" for name in layout.fused]
-    rows = [checkpoint.read_rows(n, e, e + 1)[0].astype(np.float32) if n in checkpoint.tensors else None for n in found]
+    if layout.lists and block.experts:
+        own = [block.experts[e].get(f"{name}.bias") for name in layout.lists]
+        rows = [checkpoint.read(n).astype(np.float32) if n else None for n in own]
+    else:
+        found = [f"{block.prefix}{name}_bias" for name in layout.fused]
+        known = [n if n in checkpoint.tensors else None for n in found]
+        rows = [checkpoint.read_rows(n, e, e + 1)[0].astype(np.float32) if n else None for n in known]
     first_row = rows[0]
     if first_row is not None and layout.interleaved:
         first_row = np.concatenate([first_row[0::2], first_row[1::2]])
@@ -240,18 +247,22 @@ def zeroed(raw: bytes, mask: np.ndarray, name: str) -> bytes:
     return values.tobytes()
 
 
+def _fused(block: MoE) -> list[str]:
+    return [block.prefix + name for name in block.layout.fused]
+
+
 def _as_stored(block: MoE, e: int, matrices: Matrices) -> list[tuple[str, np.ndarray]]:
     """(tensor name, its matrix or its part of expert e) of canonical (gate, up, down)."""
     layout, (gate, up, down) = block.layout, matrices
-    if block.experts:
+    if block.experts and not layout.lists:
         pairs = [(layout.gate, gate), (layout.up, up), (layout.down, down)]
         names = block.experts[e]
         if packed := next((p for p, m in pairs if m is not None and not {p, f"{p}.weight"} & names.keys()), None):
             raise CoterieError(f"expert tensors {', '.join(sorted(names))}: {packed!r} is packed; dequantise it first")
         return [(names.get(f"{p}.weight") or names[str(p)], m) for p, m in pairs if m is not None]
-    stored = [f"{block.prefix}{name}" for name in layout.fused]
-    if len(stored) == 3:  # dbrx
-        parts = [gate, up, down.T]
+    stored = [block.experts[e][f"{name}.weight"] for name in layout.lists] if block.experts else _fused(block)
+    if len(stored) == 3:
+        parts = [gate, up, down.T if layout.transposed_down else down]
     elif gate is None:
         parts = [up, down]
     elif layout.interleaved:

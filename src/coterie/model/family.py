@@ -20,6 +20,8 @@ from coterie.errors import CoterieError
 
 MAX_EXPERTS = 8192  # of a layer; some methods hold a number for every pair
 Config = Mapping[str, object]  # of config.json, to be read
+TEXTS = ("text_config", "language_config", "llm_config")  # of the text model inside another
+MODELS = ("thinker_config", "talker_config")  # of two models in one
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 LAYER_LISTS = ("layers_block_type",)  # what stands in their place
 
@@ -46,7 +48,9 @@ class Layout:
     gate: str | None = "gate_proj"  # None: the experts have no gate
     up: str = "up_proj"
     down: str = "down_proj"
-    transposed: bool = False  # fused matrices are (E, in, out)
+    transposed: bool | None = False  # fused matrices are (E, in, out); None: as shapes say, both are published
+    transposed_down: bool = False  # of three fused matrices, down is (F, D) as gate and up are
+    lists: tuple[str, ...] = ()  # of gate and up in one, and of down, each expert's by number: `experts.LIST.3.weight`
     interleaved: bool = False  # gate and up alternate along the output axis instead of standing side by side
 
     @classmethod
@@ -70,8 +74,13 @@ class Layout:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of an expert's matrices: gate, where there is one, up and down."""
-        return tuple(part for part in (self.gate, self.up, self.down) if part)
+        """The names of an expert's matrices: gate, where there is one, up and down; or its places in the lists."""
+        return self.lists or tuple(part for part in (self.gate, self.up, self.down) if part)
+
+    def expert(self, e: int, key: str) -> str:
+        """The name of expert e's tensor that is called `key` of each."""
+        part, _, rest = key.partition(".")
+        return f"{self.experts}{part}.{e}.{rest}" if part in self.lists else f"{self.experts}{e}.{key}"
 
     def is_fused(self, name: str) -> bool:
         """Whether a tensor holds all experts, or something beside one that does."""
@@ -150,8 +159,10 @@ class Family:
     group_keys: tuple[str, str] = ("n_group", "topk_group")
     min_per_group: int = 2  # sigmoid routers score a group by the sum of its two best
     group_switch: tuple[str, str] | None = None  # (key, value): groups matter only under this setting
+    zero_count: str = ""  # key of how many experts are the identity: router rows after those of the stored ones
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
     per_layer: bool = False  # counts and top-k may differ from layer to layer
+    side: str = ""  # where a second model with experts stands: "talker."; layer 3 of it is "talker.3" in plans
     stock: bool = True  # transformers has a class for it
     layers: PerLayer = PerLayer()
     dense: Dense | None = None  # None: its config cannot say that some layers are dense
@@ -161,12 +172,24 @@ class Family:
         return self.model_types[0]
 
     def num_experts(self, config: Config, layer: int | None = None) -> int:
-        """The routed experts of a layer; without one, the most of any. Raises: CoterieError when no key says."""
-        return self._positive(config, self.count, layer)
+        """The routed experts of a layer; without one, the most of any.
+
+        Raises: CoterieError when no key says, or two models inside differ.
+        """
+        found = [self._positive(scope, self.count, layer) for scope in self._models(config)]
+        if len(set(found)) > 1:
+            counts = f"{found[0]} experts in one model, {found[1]} in {self.side!r}"
+            raise CoterieError(f"config.json ({self.name}): {counts}; expected as many in both")
+        return found[0]
 
     def num_experts_per_token(self, config: Config, layer: int | None = None) -> int:
-        """Top-k of a layer; without one, the largest. Raises: CoterieError when no key says."""
-        return self._positive(config, self.top_k, layer)
+        """Top-k of a layer; without one, the largest, of two models too. Raises: CoterieError when no key says."""
+        return max(self._positive(scope, self.top_k, layer) for scope in self._models(config))
+
+    def _models(self, config: Config) -> list[Config]:
+        """The config, or those of the two models inside."""
+        inside = [config[key] for key in MODELS if self.side and key in config]
+        return [scope for scope in inside if isinstance(scope, dict)] or [config]
 
     def lists(self, config: Config, keys: tuple[str, ...]) -> bool:
         """Whether the config gives one of these numbers for each layer."""
@@ -213,7 +236,8 @@ class Family:
 def lookup(config: Config, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Every place where one of `keys` stands, as (key, the dictionary holding it, value): top level first,
     then the nested text config of multimodal wrappers."""
-    scopes = [config, *(config[n] for n in ("text_config", "language_config", "llm_config") if n in config)]
+    models = [config, *(config[n] for n in MODELS if n in config)]
+    scopes = [s for m in models if isinstance(m, dict | Mapping) for s in (m, *(m[n] for n in TEXTS if n in m))]
     for scope in scopes:
         for key in keys:
             *path, last = key.split(".")
@@ -272,6 +296,9 @@ def detect(config: Config, names: Collection[str] = ()) -> Family:
         raise CoterieError(
             f"config.json: {shown} is dense (no tensor of an expert); expected a mixture-of-experts model"
         )
+    reasons = importlib.import_module("coterie.model.families").NO_FAMILY
+    if reason := next((reasons[model_type] for model_type in types if model_type in reasons), None):
+        raise CoterieError(f"config.json: {shown} is no family of ours: {reason}")
     near = difflib.get_close_matches(types[0][:60], registry(), n=3, cutoff=0.3) if types else []
     hint = f"; the nearest known ones are {', '.join(near)}" if near else ""
     raise CoterieError(

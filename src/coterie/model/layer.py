@@ -7,7 +7,7 @@ Axes: L layer, E expert, K top-k, T token, D hidden, F expert hidden, O/I out/in
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coterie.codecs.open import opened
@@ -30,12 +30,13 @@ ROLES = ("expert", "constant", "shared", "router", "row", "table", "other")
 class MoE:
     """One MoE block: the names of its tensors by role. Exactly one of `experts` and `fused` is filled."""
 
-    key: str  # of the layer in plans: "3", or "mtp.0"
+    key: str  # of the layer in plans: "3", "mtp.0", or "talker.3"
     attention: bool  # the block is made of attention experts
-    mtp: bool  # of a multi-token-prediction layer, which stock inference leaves out
+    mtp: bool  # of a multi-token-prediction layer, or of a second model: stock inference of text leaves them out
     prefix: str  # "model.layers.3."
     layout: Layout
     num_experts: int
+    num_zero: int  # rows of the router, after the experts', that lead to the identity
     router: str
     rows: tuple[str, ...]
     tables: tuple[str, ...]
@@ -43,13 +44,24 @@ class MoE:
     fused: tuple[str, ...]
     shared: tuple[str, ...]
     whole: tuple[str, ...] = ()
+    unused: tuple[dict[str, str], ...] = ()  # what may be stored for identity experts, which compute nothing with it
     routes: tuple[int, ...] = ()  # the stored expert that each router row leads to, -1 for none; (): one row for each
     constants: str | None = None  # (R, D): what the R rows that lead to none give instead
 
     @property
     def num_rows(self) -> int:
         """How many experts the router knows."""
-        return len(self.routes) or self.num_experts
+        return len(self.routes) or self.num_experts + self.num_zero
+
+    @property
+    def aside(self) -> bool:
+        """Whether the block is of a second model beside the one that writes text."""
+        return not self.key.isdecimal() and not self.key.startswith("mtp.")
+
+    @property
+    def zero_rows(self) -> range:
+        """The rows of the router that lead to the identity, which stay whatever goes."""
+        return range(self.num_experts, self.num_experts + self.num_zero)
 
     @property
     def stack(self) -> str:
@@ -104,7 +116,8 @@ def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
         for attention, layouts in ((False, family.layouts), (True, family.attention)):
             layout = _layout(layouts, names) if prefix else None
             if layout:
-                blocks.append(_block(checkpoint, family, own, prefix, layout, names, attention))
+                settled = _settled(checkpoint, layout, names)
+                blocks.append(_block(checkpoint, family, own, prefix, settled, names, attention))
                 _check_block(checkpoint, blocks[-1])
         roles |= _claim(family, blocks, names)
         found += blocks
@@ -139,6 +152,16 @@ def _layout(layouts: tuple[Layout, ...], names: dict[str, str]) -> Layout | None
         if any(rest.startswith((f"{layout.experts}0.", *layout.fused)) for rest in names):
             return layout
     return fits[0] if fits else None
+
+
+def _settled(checkpoint: Checkpoint, layout: Layout, names: dict[str, str]) -> Layout:
+    """The layout with `transposed` decided where files may hold either: down is (E, F, D) then, else (E, D, F)."""
+    if layout.transposed is not None:
+        return layout
+    down = names.get(layout.fused[-1])
+    shape = checkpoint.tensors[down].shape if down else ()
+    size = checkpoint.tensors[names[layout.router]].shape[-1]
+    return replace(layout, transposed=len(shape) == 3 and shape[1] != size == shape[2])
 
 
 def _claim(family: Family, blocks: list[MoE], names: dict[str, str]) -> dict[str, str]:
@@ -179,9 +202,11 @@ def _block(
 ) -> MoE:
     """Sorts a layer's tensors (`names`: relative -> full) into the block's roles."""
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
-    key = f"mtp.{index}" if MTP.search(prefix) else str(index)
+    aside = bool(family.side) and prefix.startswith(family.side)
+    key = f"{family.side if aside else 'mtp.' if MTP.search(prefix) else ''}{index}"
     num_experts = own.counts.get(key) or family.num_experts(checkpoint.config, index)
-    experts = _numbered(layout, names, num_experts)
+    num_zero = whole_number(checkpoint.config, (family.zero_count,), 0)
+    experts = _numbered(layout, names, num_experts + num_zero)
     numbered = {name for expert in experts for name in expert.values()}
     named: dict[str, list[str]] = {"fused": [], "shared": [], "whole": [], "": []}
     for rest, name in names.items():
@@ -191,14 +216,16 @@ def _block(
     return MoE(
         key=key,
         attention=attention,
-        mtp=is_mtp(prefix + "x", checkpoint.config),
+        mtp=aside or is_mtp(prefix + "x", checkpoint.config),
         prefix=prefix,
         layout=layout,
         num_experts=num_experts,
+        num_zero=num_zero,
         router=names[layout.router],
         rows=tuple(names[row] for row in layout.rows if row in names),
         tables=tuple(names[table] for table in layout.tables if table in names),
-        experts=experts,
+        experts=experts[:num_experts],
+        unused=experts[num_experts:],
         fused=tuple(named["fused"]),
         shared=tuple(named["shared"]),
         whole=tuple(named["whole"]),
@@ -212,14 +239,15 @@ def _numbered(layout: Layout, names: dict[str, str], num_experts: int) -> tuple[
 
     Raises: CoterieError for a number beyond the last.
     """
-    pattern = re.compile(re.escape(layout.experts) + r"(\d{1,6})\.(.+)", re.DOTALL)
+    lists = "|".join(re.escape(name) for name in layout.lists)
+    pattern = re.compile(re.escape(layout.experts) + rf"((?:{lists})\.)?(\d{{1,6}})\.(.+)", re.DOTALL)
     experts: list[dict[str, str]] = [{} for _ in range(num_experts)]
     for rest, name in names.items():
         if match := pattern.fullmatch(rest):
-            number = int(match[1])
-            if number >= num_experts or match[1] != str(number):
-                raise CoterieError(f"tensor {name!r}: expert {match[1]}, but the config counts {num_experts} experts")
-            experts[number][match[2]] = name
+            number = int(match[2])
+            if number >= num_experts or match[2] != str(number):
+                raise CoterieError(f"tensor {name!r}: expert {match[2]}, but the config counts {num_experts} experts")
+            experts[number][(match[1] or "") + match[3]] = name
     return tuple(experts) if any(experts) else ()
 
 
@@ -244,10 +272,16 @@ def expert_names(block: MoE) -> list[str]:
     return [name for expert in block.experts for name in expert.values()] + list(block.fused)
 
 
+def unused_names(block: MoE) -> list[str]:
+    """Every tensor of the identity experts."""
+    return [name for expert in block.unused for name in expert.values()]
+
+
 def _claims(block: MoE) -> dict[str, str]:
     claims = [(block.router, "router"), *((n, "row") for n in block.rows), *((n, "table") for n in block.tables)]
     claims += [(n, "expert") for n in expert_names(block)]
     claims += [(block.constants, "constant")] if block.constants else []
+    claims += [(n, "other") for n in unused_names(block)]
     claims += [(n, "shared") for n in block.shared] + [(n, "other") for n in block.whole]
     assert len({n for n, _ in claims}) == len(claims), f"{block.name}: a tensor claimed twice"
     return dict(claims)
@@ -264,7 +298,8 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
     held, weights = stacked(checkpoint, block), {block.prefix + name for name in block.layout.fused}
     for name in block.fused:
         shape = tensors[name].shape
-        if name not in held and (name in weights or shape[:1] not in ((), (1,))):
+        odd = name in weights and block.num_zero and shape[:1] != (num_experts,)
+        if odd or (name not in held and (name in weights or shape[:1] not in ((), (1,)))):
             raise CoterieError(f"{where}: {name!r} has shape {list(shape)}, which {num_experts} experts cannot share")
     for name in (block.router, *block.rows, *block.tables):
         if not 0 < tensors[name].num_bytes <= MAX_ROUTER:

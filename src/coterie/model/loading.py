@@ -158,10 +158,12 @@ def _one_dtype(model: Any, checkpoint: Checkpoint) -> None:
 def auto_class(config: Mapping[str, object]) -> Any:
     """The library's own choice of model classes that a checkpoint is one of."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
 
     architectures = config.get("architectures")
-    first = architectures[0] if isinstance(architectures, list) and architectures else ""
-    return AutoModelForImageTextToText if str(first).endswith("ForConditionalGeneration") else AutoModelForCausalLM
+    first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    multimodal = first.endswith("ForConditionalGeneration") or MULTIMODAL.get(str(config.get("model_type"))) == first
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def load_ours(path: str | Path, dtype: str) -> tuple[Any, dict[str, list[str]]]:

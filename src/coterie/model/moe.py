@@ -104,6 +104,8 @@ def _stored(checkpoint: Checkpoint, block: MoE, e: int) -> tuple[torch.Tensor, t
     found = expert_storage(checkpoint, block, e)
     if len({matrix.dtype for matrix in found}) != 1 or not all(m.verbatim and m.dtype in PLAIN for m in found):
         return None
+    if block.layout.lists and block.experts:
+        return None
     names = [matrix.name for matrix in found]
     if block.fused:
         return _read_fused(checkpoint, block, e, names)

@@ -1,6 +1,6 @@
-"""Experts that transformers keeps to itself, opened: blocks of dbrx, jetmoe and llama4 that ask for their sums.
+"""Experts that transformers keeps to itself, opened: blocks of dbrx and others that ask for their sums.
 
-Most families hand their experts' computation to transformers' registry of experts implementations. In these three it
+Most families hand their experts' computation to transformers' registry of experts implementations. In these it
 is written into the block, so that a model built for the streaming forward has its blocks changed: routing as theirs,
 experts by the registry's implementation, as everywhere. Axes: T token, D hidden, F expert hidden, K top-k, E expert.
 """
@@ -36,7 +36,7 @@ class OpenExperts(torch.nn.Module):
 
 
 def open_experts(model: torch.nn.Module) -> None:
-    """Changes every block of the three families in a model whose experts are not loaded."""
+    """Changes every block of these families in a model whose experts are not loaded."""
     for module in list(model.modules()):
         if opened := OPENED.get(type(module).__name__):
             opened(module)
@@ -84,4 +84,29 @@ def _jetmoe(block: Any) -> None:
     _change(block, forward)
 
 
+def _longcat(experts: Any) -> None:
+    """Already called with ids and weights; those beyond the stored experts give x itself, times its weight."""
+    del experts.gate_up_proj, experts.down_proj
+    experts.has_gate, experts.is_concatenated, experts.has_post_expert_norm = True, True, False
+
+    def apply_gate(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return experts.act_fn(gate) * up
+
+    def forward(self: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        identity = (weights * (chosen >= self.num_routed_experts)).sum(dim=-1, keepdim=True)
+        return ask(self, x, chosen, weights) + (identity * x).to(x.dtype)
+
+    experts._apply_gate = apply_gate
+    _change(experts, forward)
+
+
+def _step(experts: Any) -> None:
+    """Already called with ids and weights; its activation has limits of its own."""
+    del experts.gate_up_proj, experts.down_proj
+    experts.has_gate, experts.is_concatenated, experts.has_post_expert_norm = True, True, False
+    _change(experts, ask)
+
+
 OPENED = {"DbrxFFN": _dbrx, "Llama4TextDecoderLayer": _llama4, "JetMoeMoE": _jetmoe}
+OPENED |= {"LongcatFlashExperts": _longcat, "Step3p7Experts": _step}

@@ -22,7 +22,7 @@ from coterie.model.family import MAX_EXPERTS, Config, lookup, num_layers
 OWN = "coterie"  # the model type, and the section's key
 FORMAT = 1
 MAX_WIDTH = 2**31
-KEY = re.compile(r"(mtp\.)?(0|[1-9][0-9]{0,5})")  # of a layer; those beyond the decoder's are of prediction layers
+KEY = re.compile(r"([a-z]+\.)?(0|[1-9][0-9]{0,5})")  # of a layer; those beyond the decoder's are of prediction layers
 LAYERED = {"num_experts", "routes", "dense"}
 
 

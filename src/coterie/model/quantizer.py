@@ -209,6 +209,8 @@ class CoterieQuantizer(HfQuantizer):
 def _stacks(block: MoE) -> list[list[str]] | None:
     """Tensor names of each stack; None where disk and memory disagree about what a matrix is."""
     layout = block.layout
+    if layout.lists:
+        return None
     if block.experts:
         keys = [next((k for k in (f"{r}.weight", r) if k in block.experts[0]), None) for r in layout.parts]
         return [[expert[str(key)] for expert in block.experts] for key in keys]

@@ -181,6 +181,8 @@ def _say_dense(config: dict[str, Any], model: Model, plan: Plan, width: int) -> 
         holder[dense.key] = ["dense" if d else "sparse" for d in is_dense]
         if "first_k_dense_replace" in holder:  # older spellings of the same, which some loaders read
             holder["first_k_dense_replace"] = leading
+        if "moe_layers_enum" in holder:
+            holder["moe_layers_enum"] = ",".join(str(i) for i, d in enumerate(is_dense) if not d)
         if isinstance(holder.get("moe_layer_freq"), list):
             holder["moe_layer_freq"] = [int(not d) for d in is_dense]
 

@@ -128,12 +128,17 @@ def _of_experts(checkpoint: Checkpoint, block: MoE, kept: tuple[int, ...]) -> Ou
     result: Outputs = {}
     for e, names in enumerate(block.experts):
         for key, name in names.items():
-            renamed = f"{block.prefix}{block.layout.experts}{index.get(e)}.{key}"
+            renamed = block.prefix + block.layout.expert(index.get(e, 0), key)
             result[name] = (whole(tensors[name], renamed),) if e in index else ()
-    for name in (*stacked(checkpoint, block), block.router, *block.rows):
-        axis = 0 if name in block.fused else expert_axis(tensors[name].shape, block.num_experts)
+    for e, names in enumerate(block.unused):
+        for key, name in names.items():
+            result[name] = (whole(tensors[name], block.prefix + block.layout.expert(len(kept) + e, key)),)
+    for name in stacked(checkpoint, block):
+        result[name] = (_cut(tensors[name], kept, block.num_experts, 0),)
+    for name in (block.router, *block.rows):
+        axis = expert_axis(tensors[name].shape, block.zero_rows.stop)
         assert axis is not None
-        result[name] = (_cut(tensors[name], kept, block.num_experts, axis),)
+        result[name] = (_cut(tensors[name], (*kept, *block.zero_rows), block.zero_rows.stop, axis),)
     return result
 
 

@@ -135,7 +135,7 @@ class Members:
     def rows(self, i: int, name: str) -> Iterator[np.ndarray]:
         """Every member's row of the router, or of what stands beside it, of cluster i."""
         tensor = self.checkpoint.tensors[name]
-        size = tensor.num_bytes // self.block.num_experts
+        size = tensor.num_bytes // self.block.zero_rows.stop
         for e in self.choice.clusters[i]:
             yield decode(self.checkpoint.raw(name, e * size, size), tensor.dtype, name)
 
@@ -161,15 +161,17 @@ def _numbered_axis(block: MoE, key: str) -> tuple[int | None, str]:
     part, layout = key.removesuffix(".weight").removesuffix(".bias"), block.layout
     if part in (layout.gate, layout.up):
         return 0, "alone"
-    return (1, "alone") if part == layout.down and not key.endswith(".bias") else (None, "")
+    if part in layout.lists[:1]:
+        return 0, "alternating" if layout.interleaved else "gate above up"
+    return (1, "alone") if part in (layout.down, *layout.lists[1:]) and not key.endswith(".bias") else (None, "")
 
 
 def _fused_axis(block: MoE, name: str) -> tuple[int | None, str]:
     """The same of one expert's part of a fused tensor: (out, in), or (in, out) where the layout is transposed."""
     layout, bias = block.layout, name.endswith("_bias")
     place = next(j for j, known in enumerate(layout.fused) if name.startswith(block.prefix + known))
-    if len(layout.fused) == 3:  # all (F, D)
-        return 0, "alone"
+    if len(layout.fused) == 3:  # gate (F, D), up (F, D), down
+        return (0 if place < 2 or layout.transposed_down else 1), "alone"
     if place == 1:
         return (None, "") if bias else (0 if layout.transposed else 1, "alone")
     kind = "alone" if layout.gate is None else "alternating" if layout.interleaved else "gate above up"

@@ -9,6 +9,14 @@ LINEARS = ("input_linear.weight", "output_linear.weight")
 GRANITE = Layout.under("block_sparse_moe.", router="router.layer.weight", fused=LINEARS)
 GRANITE_SAVED = Layout.under("block_sparse_moe.", router="router.weight")
 GPT_OSS = Layout.under("mlp.", router="router.weight", rows=("router.bias",), transposed=True, interleaved=True)
+# As saved by others: one linear for every expert, in two lists.
+GPT_OSS_LISTS = Layout.under(
+    "mlp.",
+    router="router.linear.weight",
+    rows=("router.linear.bias",),
+    lists=("gate_up_projs", "down_projs"),
+    interleaved=True,
+)
 LLAMA4 = Layout.under("feed_forward.", router="router.weight", transposed=True)
 ARIA_SAVED = Layout.under("mlp.", router="router.weight", transposed=True)
 ARIA = replace(ARIA_SAVED, fused=("mlp.experts.fc1.weight", "mlp.experts.fc2.weight"))
@@ -19,6 +27,7 @@ DBRX = Layout.under(
     gate="w1",
     up="v1",
     down="w2",
+    transposed_down=True,
 )
 # The experts stand in the layer itself, beside a dense MLP that always runs.
 GEMMA4 = replace(
@@ -36,7 +45,7 @@ FAMILIES = (
         ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
         layouts=tuple(replace(layout, shared=("shared_mlp.",)) for layout in (GRANITE, GRANITE_SAVED)),
     ),
-    Family(("gpt_oss",), layouts=(GPT_OSS,)),
+    Family(("gpt_oss",), layouts=(GPT_OSS, GPT_OSS_LISTS)),
     Family(
         ("llama4", "llama4_text"),
         layouts=(LLAMA4,),

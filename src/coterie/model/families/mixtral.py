@@ -8,6 +8,7 @@ SAVED = Layout.under("mlp.", rows=("gate.e_score_correction_bias", "e_score_corr
 
 FAMILIES = (
     Family(("mixtral", "minimax", "minimax_m2"), layouts=(HUB, SAVED)),
+    *(Family((model_type,), layouts=(HUB,), stock=False) for model_type in ("minimax_text_01", "minimax_m1")),
     Family(("phimoe",), layouts=(HUB, Layout.under("mlp.", router="router.weight"))),
     # Residual dense MLP beside the experts; every second layer may be dense. Remote code only.
     Family(("arctic",), layouts=(HUB,), stock=False),

@@ -15,6 +15,13 @@ KOLIBRI = replace(
     rows=("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),
 )
 LFM2 = Layout.under("feed_forward.", rows=("expert_bias",), gate="w1", up="w3", down="w2")
+# As published gate and up alternate; saved by transformers they stand one above the other.
+INKLING = Layout.under("mlp.", rows=("gate.bias",), fused=("experts.w13_weight", "experts.w2_weight"), interleaved=True)
+INKLING_SAVED = Layout.under("mlp.", rows=("gate.e_score_correction_bias",))
+# Experts work in a space of their own, behind a projection and before another.
+MUSE = replace(INKLING_SAVED, whole=("mlp.experts.post_expert_norm.", "mlp.pre_expert_", "mlp.post_expert_"))
+# Some of the router's rows lead to the identity instead of an expert.
+LONGCAT = Layout.under("mlp.", router="router.classifier.weight", rows=("router.e_score_correction_bias",))
 NEMOTRON = Layout.under(
     "mixer.",
     rows=("gate.e_score_correction_bias",),
@@ -29,7 +36,10 @@ FAMILIES = (
     Family(("afmoe",), layouts=(AFMOE,), dense=Dense("prefix", FIRST)),
     Family(("hy_v3",), layouts=(HY_V3, HY_V3_SAVED), dense=Dense("types", "mlp_layer_types")),
     Family(("ernie4_5_moe",), layouts=(ERNIE,)),
+    Family(("inkling2", "inkling2_text"), layouts=(INKLING, INKLING_SAVED)),
+    Family(("muse_spark",), layouts=(MUSE,), dense=Dense("types", "mlp_layer_types")),
     Family(("kolibri1",), layouts=(KOLIBRI,)),
     Family(("lfm2_moe",), layouts=(LFM2,), dense=Dense("prefix", FIRST, "feed_forward.", ("w1", "w3", "w2"))),
+    Family(("longcat_flash",), layouts=(LONGCAT,), zero_count="zero_expert_num"),
     Family(("nemotron_h",), layouts=(NEMOTRON,)),
 )
