@@ -6,6 +6,7 @@ character reaches the terminal.
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -139,7 +140,8 @@ def test_an_attack_is_refused_and_does_nothing(attack, runners, sound, tmp_path)
         assert is_clean(done["out"] + done["err"]), where
         assert "Traceback" not in done["err"] and len(done["err"]) < 20_000, where
         if done["code"] == 2:
-            assert done["err"].startswith("error: ") and done["err"].count("\n") == 1 and not done["out"], where
+            said = re.sub(r"^note: documents read: [^\n]*\n", "", done["err"])  # sound data beside a hostile model
+            assert said.startswith("error: ") and said.count("\n") == 1 and not done["out"], where
         assert done["rss"] < MEMORY[weight], f"{where} {done['rss']:,} bytes"
         after = listing(tmp_path)
         mine = allowed(attack, verb, paths)

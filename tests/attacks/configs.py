@@ -179,6 +179,7 @@ add_all(
         ),
     },
     "collect",
+    "verify",
 )
 add_all(
     "loaded",

@@ -158,6 +158,7 @@ add_all(
         ),
     },
     "apply",
+    "verify",
 )
 add_all(
     "record",
@@ -169,6 +170,7 @@ add_all(
     },
     "apply",
     "resume",
+    "verify",
 )
 add_all(
     "record",

@@ -22,6 +22,7 @@ from coterie.forward import activations, skeleton
 from coterie.forward.activations import plain_walk, restore, save
 from coterie.forward.stream import Stream
 from coterie.model import moe, opened
+from coterie.model.families import UNABLE
 from coterie.model.family import registry
 from coterie.model.layer import Model
 from coterie.model.loading import decoder_layers, load_stock
@@ -448,18 +449,24 @@ def test_closed_experts_are_refused(tiny_checkpoint, model_type, monkeypatch):
 
 @pytest.mark.parametrize("model_type", TALKATIVE)
 def test_layers_that_pass_more_than_hidden_states_are_refused(tiny_checkpoint, model_type):
-    """Before the first layer runs, naming the decoder."""
+    """Before anything is built, naming the model type."""
+    with pytest.raises(CoterieError, match=r"layers of '\w+' pass each other more than hidden states.*needs no data"):
+        open_stream(tiny_checkpoint(model_type))
+
+
+@pytest.mark.parametrize("model_type", TALKATIVE)
+def test_a_stream_finds_out_by_itself_what_layers_pass_each_other(tiny_checkpoint, model_type, monkeypatch):
+    """Before the first layer runs, naming the decoder: as of a model that nobody has looked at."""
+    monkeypatch.setitem(UNABLE, "stream", ())
     stream = open_stream(tiny_checkpoint(model_type))
-    with pytest.raises(
-        CoterieError, match=r"layers of \w+Model pass each other more than hidden states.*needs no data"
-    ):
+    with pytest.raises(CoterieError, match=r"layers of \w+ pass each other more than hidden states.*needs no data"):
         stream.embed(samples())
 
 
 @pytest.mark.parametrize("model_type", [t for t in tiny.model_types() if not registry()[t].stock])
 def test_families_that_transformers_does_not_build_are_refused(tiny_checkpoint, model_type):
     """A family without a stock class has no layers to run; its own code is never run."""
-    with pytest.raises(CoterieError, match=r"transformers does not build it .*needs no data"):
+    with pytest.raises(CoterieError, match=r"transformers has no class for \w+; use a method that needs no data"):
         open_stream(tiny_checkpoint(model_type))
 
 

@@ -70,8 +70,8 @@ class Routers:
     """Sums of what every router computes before its softmax or sigmoid, taken where it runs.
 
     The logits z (T, E) are the output, or the first of several, of the module that holds the router's rows: in every
-    family of transformers x W^T plus the router's own bias, x being what that router sees (not always what the experts
-    see). Biases that only select are added later, and take no part.
+    family of transformers x W^T plus the router's own bias, times its own multiplier where it has one, x being what
+    that router sees (not always what the experts see). Biases that only select are added later, and take no part.
     """
 
     def __init__(self, stream: Stream, groups: torch.Tensor, num_groups: int, *, products: bool = False) -> None:
