@@ -8,7 +8,7 @@ from types import ModuleType
 
 from coterie.cli import application, commands
 from coterie.edits.kinds.convert import CONVERSIONS
-from coterie.methods import merge, prune, sparsify
+from coterie.methods import merge, prune, quantize, sparsify
 from coterie.model.families import NO_FAMILY
 from coterie.model.family import Family, registry, unable
 
@@ -29,10 +29,10 @@ def cli() -> str:
 
 def method_tables() -> str:
     """Every method with the first sentence of its file."""
-    experts, merged, weights = _methods(prune), _methods(merge), _methods(sparsify)
+    experts, merged, weights, bits = (_methods(package) for package in (prune, merge, sparsify, quantize))
     return (
         f"# Methods\n\n## Which experts go\n\n{experts}\n## Which experts become one\n\n{merged}\n"
-        f"## Which weights become zero\n\n{weights}"
+        f"## Which weights become zero\n\n{weights}\n## How experts get few bits\n\n{bits}"
     )
 
 

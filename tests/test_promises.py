@@ -18,7 +18,7 @@ from coterie.verbs.verify import verify
 PLAIN = [*tiny.model_types()]
 WRITING = {
     "prune": ("--ratio", "0.25"), "sparsify": ("--sparsity", "0.5"), "stun": ("--sparsity", "0.4"),
-    "merge": ("--experts", "6"), "condense": ("--layers", "1"), "drop": (), "pack": (), "unpack": (),
+    "quantize": (), "merge": ("--experts", "6"), "condense": ("--layers", "1"), "drop": (), "pack": (), "unpack": (),
 }  # fmt: skip
 WITH_DATA = ("sparsify", "stun", "merge", "condense", "drop", "collect", "analyze")
 OTHERS = {

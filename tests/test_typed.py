@@ -9,6 +9,7 @@ from test_measure import files, sequences
 import coterie
 from coterie.cli import application
 from coterie.judge.facts import _command
+from coterie.reference_model import MODEL
 from coterie.storage.record import typed
 
 CONDENSED = {"layers": {"1": {"condensed": {"experts": [0, 2], "gates": [0.5, 0.5], "shared_gate": 1.0}}}}
@@ -16,6 +17,7 @@ VERBS = {  # options of each verb that writes a checkpoint; D, S, P and T: data,
     "prune": [{"ratio": 0.5}, {"method": "reap", "stats": "S", "weights": "prose=2,code=0.5", "no_guard": True}],
     "stun": [{"second": "magnitude", "expert_ratio": 0.25}, {"also": "attention,shared", "data": "D"}],
     "sparsify": [{"method": "magnitude", "sparsity": 0.25}, {"pattern": "2:4", "one_pass": True, "data": "D"}],
+    "quantize": [{"bits": 2, "group_size": 32}, {"method": "gptq", "data": "D"}],
     "merge": [{"ratio": 0.5, "data": "D"}],
     "condense": [{"layer_ids": [3, 1], "data": "D"}, {"layers": 1, "data": "D"}],
     "recover": [{"teacher": "T", "data": "D"}, {"stage": "lm", "layer_ids": "1", "lr": 1e-5, "data": "D"}],
@@ -50,7 +52,7 @@ def paths(tiny_checkpoint, tmp_path_factory):
     return {
         "D": {name: str(file) for name, file in data.items()}, "S": str(home / "a b.stats"), "T": str(model),
         "P": str(home / "condensed" / "coterie.json"), "M": model, "Z": home / "zeros", "O": home / "packed",
-        "C": home / "condensed",
+        "C": home / "condensed", "R": MODEL,
     }  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def paths(tiny_checkpoint, tmp_path_factory):
 def test_what_a_card_prints_is_parsed_as_what_was_recorded(paths, tmp_path, verb, given):
     """Every option of the record, in the command line's own spelling; and those that were given are among them."""
     options = {name: paths.get(value, value) if isinstance(value, str) else value for name, value in given.items()}
-    source = paths[{"recover": "C", "pack": "Z", "unpack": "O"}.get(verb, "M")]
+    source = paths[{"recover": "C", "quantize": "R", "pack": "Z", "unpack": "O"}.get(verb, "M")]
     plan = [options.pop("plan")] if verb == "apply" else []
     calibrated = {"samples": 4, "seq_len": 32} if "data" in options else {}
     report = getattr(coterie, verb)(source, *plan, tmp_path / "out", **options, **calibrated, dry_run=True)

@@ -28,8 +28,8 @@ from coterie.options import Help, flag_of, help_of
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 ORDER = """
-    inspect prune stun sparsify merge condense recover drop collect compare analyze apply pack unpack status generate
-    bench verify eval report
+    inspect prune stun sparsify quantize merge condense recover drop collect compare analyze apply pack unpack status
+    generate bench verify eval report
 """.split()  # of the help; what it does not name comes last
 
 

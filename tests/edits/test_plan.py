@@ -148,7 +148,7 @@ def test_who_stands_for_whom():
 
 
 def test_kinds_of_entry_are_found_in_order_and_without_the_heavy_libraries():
-    """Eight files, in the order in which their entries take effect; reading a plan imports neither torch nor scipy."""
+    """Nine files, in the order in which their entries take effect; reading a plan imports neither torch nor scipy."""
     code = (
         "import sys; from coterie.edits.plan import kinds, read_plan\n"
         "read_plan({'layers': {}})\n"
@@ -158,7 +158,7 @@ def test_kinds_of_entry_are_found_in_order_and_without_the_heavy_libraries():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert ast.literal_eval(found[0]) == [
         ("kept", "clusters"), ("merged", "shares", "aligned"), ("drop_mtp", "dropped"), ("converted",),
-        ("dequantised",), ("removed", "constants", "constants"), ("sparsity",), ("condensed",),
+        ("dequantised",), ("removed", "constants", "constants"), ("sparsity",), ("condensed",), ("bits", "quantized"),
     ]  # fmt: skip
     assert found[1] == "set()"
 

@@ -11,10 +11,12 @@ from coterie.decide.condensing import Condensing, target_type
 from coterie.decide.condensing import check_model as check_condensing
 from coterie.decide.drop import Dropping
 from coterie.decide.drop import check_model as check_dropping
+from coterie.decide.quantizing import Quantising, decided
 from coterie.decide.zeros import Zeroing, check_writable
 from coterie.edits.kinds.convert import converted
 from coterie.edits.kinds.dequantise import dequantised, marked
 from coterie.edits.kinds.merge import check_plain
+from coterie.edits.outputs import check_plan
 from coterie.edits.pack import check_dense, check_packed
 from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
@@ -52,6 +54,10 @@ def _drops(model: Model) -> None:
     check_layers(source)
 
 
+def _quantizes(model: Model) -> None:
+    check_plan(model, decided(model, Quantising()).plan)
+
+
 def _computes(model: Model) -> None:
     check_whole(model.checkpoint)
 
@@ -66,8 +72,9 @@ def _unpacks(model: Model) -> None:
 
 CHECKS: Mapping[str, Callable[[Model], None]] = {
     "prune": _anything, "apply": _anything, "verify": _anything, "collect": check_layers, "analyze": check_single,
-    "sparsify": _zeroes, "stun": _zeroes, "merge": _merges, "condense": _condenses, "drop": _drops, "eval": _computes,
-    "report": _computes, "generate": _computes, "bench": _computes, "pack": _packs, "unpack": _unpacks,
+    "sparsify": _zeroes, "stun": _zeroes, "quantize": _quantizes, "merge": _merges, "condense": _condenses,
+    "drop": _drops, "eval": _computes, "report": _computes, "generate": _computes, "bench": _computes, "pack": _packs,
+    "unpack": _unpacks,
 }  # fmt: skip
 
 

@@ -114,3 +114,12 @@ def unpacked(words: np.ndarray, num_bits: int, count: int) -> np.ndarray:
         return np.stack([raw & 15, raw >> 4], axis=-1).reshape(len(raw), -1)[:, :count]
     bits = np.unpackbits(raw, axis=1, bitorder="little", count=num_bits * count)
     return np.packbits(bits.reshape(len(raw), count, num_bits), axis=-1, bitorder="little")[..., 0]
+
+
+def packed(numbers: np.ndarray, num_bits: int) -> np.ndarray:
+    """The inverse of `unpacked`: 32-bit words (R, W), the last of each row filled up with zero bits."""
+    rows, count = numbers.shape
+    bits = np.unpackbits(numbers.astype(np.uint8)[..., None], axis=-1, bitorder="little", count=num_bits)
+    padded = np.zeros((rows, -(-count * num_bits // 32) * 32), np.uint8)
+    padded[:, : count * num_bits] = bits.reshape(rows, -1)
+    return np.packbits(padded, axis=1, bitorder="little").view("<i4")

@@ -59,4 +59,9 @@ def apply(
             f"plan: layer {next(iter(read.sparsity))!r} records zeros inside the experts, which `coterie sparsify` or "
             "`coterie stun` make from data; to keep only the choice of experts, delete the `sparsity` entries"
         )
+    if (scheme := read.at("quantized")) and scheme.from_data:
+        raise CoterieError(
+            "plan: records experts that `coterie quantize` made from data, which no plan holds; give that command the "
+            "data again"
+        )
     return execute(converted(Model.open(model), read.converted), Decision(read), request)

@@ -1,0 +1,263 @@
+"""Routed experts in few bits, as compressed-tensors' format `pack-quantized` has them: transformers and vLLM read it.
+
+    plan: {"layers": {"0": {"bits": 4}}, "quantized": {"format": ..., "group_size": 64, "method": "search"}}
+
+A matrix NAME.weight (O, I) becomes tensors in its place, codes q being stored as q + 2^(b-1):
+
+    NAME.weight_packed  I32 (O, I b / 32)     a row's codes end to end, from the lowest bit of its first word on
+    NAME.weight_scale   (O, I / group)        of the matrix's own dtype
+    NAME.weight_shape   I64 (2,)              O, I
+
+What a rule without data makes is computed when it is written, and again by `verify`. What was made from data is held
+against a checksum of each expert in the record (`report.checksums`), and against the original's weights.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from coterie.edits.plan import Keys, Kind, Outputs, Plan, Verified, Written
+from coterie.errors import CoterieError
+from coterie.methods import quantize as methods
+from coterie.methods.levels import Levels, Quantised
+from coterie.model.experts import expert_shapes, expert_storage
+from coterie.model.layer import Model, MoE, find_blocks
+from coterie.model.own import is_own
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.numerics import encode, packed
+from coterie.storage.planned import Coded
+from coterie.storage.record import object_at, record_of
+from coterie.storage.shards import Hole, Output, computed
+
+FORMAT = "compressed-tensors"
+WIDTHS = (2, 3, 4, 8)
+GROUPS = (128, 64, 32)
+MOST_FAULTS = 5  # that are named
+MOST_CHANGED = 1.0  # of a matrix's norm: how far rounding may move it before it is called damage
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a plan says of all its quantised layers: one format, group size and rule."""
+
+    format: str
+    group_size: int
+    method: str
+    from_data: bool = False  # what no plan can repeat
+
+
+def read_bits(at: str, value: Any) -> dict[str, object]:
+    found = value["bits"]
+    if type(found) is not int or found not in WIDTHS:
+        raise CoterieError(f"{at}: `bits` must be one of {', '.join(map(str, WIDTHS))}, found {found!r:.60}")
+    return {"bits": found}
+
+
+def read_scheme(where: str, content: Any) -> dict[str, object]:
+    found = content.get("quantized")
+    if found is None:
+        return {}
+    try:
+        scheme = Scheme(**found)
+    except TypeError:
+        raise CoterieError(
+            f"{where}: `quantized` must have format, group_size and method, found {found!r:.120}"
+        ) from None
+    known = scheme.format == FORMAT and scheme.group_size in GROUPS and scheme.method in methods.names()
+    if type(scheme.from_data) is not bool or not known:
+        raise CoterieError(
+            f"{where}: `quantized` is {found!r:.120}; expected the format {FORMAT}, groups of "
+            f"{', '.join(map(str, GROUPS))} and a method among {', '.join(methods.names())}"
+        )
+    return {"quantized": scheme}
+
+
+def check(model: Model, plan: Plan) -> None:
+    """Raises: CoterieError for layers or matrices that the format cannot hold, or other changes beside it."""
+    bits, scheme = plan.at("bits"), plan.at("quantized")
+    if not bits and not scheme:
+        return
+    where = model.checkpoint.path
+    if not bits or not scheme:
+        raise CoterieError("plan: `bits` of layers and `quantized` belong together; one of them is missing")
+    if plan.choices or plan.condensed or plan.dropped or plan.converted or plan.sparsity:
+        raise CoterieError("plan: `bits` exclude other changes; apply one plan after the other")
+    keys = [block.key for block in quantised_blocks(model)]
+    if set(bits) != set(keys) or len(set(bits.values())) != 1:
+        raise CoterieError(
+            f"plan: {FORMAT} knows one width for the experts of all layers ({', '.join(keys)}), found {bits!r:.160}"
+        )
+    if model.checkpoint.config.get("quantization_config"):
+        raise CoterieError(f"{where}: is quantised already; expected plain floats: dequantise it first")
+    if is_own(model.checkpoint.config):
+        raise CoterieError(f"{where}: is in our own layout, which {FORMAT} cannot say; quantise it before")
+    for block in quantised_blocks(model):
+        if not block.experts:
+            raise CoterieError(
+                f"{where}: {block.name} keeps all experts in one tensor; {FORMAT} wants a tensor for each expert"
+            )
+        check_group(model.checkpoint, block, scheme.group_size)
+
+
+def check_group(checkpoint: Checkpoint, block: MoE, group_size: int) -> None:
+    for part, (_, columns) in expert_shapes(checkpoint, block).items():
+        if columns % group_size:
+            raise CoterieError(
+                f"{block.name}: {part} has rows of {columns} weights, which groups of {group_size} do not divide; "
+                f"expected {', '.join(map(str, GROUPS))}, the same for all"
+            )
+
+
+def quantised_blocks(model: Model) -> list[MoE]:
+    """The blocks whose experts get few bits: all of routed experts, those of prediction layers too."""
+    return [block for block in model.moe if not block.attention]
+
+
+def grid_of(matrix: Coded, bits: int, group_size: int) -> Levels:
+    """The levels of one matrix, whose scales are of its own dtype."""
+    return Levels(bits, group_size, matrix.dtype)
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------
+
+
+def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
+    """Nothing, or each matrix's parts: computed when their turn comes, or holes where they are made from data."""
+    bits, scheme, result = plan.at("bits"), plan.at("quantized"), Outputs()
+    for block in quantised_blocks(model) if bits else ():
+        for matrix in (m for e in range(block.num_experts) for m in expert_storage(model.checkpoint, block, e)):
+            grid = grid_of(matrix, bits[block.key], scheme.group_size)
+            rule = "search" if methods.load(scheme.method).NEEDS == "hessian" else scheme.method  # layers without data
+            make = None if scheme.from_data and not block.mtp else partial(_quantised, rule, grid)
+            result[matrix.name] = tuple(_parts(matrix, grid, make))
+    return result
+
+
+def _quantised(method: str, grid: Levels, matrix: Coded) -> Quantised:
+    weight = matrix.rows(0)
+    check_finite(matrix.name, weight)
+    found: Quantised = methods.load(method).quantise(weight, grid, None)
+    return found
+
+
+def check_finite(name: str, weight: np.ndarray) -> None:
+    if not np.isfinite(weight).all():
+        raise CoterieError(f"tensor {name!r}: holds NaN or infinite weights, which no scale covers; expected finite")
+
+
+def _parts(matrix: Coded, grid: Levels, make: Callable[[Coded], Quantised] | None) -> Iterator[Output]:
+    """The tensors in a matrix's place. make: None where they are holes."""
+    stem, (rows, columns) = matrix.name.removesuffix("weight"), matrix.shape
+    shapes = {
+        f"{stem}weight_packed": ("I32", (rows, columns * grid.bits // 32)),
+        f"{stem}weight_scale": (grid.scale_dtype, (rows, columns // grid.group)),
+    }
+    latest = lru_cache(maxsize=1)(lambda: dict(encoded(make(matrix), stem)) if make else {})  # for both parts
+
+    def raw(name: str) -> bytes:
+        return latest()[name]
+
+    for name, (dtype, shape) in shapes.items():
+        part = computed(name, dtype, shape, partial(raw, name))
+        yield part if make else Output(name, dtype, shape, (Hole(part.num_bytes),))
+    yield computed(f"{stem}weight_shape", "I64", (2,), np.array([rows, columns], "<i8").tobytes)
+
+
+def encoded(found: Quantised, stem: str) -> Iterator[tuple[str, bytes]]:
+    """(tensor, bytes) of a matrix in few bits: its codes and its scales. stem: its name without "weight"."""
+    grid = found.grid
+    yield f"{stem}weight_packed", packed((found.codes.astype(np.int16) - grid.lowest), grid.bits).tobytes()
+    yield f"{stem}weight_scale", encode(found.scales, grid.scale_dtype, f"{stem}weight_scale")
+
+
+# --- config and counts -------------------------------------------------------------------------------------------
+
+
+def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
+    """The entry that engines look for; experts alone match its targets, which want an expert's number."""
+    if not plan.at("bits"):
+        return
+    bits, scheme = next(iter(plan.at("bits").values())), plan.at("quantized")
+    names = sorted({part for block in quantised_blocks(model) for part in block.layout.parts})
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": scheme.group_size}
+    group = {
+        "targets": [rf"re:.*\.experts\.\d+\.({'|'.join(names)})$"],
+        "format": "pack-quantized",
+        "input_activations": None,
+        "output_activations": None,
+        "weights": weights | {"dynamic": False},
+    }
+    config["quantization_config"] = {
+        "quant_method": FORMAT,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ["lm_head"],
+        "config_groups": {"experts": group},
+    }
+
+
+def correct(model: Model, plan: Plan, counts: dict[str, int]) -> None:
+    """A weight counts as one whatever its bits, and words and scales as none."""
+    bits, scheme = plan.at("bits"), plan.at("quantized")
+    for block in quantised_blocks(model) if bits else ():
+        for rows, columns in expert_shapes(model.checkpoint, block).values():
+            number = block.num_experts * rows * columns
+            stored = block.num_experts * rows * (columns * bits[block.key] // 32 + columns // scheme.group_size)
+            counts["experts"] += number
+            counts["linears"] += number - stored
+            counts["all"] += number - stored - 2 * block.num_experts
+
+
+# --- verify ------------------------------------------------------------------------------------------------------
+
+
+def verify(written: Written, source: Model, plan: Plan) -> Verified:
+    """Of experts that were made from data: each expert's checksum, and how far its weights are from the original's."""
+    bits, scheme = plan.at("bits"), plan.at("quantized")
+    if not bits or not scheme.from_data:
+        return Verified()
+    recorded = object_at(record_of(written.checkpoint.path), "report", "checksums")
+    tensors, faults = set[str](), list[str]()
+    for block, ours in zip(source.main, find_blocks(written.checkpoint, source.family).main, strict=True):
+        sums = recorded.get(block.key)
+        for e in range(block.num_experts):
+            where, raw = f"{block.name}, expert {e}", list[bytes]()
+            theirs = expert_storage(source.checkpoint, block, e)
+            for found, matrix in zip(expert_storage(written.checkpoint, ours, e), theirs, strict=True):
+                names = [f"{matrix.name}{part}" for part in ("_packed", "_scale")]
+                tensors.update(names)
+                raw += [written.checkpoint.raw(name) for name in names]
+                weight = matrix.rows(0)
+                changed = float(np.linalg.norm(found.rows(0) - weight)) / (float(np.linalg.norm(weight)) or 1.0)
+                if not changed <= MOST_CHANGED:
+                    faults.append(f"{where}: {matrix.name} is {changed:.1f} times its norm away from the original's")
+            if not isinstance(sums, list) or sums[e : e + 1] != [checksum(raw)]:
+                faults.append(f"{where}: its codes and scales are not those that were recorded")
+    note = f", {len(tensors):,} with codes and scales as recorded"
+    return Verified(tensors, faults=tuple(faults[:MOST_FAULTS]), note=note)
+
+
+def checksum(raw: list[bytes]) -> int:
+    """CRC-32 of an expert's parts, in the order of its matrices (`expert_storage`): codes, then scales."""
+    crc = 0
+    for part in raw:
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def unlike(plan: Plan) -> str:
+    return "experts were rounded to few bits" if plan.at("bits") else ""
+
+
+KIND = Kind(
+    order=7, layer=Keys(("bits",), read_bits), plan=Keys(("quantized",), read_scheme), check=check, outputs=outputs,
+    patch=patch, count=correct, verify=verify, unlike=unlike,
+)  # fmt: skip
