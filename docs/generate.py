@@ -68,7 +68,10 @@ def family_table() -> str:
 SERVED = re.compile(r"^\| (\w+)(?:, [^|]*)? \| \d+ to \d+ experts \| yes \|", re.MULTILINE)  # of docs/serving.md
 READ = ("deepseek_v2", "glm4_moe_lite")  # whose vLLM code was read: it takes the count of experts from the config
 # Not condensed, as only tensors say (biases, a fused shared expert, what is around a block), or a config around them.
-UNFOLDED = ("aria", "gpt_oss", "jetmoe", "minimax_m3_vl_text", "qwen3_5_moe")
+UNFOLDED = (
+    "aria", "glm4v_moe", "gpt_oss", "jetmoe", "minimax_m3_vl", "minimax_m3_vl_text", "muse_spark", "qwen3_5_moe",
+    "qwen4_exp",
+)  # fmt: skip
 REFUSED = {"minimax_m2": "refused ([llama.cpp#19715](https://github.com/ggml-org/llama.cpp/issues/19715))"}
 ABOUT = """## What works
 

@@ -260,7 +260,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
 HEARING = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
 HEARING |= {"output_dim": HIDDEN, "downsample_hidden_size": 8, "num_mel_bins": 16}
 BESIDE: dict[str, dict[str, Any]] = {
-    "qwen3_omni_moe_thinker": {"audio_config": HEARING},
+    "qwen3_omni_moe_thinker": {"audio_config": HEARING, "vision_start_token_id": 5},
     "muse_spark": {
         "out_hidden_size": HIDDEN,
         "projector_hidden_size": 16,

@@ -123,7 +123,7 @@ def check_model(model: Model, options: Condensing) -> tuple[int, list[str]]:
         keep = min(model.family.num_experts_per_token(model.checkpoint.config), num_experts)
     if keep > num_experts:
         raise CoterieError(f"--keep {keep}: the layers have {num_experts} experts; keep at most those")
-    check_writable(model, plan_of(wanted or indices[:count]))
+    check_writable(model, plan_of(wanted or indices[len(indices) - count :]))  # no search can know that it spares those
     if count and (kind := unable(model.checkpoint.config, "fold")):
         raise CoterieError(
             f"{path}: blocks of {kind!r} do more than add a shared expert to the experts' weighted sum, so no dense "

@@ -10,11 +10,11 @@ UNABLE = {
     # Their layers pass each other what attention chose: no layer runs alone.
     "stream": ("glm5_next", "glm_moe_dsa", "hy_v4", "inkling2", "inkling2_text", "mistral_large4"),
     # Their blocks do more than add a shared expert to the weighted sum: no dense MLP stands for them.
-    "fold": ("axk1", "beam"),
+    "fold": ("axk1", "beam", "longcat_flash"),
     # A layer norms or scales what its block gives, or mixes several streams: its output is not what goes with it.
     "add": (
         "afmoe", "beam", "cohere2_moe", "dbrx", "deepseek_v4", "flex_olmo", "granitemoe_swa", "granitemoehybrid",
-        "granitemoeshared", "kolibri1", "minimax",
+        "granitemoeshared", "kolibri1", "longcat_flash", "minimax", "qwen4_exp", "qwen4_exp_text",
     ),
     # The router's weights scale what experts see: single outputs say nothing of a sum.
     "single": ("llama4", "llama4_text"),
