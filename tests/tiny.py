@@ -423,3 +423,17 @@ HAND_MADE: dict[str, Any] = {
     "qwen3_omni_moe": _omni,
     "step3p5": _step,
 }
+
+
+def as_lists(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """gpt-oss with one linear for every expert, and its router one as well."""
+    made = {}
+    for name, values in tensors.items():
+        at, _, part = name.partition("experts.")
+        if not part:
+            made[name.replace("mlp.router.", "mlp.router.linear.")] = values
+            continue
+        kind, _, bias = part.partition("_proj")
+        for e, own in enumerate(values):
+            made[f"{at}experts.{kind}_projs.{e}.{bias[1:] or 'weight'}"] = np.ascontiguousarray(own.T)
+    return made

@@ -218,25 +218,11 @@ def test_a_known_text_model_in_another_wrapper_is_pruned(tmp_path):
     details(verify(tmp_path / "out", against=tmp_path / "model"))
 
 
-def as_lists(tensors):
-    """gpt-oss with one linear for every expert, and its router one as well."""
-    made = {}
-    for name, values in tensors.items():
-        at, _, part = name.partition("experts.")
-        if not part:
-            made[name.replace("mlp.router.", "mlp.router.linear.")] = values
-            continue
-        kind, _, bias = part.partition("_proj")
-        for e, own in enumerate(values):
-            made[f"{at}experts.{kind}_projs.{e}.{bias[1:] or 'weight'}"] = np.ascontiguousarray(own.T)
-    return made
-
-
 def test_one_linear_per_expert_is_read_and_cut_as_fused_ones(tiny_checkpoint, tmp_path):
     """gpt-oss as others save it: the same matrices, biases, choice, and experts left, with their new numbers."""
     fused = opened(tiny_checkpoint("gpt_oss"))
     tensors, config = tiny.read(fused[0].path)
-    listed = opened(tiny.write(tmp_path / "lists", as_lists(tensors), config))
+    listed = opened(tiny.write(tmp_path / "lists", tiny.as_lists(tensors), config))
     for ours, theirs in zip(listed[2].moe, fused[2].moe, strict=True):
         assert expert_shapes(listed[0], ours) == expert_shapes(fused[0], theirs)
         for e in (0, 5):
@@ -249,7 +235,7 @@ def test_one_linear_per_expert_is_read_and_cut_as_fused_ones(tiny_checkpoint, tm
         sparsify(folder, tmp_path / f"{name}-zeros", method="magnitude")
     for what in ("out", "zeros"):
         expected, found = (tiny.read(tmp_path / f"{name}-{what}")[0] for name in ("fused", "listed"))
-        expected = as_lists(expected)
+        expected = tiny.as_lists(expected)
         assert found.keys() == expected.keys()
         for name, values in expected.items():
             np.testing.assert_array_equal(found[name], values)

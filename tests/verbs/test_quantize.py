@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import tiny
 from coterie.errors import CoterieError
 from coterie.methods.levels import Levels
 from coterie.methods.quantize import round as rounding
@@ -184,7 +185,7 @@ def test_models_that_the_format_cannot_hold_are_refused(source, tmp_path, tiny_c
     quantize(source, tmp_path / "low", bits=4)
     for model, message in (
         (tiny_checkpoint("qwen3_moe"), "no group of 128, 64, 32 divides them all"),
-        (tiny_checkpoint("gpt_oss"), "no group of|keeps all experts in one tensor"),
+        (tiny_checkpoint("gpt_oss"), "no group of|keeps all experts in one tensor, or in lists"),
         (tmp_path / "low", "is quantised already"),
     ):
         with pytest.raises(CoterieError, match=message):
@@ -207,3 +208,13 @@ def test_weights_that_are_not_numbers_are_named(source, tmp_path, data, method):
     with pytest.raises(CoterieError, match=named):
         quantize(broken, tmp_path / "out", method=method, **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_lists_are_refused_whatever_the_plan_says(tiny_checkpoint, tmp_path):
+    """gpt-oss with one linear for every expert: no target of the format would match its names."""
+    tensors, config = tiny.read(tiny_checkpoint("gpt_oss"))
+    listed = tiny.write(tmp_path / "lists", tiny.as_lists(tensors), config)
+    scheme = {"format": "compressed-tensors", "group_size": 32, "method": "round"}
+    plan = {"layers": {block.key: {"bits": 4} for block in Model.open(listed).moe}, "quantized": scheme}
+    with pytest.raises(CoterieError, match="keeps all experts in one tensor, or in lists"):
+        apply(listed, plan, tmp_path / "out")

@@ -98,9 +98,10 @@ def check(model: Model, plan: Plan) -> None:
     if is_own(model.checkpoint.config):
         raise CoterieError(f"{where}: is in our own layout, which {FORMAT} cannot say; quantise it before")
     for block in quantised_blocks(model):
-        if not block.experts:
+        if not block.experts or block.layout.lists or block.unused:
+            kept = "identity experts among the others" if block.unused else "all experts in one tensor, or in lists"
             raise CoterieError(
-                f"{where}: {block.name} keeps all experts in one tensor; {FORMAT} wants a tensor for each expert"
+                f"{where}: {block.name} keeps {kept}; {FORMAT} wants matrices under each expert's number"
             )
         check_group(model.checkpoint, block, scheme.group_size)
 
