@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from coterie.decide.layerwise import Job
 from coterie.decide.pruner import Put, Visitors, as_expert, every_expert, run_expert
 from coterie.edits.kinds.bits import check_finite, checksum, encoded, grid_of
 from coterie.errors import CoterieError
 from coterie.forward.activations import Piece, Routed
 from coterie.methods.quantize import search
-from coterie.model.experts import expert_matrices, expert_storage
+from coterie.model.experts import expert_storage
 from coterie.storage.checkpoint import Checkpoint
 
 SEEN = 256  # tokens of a layer that every expert is shown, chosen or not
@@ -65,12 +64,13 @@ class Quantizer:
     cold: list[list[Any]] = field(default_factory=list)  # [layer, expert, 0] of those that no token chose
     checksums: dict[str, list[int]] = field(default_factory=dict)  # by layer, of each expert
 
-    def job(self) -> Job:
-        return Job(self.walk, lambda: {"cold": self.cold, "checksums": self.checksums}, self.absorb)
+    def state(self) -> dict[str, object]:
+        """What a resumed run has to know of the layers done, as the report has it."""
+        return {"cold_experts": self.cold, "checksums": self.checksums}
 
     def absorb(self, state: Mapping[str, Any]) -> None:
         """Takes over what an earlier run did."""
-        self.cold, self.checksums = list(state["cold"]), dict(state["checksums"])
+        self.cold, self.checksums = list(state["cold_experts"]), dict(state["checksums"])
 
     def walk(self, routed: Routed) -> torch.Tensor:
         """Quantises all experts of a block, chosen or not; returns the weighted sum of the quantised ones."""
@@ -85,7 +85,9 @@ class Quantizer:
     def _visit(self, routed: Routed, visitors: Visitors, shown: Visitors, total: torch.Tensor) -> int:
         """Writes one expert, and adds its weighted outputs to `total`; returns its checksum."""
         block, e = routed.block, visitors.expert
-        matrices = expert_matrices(self.checkpoint, block, e)
+        stored = dict(zip(("up", "down", "gate"), expert_storage(self.checkpoint, block, e), strict=False))
+        weights = {part: matrix.rows(0) for part, matrix in stored.items()}
+        matrices = weights.get("gate"), weights["up"], weights["down"]
         expert = as_expert(self.checkpoint, block, e, matrices, self.dtype)
         own, prior = (Means(self.method.NEEDS == "hessian") for _ in range(2))
         run_expert(routed, expert, visitors, None, own.add)
@@ -93,8 +95,8 @@ class Quantizer:
         if not own.num_tokens:
             self.cold.append([block.key, e, 0])
         raw = list[bytes]()
-        for part, matrix in zip(("up", "down", "gate"), expert_storage(self.checkpoint, block, e), strict=False):
-            weight, grid = matrix.rows(0), grid_of(matrix, self.bits, self.group_size)
+        for part, matrix in stored.items():
+            weight, grid = weights[part], grid_of(matrix, self.bits, self.group_size)
             check_finite(matrix.name, weight)
             seen = shrunk(own, prior, "down" if part == "down" else "up")
             if not np.isfinite(seen).all():

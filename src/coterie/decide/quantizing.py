@@ -6,19 +6,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+from coterie.decide.layerwise import Calibrated, Layerwise
 from coterie.edits.counts import count
 from coterie.edits.execution import Fill, Filled, Prepare, Request
 from coterie.edits.kinds.bits import FORMAT, GROUPS, WIDTHS, Scheme, quantised_blocks
 from coterie.edits.plan import Decision, Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import DATA, Calibration, Dtype, counted
+from coterie.forward.samples import DATA, Calibration, Dtype, counted, unsampled
 from coterie.methods import quantize as methods
 from coterie.model.experts import expert_shapes
 from coterie.model.layer import Model
-from coterie.options import Help, flag_of, flat
+from coterie.options import Help, flat
 
 if TYPE_CHECKING:
-    from coterie.decide.layerwise import Layerwise
     from coterie.storage.writer import Writer
 
 
@@ -63,9 +63,7 @@ def check_options(options: Quantising) -> tuple[str, ...]:
         raise CoterieError(f"--data would be ignored: {options.rule} needs none; use search or gptq")
     if options.from_data:
         return ()
-    asked, default = flat(options), flat(Quantising())
-    given = [name for name in ("samples", "seq_len", "seed", "dtype") if asked[name] != default[name]]
-    return tuple(f"{flag_of(name)} had no effect: {options.rule} without --data reads none" for name in given)
+    return unsampled(options, Quantising(), f"{options.rule} without --data reads none")
 
 
 def decided(model: Model, options: Quantising) -> Decision:
@@ -101,32 +99,32 @@ def _bits_of_all(model: Model, mean: float) -> float:
     return (mean * numbers["experts"] + beside) / numbers["all"]
 
 
-def prepared(model: Model, options: Quantising, request: Request) -> Prepare | None:
+def prepared(model: Model, options: Quantising, plan: Plan, request: Request) -> Prepare | None:
     """What fills in the experts that are made from data; None where there are no data."""
-    if not options.from_data:
+    scheme: Scheme = plan.at("quantized")
+    if not scheme.from_data:
         return None
 
     def prepare(view: Model) -> Fill:
-        from coterie.decide.layerwise import Layerwise
-
-        layers = Layerwise.of(model, options.calibration, options.dtype, request.out.parent)
-        return partial(_fill, model, options, request, layers)
+        calibration = Calibrated(model, options.calibration, options.dtype, request.out.parent)
+        return partial(_fill, options.bits, scheme, request, calibration)
 
     return prepare
 
 
-def _fill(model: Model, options: Quantising, request: Request, layers: Layerwise, writer: Writer) -> Filled:
+def _fill(bits: int, scheme: Scheme, request: Request, calibration: Calibrated, writer: Writer) -> Filled:
     """Quantises layer after layer, each on what the quantised layers before it give."""
     from coterie.decide.quantizer import Quantizer
 
-    size = decided(model, options).plan.at("quantized").group_size
+    checkpoint, stream, batches = calibration.model.checkpoint, calibration.stream, calibration.batches()
+    run = Layerwise(writer, calibration.samples)
     quantizer = Quantizer(
-        model.checkpoint, methods.load(options.rule), options.bits, size, writer.put, layers.stream.dtype
+        checkpoint, methods.load(scheme.method), bits, scheme.group_size, writer.put, calibration.dtype
     )
-    layers.run(writer, quantizer.job(), "quantising layers", request.on_progress)
-    report = {
-        "cold_experts": quantizer.cold,
-        "checksums": quantizer.checksums,
-        "calibration": counted(layers.by_domain),
-    }
-    return Filled({}, {}, report, layers.notes)
+    if run.done:
+        quantizer.absorb(run.done)
+    layers = stream.run(batches, quantizer.walk, run.first(batches))
+    progress = partial(request.on_progress, "quantising layers")
+    run.run(batches, layers, len(stream.layers), quantizer.state, progress)
+    report = {**quantizer.state(), "calibration": counted(calibration.by_domain)}
+    return Filled({}, {}, report, calibration.notes)

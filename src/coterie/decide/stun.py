@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.decide import experts
+from coterie.decide.layerwise import Calibrated
 from coterie.decide.pruning import Lambda1, Lambda2, NoGuard, Pruning, Remaining, Statistics
 from coterie.decide.pruning import check_options as check_dropping
-from coterie.decide.zeros import Calibrated, Scoring, Workers, Zeroing, check_writable, idle
+from coterie.decide.zeros import Scoring, Workers, Zeroing, check_writable, idle, shares_of
 from coterie.decide.zeros import check_options as check_zeroing
 from coterie.edits import beside
 from coterie.edits.budget import num_weights
@@ -212,13 +213,14 @@ def search(recipe: StunRecipe, kept: list[int], spill: Path, on_progress: Progre
     for number, experts_kept in enumerate(kept):
         decision, options = recipe.plan(experts_kept)
         plan, part = decision.plan, f"split {number + 1} of {len(kept)}: "
-        calibration = Calibrated(planned(recipe.source, plan), options, spill)
-        loss = held_out_loss(calibration, lambda stage, *done, part=part: on_progress(part + stage, *done))
+        scoring, view = options.scoring, planned(recipe.source, plan)
+        calibration = Calibrated(view, scoring.calibration, scoring.dtype, spill)
+        loss = held_out_loss(calibration, options, lambda stage, *done, part=part: on_progress(part + stage, *done))
         found.append(Split(experts_kept, plan.budget["removed"], plan.budget["zeros"], loss))
     return found
 
 
-def held_out_loss(calibration: Calibrated, on_progress: Progress) -> float:
+def held_out_loss(calibration: Calibrated, options: Zeroing, on_progress: Progress) -> float:
     """Mean negative log-likelihood of the held-out samples' tokens after pruning by the others."""
     stream, samples = calibration.stream, calibration.samples
     judges = [s for s in samples[HELD_OUT - 1 :: HELD_OUT] if len(s) > 1]
@@ -228,8 +230,8 @@ def held_out_loss(calibration: Calibrated, on_progress: Progress) -> float:
             "give more data or samples"
         )
     calibration.use([s for i, s in enumerate(samples) if i % HELD_OUT != HELD_OUT - 1])
-    shares = calibration.shares(on_progress)
-    workers = Workers.of(calibration.view, calibration.options, shares, lambda *_: None, calibration.dtype)
+    shares = shares_of(calibration, options, on_progress)
+    workers = Workers.of(calibration.model, options, shares, lambda *_: None, calibration.dtype)
     workers.pruner.num_judged = sum(map(len, calibration.samples))
     taught, held = calibration.batches(), calibration.embed(judges)
     for index in workers.layers(stream, [*taught, *held]):

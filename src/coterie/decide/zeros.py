@@ -6,29 +6,27 @@ on from there.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.decide import linears
+from coterie.decide.layerwise import Calibrated, Layerwise
 from coterie.edits import beside, budget
 from coterie.edits.execution import Fill, Filled, Prepare, Request
 from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import prunable
 from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import DATA, Calibration, Dtype, compute_dtype, counted, read_samples
+from coterie.forward.samples import DATA, Calibration, Dtype, counted, unsampled
 from coterie.methods import sparsify as methods
 from coterie.methods.masks import check_pattern
 from coterie.model.experts import Experts, expert_shapes, expert_storage
 from coterie.model.layer import Model
-from coterie.options import Help, flag_of, flat
-from coterie.storage.folders import existing
+from coterie.options import Help, flat
 from coterie.storage.record import Progress
 from coterie.storage.writer import Writer
 
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     from coterie.forward.stream import Stream
 
 Shares = dict[str, Fraction]  # sparsity by layer
-OF_SAMPLING = ("samples", "seq_len", "seed", "dtype")
 ALSO_HERE = "--engine ray: with --also or --preset paper, experts are calibrated on the driver's machine alone"
 
 
@@ -89,9 +86,7 @@ def idle(options: Zeroing) -> tuple[str, ...]:
         return ()
     if options.scoring.calibration.data or options.scoring.one_pass:
         raise CoterieError(f"--data and --one-pass would be ignored: {options.method} needs no data")
-    asked, default = flat(options.scoring), flat(Scoring())
-    given = [name for name in OF_SAMPLING if asked[name] != default[name]]
-    return tuple(f"{flag_of(name)} had no effect: {options.method} needs no data" for name in given)
+    return unsampled(options.scoring, Scoring(), f"{options.method} needs no data")
 
 
 def check_options(options: Zeroing) -> None:
@@ -116,7 +111,8 @@ def prepared(options: Zeroing, source: Model, plan: Plan, request: Request) -> P
         run = ZeroingRun(options, source, plan, view, request)
         if methods.load(options.method).NEEDS == "nothing":
             return run.without_data
-        return partial(run.calibrated, Calibrated(view, options, request.out.parent))
+        scoring, spill = options.scoring, request.out.parent
+        return partial(run.calibrated, Calibrated(view, scoring.calibration, scoring.dtype, spill))
 
     return prepare
 
@@ -136,53 +132,26 @@ def check_writable(view: Model, options: Zeroing) -> None:
             check_pattern(columns, *options.pattern)  # type: ignore[misc]
 
 
-class Calibrated:
-    """What a calibrated run needs before it writes: token sequences, and the model to stream them through."""
+def shares_of(calibration: Calibrated, options: Zeroing, on_progress: Progress) -> Shares:
+    """Sparsity by layer; OWL's takes a forward of the dense model."""
+    view, kinds = calibration.model, options.scoring.kinds
+    if not methods.chooses_shares(options.method):
+        return uniform(view, options)
+    import numpy as np
 
-    def __init__(self, view: Model, options: Zeroing, spill: Path) -> None:
-        """spill: the folder for activations that are too large for memory."""
-        from coterie.forward.stream import Stream
+    from coterie.decide.outliers import outlier_shares
 
-        self.view, self.options = view, options
-        self.dtype = compute_dtype(view, options.scoring.dtype)
-        self.by_domain, self.notes = read_samples(view, options.scoring.calibration)
-        self.samples = [sample for found in self.by_domain.values() for sample in found]
-        self.digest = hashlib.sha256(repr(self.samples).encode()).hexdigest()
-        self.stream: Stream = Stream(view, self.dtype)
-        self._spill = existing(spill)
-        self._embedded: Any = self.embed(self.samples)  # now, since it refuses what cannot be streamed
-
-    def embed(self, samples: Sequence[tuple[int, ...]]) -> Any:
-        return self.stream.embed(samples, spill=self._spill)
-
-    def batches(self) -> Any:
-        """The samples as the first layer's inputs."""
-        found, self._embedded = self._embedded or self.embed(self.samples), None
-        return found
-
-    def use(self, samples: list[tuple[int, ...]]) -> None:
-        """Goes on with other samples."""
-        self.samples, self._embedded = samples, None
-
-    def shares(self, on_progress: Progress) -> Shares:
-        """Sparsity by layer; OWL's takes a forward of the dense model."""
-        if not methods.chooses_shares(self.options.method):
-            return uniform(self.view, self.options)
-        import numpy as np
-
-        from coterie.decide.outliers import outlier_shares
-
-        view, options, kinds = self.view, self.options, self.options.scoring.kinds
-        outliers = outlier_shares(self.stream, self.batches(), options.scoring.outliers, kinds, on_progress)
-        sizes = Counter({b.key: budget.num_weights(view.checkpoint, b) for b in view.main})
-        for (layer, _), size in linears.sizes(view, kinds).items():
-            sizes[layer] += size
-        shares = methods.load(options.method).layer_sparsities(
-            np.array([outliers[k] for k in sizes]), float(options.sparsity), np.array(list(sizes.values())),
-            weighted=options.weighted,
-        )  # fmt: skip
-        # As fractions that JSON can hold exactly.
-        return {key: Fraction(repr(float(value))) for key, value in zip(sizes, shares, strict=True)}
+    batches = calibration.batches()
+    outliers = outlier_shares(calibration.stream, batches, options.scoring.outliers, kinds, on_progress)
+    sizes = Counter({b.key: budget.num_weights(view.checkpoint, b) for b in view.main})
+    for (layer, _), size in linears.sizes(view, kinds).items():
+        sizes[layer] += size
+    shares = methods.load(options.method).layer_sparsities(
+        np.array([outliers[k] for k in sizes]), float(options.sparsity), np.array(list(sizes.values())),
+        weighted=options.weighted,
+    )  # fmt: skip
+    # As fractions that JSON can hold exactly.
+    return {key: Fraction(repr(float(value))) for key, value in zip(sizes, shares, strict=True)}
 
 
 def uniform(view: Model, options: Zeroing) -> Shares:
@@ -247,31 +216,19 @@ class ZeroingRun:
 
         After each layer the hidden states and what was counted are saved, so that a killed run goes on from there.
         """
-        from coterie.forward.activations import restore, save
-
-        done, on_progress = writer.units[-1] if writer.units else None, self.request.on_progress
-        if done and done["samples"] != calibration.digest:
-            raise CoterieError(
-                f"{writer.partial}: was begun on other data; give the same, or start anew with --overwrite"
-            )
-        shares = {k: Fraction(v) for k, v in done["shares"].items()} if done else calibration.shares(on_progress)
+        run, on_progress = Layerwise(writer, calibration.samples), self.request.on_progress
+        done, engine = run.done, self.request.engine
+        known = {k: Fraction(v) for k, v in done["shares"].items()} if done else None
+        shares = known or shares_of(calibration, self.options, on_progress)
         workers = Workers.of(self.view, self.options, shares, writer.put, calibration.dtype)
-        batches, first = calibration.batches(), 0
+        batches = calibration.batches()
         if done:
-            first = done["layer"] + 1
             workers.pruner.absorb(done)
             workers.others.zeros.update({(layer, kind): n for layer, kind, n in done["others"]})
-            restore(batches, writer.partial / f"hidden-{done['layer']}.safetensors")
-        engine, also = self.request.engine, workers.others.also
+        stream, also = calibration.stream, workers.others.also
         walk = self._spread(writer, workers).walk if engine.spread and not also else None
-        num_layers = len(calibration.stream.layers)
-        for index in workers.layers(calibration.stream, batches, first, walk):
-            save(batches, writer.partial / f"hidden-{index}.safetensors")
-            writer.unit({"layer": index, "samples": calibration.digest, **workers.state()}, num_layers)
-            (writer.partial / f"hidden-{index - 1}.safetensors").unlink(missing_ok=True)
-            on_progress("pruning layers", index + 1, num_layers)
-        for path in writer.partial.glob("hidden-*.safetensors"):
-            path.unlink()
+        layers = workers.layers(stream, batches, run.first(batches), walk)
+        run.run(batches, layers, len(stream.layers), workers.state, partial(on_progress, "pruning layers"))
         notes = [*calibration.notes, *([ALSO_HERE] if engine.spread and also else [])]
         return self._filled(workers, {"calibration": counted(calibration.by_domain)}, notes)
 

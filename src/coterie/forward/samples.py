@@ -12,7 +12,7 @@ from coterie.forward.tokens import draw
 from coterie.model.family import lookup
 from coterie.model.layer import Model
 from coterie.model.loading import DTYPES, load_tokenizer
-from coterie.options import Help
+from coterie.options import Help, flag_of, flat
 from coterie.reference_model import CALIBRATION
 
 if TYPE_CHECKING:
@@ -70,6 +70,13 @@ def read_samples(model: Model, calibration: Calibration) -> tuple[dict[str, list
         max_positions=limit,
     )  # fmt: skip
     return drawn, notes + more
+
+
+def unsampled(options: object, default: object, reason: str) -> tuple[str, ...]:
+    """What to say of options that choose samples, where none are read. default: the same record, with nothing asked."""
+    asked, usual = flat(options), flat(default)
+    given = [name for name in ("samples", "seq_len", "seed", "dtype") if asked[name] != usual[name]]
+    return tuple(f"{flag_of(name)} had no effect: {reason}" for name in given)
 
 
 def counted(by_domain: dict[str, list[tuple[int, ...]]]) -> dict[str, dict[str, int]]:

@@ -48,4 +48,5 @@ def quantize(
         on_progress=on_progress,
     )  # fmt: skip
     source = Model.open(model)
-    return execute(source, decided(source, quantising), request, prepare=prepared(source, quantising, request))
+    decision = decided(source, quantising)
+    return execute(source, decision, request, prepare=prepared(source, quantising, decision.plan, request))
