@@ -7,10 +7,10 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import coterie
+import tiny
 from coterie import engine as engines
 from coterie.decide.stun import Split
 from coterie.engine import Engine, perform
@@ -105,10 +105,7 @@ def undisturbed(model, tmp_path):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """24 samples of 64 token ids."""
-    path = tmp_path_factory.mktemp("data") / "ids.jsonl"
-    ids = np.random.default_rng(0).integers(3, 120, (24, 64)).tolist()
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-    return {"a": path}
+    return tiny.id_lines(tmp_path_factory.mktemp("data") / "ids.jsonl", 24)
 
 
 def weights(folder):

@@ -437,3 +437,10 @@ def as_lists(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for e, own in enumerate(values):
             made[f"{at}experts.{kind}_projs.{e}.{bias[1:] or 'weight'}"] = np.ascontiguousarray(own.T)
     return made
+
+
+def id_lines(path: Path, rows: int, length: int = 64) -> dict[str, Path]:
+    """Calibration data: samples of token ids that tiny models know, always the same, in one file by its name."""
+    ids = np.random.default_rng(0).integers(3, 120, (rows, length)).tolist()
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    return {"a": path}

@@ -38,10 +38,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "ids.jsonl"
-    ids = np.random.default_rng(0).integers(3, 120, (8, 64)).tolist()
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-    return {"a": path}
+    return tiny.id_lines(tmp_path_factory.mktemp("data") / "ids.jsonl", 8)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

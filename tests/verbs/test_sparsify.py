@@ -1,11 +1,11 @@
 """Unstructured pruning end to end on tiny models: exact sparsity, untouched rest, resume, refusals."""
 
-import json
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+import tiny
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
@@ -17,10 +17,7 @@ METHODS = ("magnitude", "wanda", "owl", "moe-pruner", "sparsegpt")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """24 samples of 64 token ids."""
-    path = tmp_path_factory.mktemp("data") / "ids.jsonl"
-    ids = np.random.default_rng(0).integers(3, 120, (24, 64)).tolist()
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-    return {"a": path}
+    return tiny.id_lines(tmp_path_factory.mktemp("data") / "ids.jsonl", 24)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,11 +1,11 @@
 """STUN end to end on tiny models: the exact total, both presets, the search of the split, refusals."""
 
-import json
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+import tiny
 from coterie.edits.counts import count
 from coterie.edits.kurtosis import Moments
 from coterie.errors import CoterieError
@@ -18,10 +18,7 @@ from coterie.verbs.stun import stun
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """24 samples of 64 token ids."""
-    path = tmp_path_factory.mktemp("data") / "ids.jsonl"
-    ids = np.random.default_rng(0).integers(3, 120, (24, 64)).tolist()
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-    return {"a": path}
+    return tiny.id_lines(tmp_path_factory.mktemp("data") / "ids.jsonl", 24)
 
 
 def expert_weights(path):
