@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -49,6 +49,11 @@ class Place:
     gate_above_up: bool = False
     settings: object = field(default_factory=dict)
 
+    @property
+    def said(self) -> Mapping[str, object]:
+        """The settings; none where what stands there is no object."""
+        return self.settings if isinstance(self.settings, dict) else {}
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -78,6 +83,19 @@ class Codec:
 def found_parts(checkpoint: Checkpoint, stem: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
     """Which of a matrix's parts, STEM + part, there are."""
     return {part: tensor for part in parts if (tensor := checkpoint.tensors.get(stem + part))}
+
+
+def in_parts(
+    place: Place,
+    shape: tuple[int, int],
+    parts: Iterable[Tensor],
+    rows: Callable[[], np.ndarray],
+    check: Callable[[], object],
+) -> Coded:
+    """A matrix of its own (O, I) that several tensors hold: its values, and what its headers must agree on."""
+    parts = tuple(parts)
+    names, num_bytes = tuple(t.name for t in parts), sum(t.num_bytes for t in parts)
+    return Coded(place.name, "F32", shape, names, num_bytes, lambda e: rows(), check=check)
 
 
 def refusal(name: str, found: object, expected: str) -> CoterieError:

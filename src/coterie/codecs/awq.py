@@ -14,8 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from coterie.codecs import Codec, Coded, Place, check_scales, found_parts, in_groups, refusal
-from coterie.codecs.gptq import packing
+from coterie.codecs import Codec, Coded, Place, check_scales, found_parts, in_groups, in_parts, refusal
+from coterie.codecs.gptq import packing, turned
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import unpacked
 
@@ -32,22 +32,18 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     weight = parts[".qweight"]
     inputs, words = weight.shape if len(weight.shape) == 2 else (0, 0)
     shape = IN_WORD * words, inputs
-    return Coded(
-        place.name, "F32", shape, tuple(t.name for t in parts.values()), sum(t.num_bytes for t in parts.values()),
-        lambda e: _rows(checkpoint, place, parts, shape), check=partial(_check, place, parts, shape),
-    )  # fmt: skip
+    rows, check = partial(_rows, checkpoint, place, parts, shape), partial(_check, place, parts, shape)
+    return in_parts(place, shape, parts.values(), rows, check)
 
 
 def _check(place: Place, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
     weight, zeros, scales = (parts.get(part) for part in PARTS)
-    settings = place.settings if isinstance(place.settings, dict) else {}
-    version = str(settings.get("version") or "gemm").lower()
+    version = str(place.said.get("version") or "gemm").lower()
     if not weight or weight.dtype != "I32" or not weight.num_bytes or version != "gemm":
         raise refusal(
             place.name, f"qweight {weight and weight.dtype}, version {version!r}", "I32 words, version 'gemm'"
         )
-    turned = scales and Tensor(scales.name, scales.dtype, scales.shape[::-1], scales.file, scales.start, scales.end)
-    check_scales(place.name, turned, *shape)
+    check_scales(place.name, turned(scales), *shape)
     if not zeros or not scales or (zeros.dtype, zeros.shape) != ("I32", (scales.shape[0], shape[0] // IN_WORD)):
         raise refusal(weight.name, f"zeros {zeros and zeros.shape}", "I32 for all outputs, as many groups as scales")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.codecs import Codec, Coded, Place, found_parts, refusal
+from coterie.codecs import Codec, Coded, Place, found_parts, in_parts, refusal
 from coterie.storage.checkpoint import Checkpoint, Tensor, parse_json
 
 STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
@@ -48,11 +48,8 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     if "" not in parts or told is None or place.num_matrices:
         return None
     state = _state(checkpoint, told)
-    return Coded(
-        place.name, "F32", state.shape, tuple(t.name for t in parts.values()),
-        sum(t.num_bytes for t in parts.values()), lambda e: _rows(checkpoint, place, parts, state),
-        check=partial(_check, place, parts, state),
-    )  # fmt: skip
+    rows, check = partial(_rows, checkpoint, place, parts, state), partial(_check, place, parts, state)
+    return in_parts(place, state.shape, parts.values(), rows, check)
 
 
 def _state(checkpoint: Checkpoint, told: Tensor) -> QuantState:

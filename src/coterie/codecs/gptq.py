@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from coterie.codecs import Codec, Coded, Place, check_scales, found_parts, in_groups, refusal
+from coterie.codecs import Codec, Coded, Place, check_scales, found_parts, in_groups, in_parts, refusal
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import unpacked
 
@@ -30,15 +30,13 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     if ".qweight" not in parts or place.num_matrices or packing(place) != "gptq":
         return None
     shape, bits = _sizes(parts)
-    return Coded(
-        place.name, "F32", shape, tuple(t.name for t in parts.values()), sum(t.num_bytes for t in parts.values()),
-        lambda e: _rows(checkpoint, place, parts), check=partial(_check, place, parts, shape, bits),
-    )  # fmt: skip
+    rows, check = partial(_rows, checkpoint, place, parts), partial(_check, place, parts, shape, bits)
+    return in_parts(place, shape, parts.values(), rows, check)
 
 
 def packing(place: Place) -> str:
     """Which of the two ways that share their names config.json means: "gptq" or "awq"; "" for neither."""
-    settings = place.settings if isinstance(place.settings, dict) else {}
+    settings = place.said
     if settings.get("quant_method") == "auto-round":
         return str(settings.get("packing_format")).removeprefix("auto_round:auto_")
     return str(settings.get("quant_method", ""))
@@ -60,7 +58,7 @@ def _check(place: Place, parts: Mapping[str, Tensor], shape: tuple[int, int], bi
     _first_zero(place)
     if {parts[".qweight"].dtype, zeros.dtype} != {"I32"}:
         raise refusal(parts[".qweight"].name, f"{parts['.qweight'].dtype} and {zeros.dtype}", "I32 words")
-    check_scales(place.name, _turned(scales), rows, columns if index is None else scales.shape[0] if scales else 0)
+    check_scales(place.name, turned(scales), rows, columns if index is None else scales.shape[0] if scales else 0)
     if scales and scales.shape[0] != zeros.shape[0]:
         raise refusal(zeros.name, f"{zeros.shape[0]} groups of zeros", f"{scales.shape[0]}, as of scales")
     if index is not None and (index.dtype != "I32" or index.shape != (columns,)):
@@ -68,14 +66,13 @@ def _check(place: Place, parts: Mapping[str, Tensor], shape: tuple[int, int], bi
 
 
 def _first_zero(place: Place) -> int:
-    settings = place.settings if isinstance(place.settings, dict) else {}
-    said = str(settings.get("checkpoint_format") or "gptq")
+    said = str(place.said.get("checkpoint_format") or "gptq")
     if said not in FIRST_ZERO:
         raise refusal(place.name, f"checkpoint_format {said!r} in config.json", f"one of {', '.join(FIRST_ZERO)}")
     return FIRST_ZERO[said]
 
 
-def _turned(scales: Tensor | None) -> Tensor | None:
+def turned(scales: Tensor | None) -> Tensor | None:
     """The header of scales as if they stood (O, G)."""
     if scales is None:
         return None

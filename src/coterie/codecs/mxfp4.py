@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from coterie.codecs import Codec, Coded, Place, found_parts, refusal
+from coterie.codecs import Codec, Coded, Place, found_parts, in_parts, refusal
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import Checkpoint, Tensor
 
@@ -39,12 +39,11 @@ def _alone(checkpoint: Checkpoint, place: Place) -> Coded | None:
         if not half or 2 * half % BLOCK or scales.shape != (rows, 2 * half // BLOCK):
             raise refusal(blocks.name, f"scales {list(scales.shape)}", f"one for {BLOCK} of {2 * half} columns")
 
-    def values(e: int) -> np.ndarray:
+    def values() -> np.ndarray:
         check()
         return mxfp4(checkpoint.read(blocks.name).reshape(*scales.shape, BLOCK // 2), checkpoint.read(scales.name))
 
-    size = blocks.num_bytes + scales.num_bytes
-    return Coded(place.name, "F32", (rows, 2 * half), (blocks.name, scales.name), size, values, check=check)
+    return in_parts(place, (rows, 2 * half), parts, values, check)
 
 
 def _fused(checkpoint: Checkpoint, place: Place) -> Coded | None:
@@ -77,8 +76,12 @@ def _check(place: Place, *found: Tensor | None) -> None:
 
 def mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """(O, G, 16) bytes of two 4-bit floats and (O, G) exponents, as float32 (O, 32 G)."""
-    values = np.stack([VALUES[blocks & 15], VALUES[blocks >> 4]], -1).reshape(*scales.shape, 32)
-    return (values * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(scales.shape[0], -1)
+    return (e2m1(blocks) * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(scales.shape[0], -1)
+
+
+def e2m1(codes: np.ndarray) -> np.ndarray:
+    """Bytes (..., n) of two 4-bit floats, the low half first, as float32 (..., 2n)."""
+    return np.stack([VALUES[codes & 15], VALUES[codes >> 4]], axis=-1).reshape(*codes.shape[:-1], -1)
 
 
 CODEC = Codec(parts=PARTS, read=read)

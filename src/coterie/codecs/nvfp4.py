@@ -14,8 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from coterie.codecs import Codec, Coded, Place, found_parts, in_groups, refusal
-from coterie.codecs.mxfp4 import VALUES
+from coterie.codecs import Codec, Coded, Place, found_parts, in_groups, in_parts, refusal
+from coterie.codecs.mxfp4 import e2m1
 from coterie.storage.checkpoint import Checkpoint, Tensor
 
 DIVIDING, MULTIPLYING = ("_packed", "_scale", "_global_scale"), ("", "_scale", "_scale_2")
@@ -33,10 +33,8 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
 
 def _coded(checkpoint: Checkpoint, place: Place, parts: tuple[Tensor, ...], *, divides: bool) -> Coded:
     rows, half = parts[0].shape if len(parts[0].shape) == 2 else (0, 0)
-    return Coded(
-        place.name, "F32", (rows, 2 * half), tuple(t.name for t in parts), sum(t.num_bytes for t in parts),
-        lambda e: _rows(checkpoint, parts, divides=divides), check=partial(_check, *parts),
-    )  # fmt: skip
+    values = partial(_rows, checkpoint, parts, divides=divides)
+    return in_parts(place, (rows, 2 * half), parts, values, partial(_check, *parts))
 
 
 def _check(blocks: Tensor, scales: Tensor, whole: Tensor) -> None:
@@ -51,8 +49,7 @@ def _rows(checkpoint: Checkpoint, parts: tuple[Tensor, ...], *, divides: bool) -
     _check(*parts)
     codes, scales, whole = (checkpoint.read(part.name) for part in parts)
     factor = whole.reshape(-1)[0]
-    values = np.stack([VALUES[codes & 15], VALUES[codes >> 4]], axis=-1).reshape(len(codes), -1)
-    return in_groups(values, scales / factor if divides else scales * factor)
+    return in_groups(e2m1(codes), scales / factor if divides else scales * factor)
 
 
 CODEC = Codec(parts=DIVIDING, read=read)

@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from coterie.codecs import Codec, Coded, Place, check_scales, found_parts, in_groups, refusal
+from coterie.codecs import Codec, Coded, Place, check_scales, found_parts, in_groups, in_parts, refusal
 from coterie.storage.checkpoint import FLOATS, Checkpoint, Tensor
 from coterie.storage.numerics import unpacked
 
@@ -29,11 +29,8 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     if "_packed" not in parts or parts["_packed"].dtype != "I32" or place.num_matrices:
         return None
     shape = _shape(checkpoint, place, parts)
-    return Coded(
-        place.name, "F32", shape, tuple(t.name for t in parts.values()), sum(t.num_bytes for t in parts.values()),
-        lambda e: _rows(checkpoint, place, parts, shape),
-        check=partial(_check, place, parts, shape),
-    )  # fmt: skip
+    rows, check = partial(_rows, checkpoint, place, parts, shape), partial(_check, place, parts, shape)
+    return in_parts(place, shape, parts.values(), rows, check)
 
 
 def _shape(checkpoint: Checkpoint, place: Place, parts: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -54,8 +51,7 @@ def _shape(checkpoint: Checkpoint, place: Place, parts: Mapping[str, Tensor]) ->
 
 def _widths(place: Place) -> set[int]:
     """The bits that config.json gives integers, in any of its groups."""
-    settings = place.settings if isinstance(place.settings, dict) else {}
-    groups = settings.get("config_groups")
+    groups = place.said.get("config_groups")
     schemes = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
     found = {s.get("num_bits") for s in schemes if isinstance(s, dict) and s.get("type", "int") == "int"}
     return {bits for bits in found if type(bits) is int and 1 <= bits <= 8}
