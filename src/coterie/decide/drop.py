@@ -66,9 +66,8 @@ def check_model(model: Model, options: Dropping) -> list[int]:
         for block in model.main:
             check_foldable(model.checkpoint, block)
         candidates = [int(block.key) for block in model.main]
-        check_writable(
-            model, make_plan(model, options, candidates[::-1], None)
-        )  # no ranking can know that it spares those
+        last = make_plan(model, options, candidates[::-1], None)  # which no ranking can know that it spares
+        check_writable(model, last)
     most = len(candidates) - (options.unit == "block")
     if options.count > most:
         raise CoterieError(f"--count {options.count}: {model.checkpoint.path} can do without {most} at most")

@@ -86,7 +86,8 @@ def decided(model: Model, options: Merging, spill: Path, on_progress: Progress =
     Blocks that calibration does not see are cut by their router rows or, where routers are aliased, stay whole.
     Reads routers and statistics, or measures them; where activations are large they go to the folder `spill`.
     """
-    check_plain(in_floats(model).checkpoint, in_floats(model).moe)
+    floats = in_floats(model)
+    check_plain(floats.checkpoint, floats.moe)
     alias = options.router == "alias"
     # An aliased router is whole, whatever it leads to: routing groups and top-k do not bind what is stored.
     groups = 1 if alias else model.family.groups(model.checkpoint.config).num_groups

@@ -46,9 +46,8 @@ class Skeleton:
         blocks = [block for block in source.moe if not block.attention]
         walked = {name for block in blocks for name in (*expert_names(block), *unused_names(block))}
         stored = [name for name in self.checkpoint.tensors if name not in walked]
-        self._coded = quantised(
-            self.checkpoint, outside(source)
-        )  # by the names of the plain weights that they are here
+        # Quantised matrices, by the names of the plain weights that they are here.
+        self._coded = quantised(self.checkpoint, outside(source))
         parts = {name for matrix in self._coded.values() for name in matrix.parts}
         self._targets = targets(self.model, [*(name for name in stored if name not in parts), *self._coded])
         self._root = next(name for name, module in self.model.named_modules() if module is self.layers)

@@ -11,7 +11,7 @@ from coterie.codecs.open import coded
 from coterie.errors import CoterieError
 from coterie.judge.files import Answer, first
 from coterie.model.family import detect
-from coterie.model.loadable import quantisation
+from coterie.model.loadable import settings_of
 from coterie.model.own import OwnLayout, is_own, own_layout
 from coterie.storage.checkpoint import Checkpoint
 
@@ -66,7 +66,7 @@ def unreadable(checkpoint: Checkpoint) -> str:
 
     A config that it does not understand is not judged here: loading says what is wrong.
     """
-    settings = quantisation(checkpoint.path)
+    settings = settings_of(checkpoint)
     if settings is None:
         return ""
     from transformers import __version__
@@ -107,7 +107,7 @@ def _excuse(out: Checkpoint, original: Checkpoint | None, signs: set[str]) -> st
 
 def unjudged(out: Checkpoint) -> str:
     """What is said of a quantised checkpoint that transformers stumbles over, where there is no original to try."""
-    return "whether the original fares better is known with --against" if quantisation(out.path) is not None else ""
+    return "whether the original fares better is known with --against" if settings_of(out) is not None else ""
 
 
 def float32_short(checkpoint: Checkpoint) -> str:

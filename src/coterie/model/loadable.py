@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 
 from coterie.errors import CoterieError
+from coterie.model.experts import quantisation
 from coterie.model.family import lookup, registry
-from coterie.storage.checkpoint import Checkpoint, load_json
+from coterie.storage.checkpoint import Checkpoint
+from coterie.storage.planned import root
 
 # quant_method -> the packages without which transformers does not load it on a CPU; it loads no others.
 PACKAGES: Mapping[str, tuple[str, ...]] = {
@@ -32,10 +33,10 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def quantisation(path: Path) -> Mapping[str, object] | None:
-    """What config.json, as it stands in the folder, says of it; None where it says nothing."""
-    said = lookup(load_json(path / "config.json"), ("quantization_config",))
-    return next((settings for _, _, settings in said if isinstance(settings, dict)), None)
+def settings_of(checkpoint: Checkpoint) -> Mapping[str, object] | None:
+    """How config.json, as it stands in the folder, says that weights are stored; None where it says nothing."""
+    found = quantisation(root(checkpoint))
+    return found if isinstance(found, dict) and found else None
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
@@ -44,7 +45,7 @@ def check_whole(checkpoint: Checkpoint) -> None:
     known = [registry()[found] for found in types if isinstance(found, str) and found in registry()]
     if known and not known[0].stock:
         raise CoterieError(f"{path}: transformers has no class for {known[0].name}")
-    settings = quantisation(path)
+    settings = settings_of(checkpoint)
     method = settings.get("quant_method") if settings else None
     if not isinstance(method, str):
         return
