@@ -50,7 +50,7 @@ def test_scales_are_those_that_are_stored():
         _, hessian = correlated()
         seen = {"hessian": hessian, "squares": np.diag(hessian), "nothing": None}[methods.load(name).NEEDS]
         found = methods.load(name).quantise(drawn(), Levels(3, 32), seen)
-        assert np.array_equal(found.grid.stored(found.scales), found.scales), name
+        assert np.array_equal(found.levels.stored(found.scales), found.scales), name
         assert found.codes.dtype == np.int8 and found.codes.min() >= -4 and found.codes.max() <= 3
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from coterie.decide.pruner import Put, Visitors, as_expert, every_expert, run_expert
-from coterie.edits.kinds.bits import check_finite, checksum, encoded, grid_of
+from coterie.edits.kinds.bits import check_finite, checksum, encoded, levels_of
 from coterie.errors import CoterieError
 from coterie.forward.activations import Piece, Routed
 from coterie.methods.quantize import search
@@ -96,7 +96,7 @@ class Quantizer:
             self.cold.append([block.key, e, 0])
         raw = list[bytes]()
         for part, matrix in stored.items():
-            weight, grid = weights[part], grid_of(matrix, self.bits, self.group_size)
+            weight, levels = weights[part], levels_of(matrix, self.bits, self.group_size)
             check_finite(matrix.name, weight)
             seen = shrunk(own, prior, "down" if part == "down" else "up")
             if not np.isfinite(seen).all():
@@ -105,7 +105,7 @@ class Quantizer:
                     "--dtype float32"
                 )
             rule = self.method if own.num_tokens or self.method.NEEDS != "hessian" else search
-            found = rule.quantise(weight, grid, seen if rule is self.method else np.diag(seen))
+            found = rule.quantise(weight, levels, seen if rule is self.method else np.diag(seen))
             for name, part_raw in encoded(found, matrix.name.removesuffix("weight")):
                 self.put(name, 0, part_raw)
                 raw.append(part_raw)

@@ -61,19 +61,19 @@ class Levels:
 class Quantised:
     """A matrix in few bits: codes (O, I) int8 and scales (O, G) float32, as they are stored."""
 
-    grid: Levels
+    levels: Levels
     codes: np.ndarray
     scales: np.ndarray
 
     @property
     def values(self) -> np.ndarray:
         """What it stands for, (O, I) in float32."""
-        return (self.grid.grouped(self.codes) * self.scales[..., None]).reshape(self.codes.shape)
+        return (self.levels.grouped(self.codes) * self.scales[..., None]).reshape(self.codes.shape)
 
 
-def quantised(grid: Levels, weight: np.ndarray, scales: np.ndarray) -> Quantised:
+def quantised(levels: Levels, weight: np.ndarray, scales: np.ndarray) -> Quantised:
     """The nearest codes of weights (O, I) for scales (O, G) that are as stored."""
-    return Quantised(grid, grid.codes(grid.grouped(weight), scales).astype(np.int8).reshape(weight.shape), scales)
+    return Quantised(levels, levels.codes(levels.grouped(weight), scales).astype(np.int8).reshape(weight.shape), scales)
 
 
 def unbiased(found: Quantised, weight: np.ndarray, pull: np.ndarray) -> Quantised:
@@ -86,10 +86,10 @@ def unbiased(found: Quantised, weight: np.ndarray, pull: np.ndarray) -> Quantise
     """
     above, below = (pull * weight).sum(1), (pull * found.values).sum(1)
     gamma = np.divide(above, below, out=np.ones_like(above), where=(below > 0) & (above < MOST_GAIN * below))
-    return Quantised(found.grid, found.codes, found.grid.stored((found.scales * gamma[:, None]).astype(np.float32)))
+    return Quantised(found.levels, found.codes, found.levels.stored((found.scales * gamma[:, None]).astype(np.float32)))
 
 
-def best_scales(grid: Levels, grouped: np.ndarray, importance: np.ndarray) -> np.ndarray:
+def best_scales(levels: Levels, grouped: np.ndarray, importance: np.ndarray) -> np.ndarray:
     """Scales (O, G), as stored, with a small sum_j h_j (w_j - q_j s)^2 in each group.
 
     A search over fractions of the covering scale, of both signs; then scales are fitted to codes and codes to scales in
@@ -101,22 +101,22 @@ def best_scales(grid: Levels, grouped: np.ndarray, importance: np.ndarray) -> np
     step = max(1, AT_ONCE // (len(COARSE) * max(1, grouped[0].size)))
     for start in range(0, len(grouped), step):
         rows = slice(start, start + step)
-        found[rows] = _searched(grid, grouped[rows], weights)
+        found[rows] = _searched(levels, grouped[rows], weights)
     return found
 
 
-def _searched(grid: Levels, grouped: np.ndarray, importance: np.ndarray) -> np.ndarray:
+def _searched(levels: Levels, grouped: np.ndarray, importance: np.ndarray) -> np.ndarray:
     def best_of(scales: np.ndarray) -> np.ndarray:
         """Of several scales for each group, (N, O, G), the best (O, G)."""
-        scales = grid.stored(scales)
-        errors = grouped - grid.codes(grouped, scales) * scales[..., None]
+        scales = levels.stored(scales)
+        errors = grouped - levels.codes(grouped, scales) * scales[..., None]
         costs = (np.square(errors, out=errors) * importance).sum(-1)
         return np.take_along_axis(scales, costs.argmin(0)[None], 0)[0]
 
-    best = best_of(grid.covering(grouped) * COARSE[:, None, None])
+    best = best_of(levels.covering(grouped) * COARSE[:, None, None])
     best = best_of(best * FINE[:, None, None])
     for _ in range(ROUNDS):
-        codes = grid.codes(grouped, best)
+        codes = levels.codes(grouped, best)
         weighted = codes * importance
         above, below = (weighted * grouped).sum(-1), (weighted * codes).sum(-1)
         fitted = np.divide(above, below, out=best.copy(), where=below > 0)

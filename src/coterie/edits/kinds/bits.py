@@ -120,7 +120,7 @@ def quantised_blocks(model: Model) -> list[MoE]:
     return [block for block in model.moe if not block.attention]
 
 
-def grid_of(matrix: Coded, bits: int, group_size: int) -> Levels:
+def levels_of(matrix: Coded, bits: int, group_size: int) -> Levels:
     """The levels of one matrix, whose scales are of its own dtype."""
     return Levels(bits, group_size, matrix.dtype)
 
@@ -133,17 +133,17 @@ def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
     bits, scheme, result = plan.at("bits"), plan.at("quantized"), Outputs()
     for block in quantised_blocks(model) if bits else ():
         for matrix in (m for e in range(block.num_experts) for m in expert_storage(model.checkpoint, block, e)):
-            grid = grid_of(matrix, bits[block.key], scheme.group_size)
+            levels = levels_of(matrix, bits[block.key], scheme.group_size)
             rule = "search" if methods.load(scheme.method).NEEDS == "hessian" else scheme.method  # layers without data
-            make = None if scheme.from_data and not block.mtp else partial(_quantised, rule, grid)
-            result[matrix.name] = tuple(_parts(matrix, grid, make))
+            make = None if scheme.from_data and not block.mtp else partial(_quantised, rule, levels)
+            result[matrix.name] = tuple(_parts(matrix, levels, make))
     return result
 
 
-def _quantised(method: str, grid: Levels, matrix: Coded) -> Quantised:
+def _quantised(method: str, levels: Levels, matrix: Coded) -> Quantised:
     weight = matrix.rows(0)
     check_finite(matrix.name, weight)
-    found: Quantised = methods.load(method).quantise(weight, grid, None)
+    found: Quantised = methods.load(method).quantise(weight, levels, None)
     return found
 
 
@@ -152,12 +152,12 @@ def check_finite(name: str, weight: np.ndarray) -> None:
         raise CoterieError(f"tensor {name!r}: holds NaN or infinite weights, which no scale covers; expected finite")
 
 
-def _parts(matrix: Coded, grid: Levels, make: Callable[[Coded], Quantised] | None) -> Iterator[Output]:
+def _parts(matrix: Coded, levels: Levels, make: Callable[[Coded], Quantised] | None) -> Iterator[Output]:
     """The tensors in a matrix's place. make: None where they are holes."""
     stem, (rows, columns) = matrix.name.removesuffix("weight"), matrix.shape
     shapes = {
-        f"{stem}weight_packed": ("I32", (rows, columns * grid.bits // 32)),
-        f"{stem}weight_scale": (grid.scale_dtype, (rows, columns // grid.group)),
+        f"{stem}weight_packed": ("I32", (rows, columns * levels.bits // 32)),
+        f"{stem}weight_scale": (levels.scale_dtype, (rows, columns // levels.group)),
     }
     latest = lru_cache(maxsize=1)(lambda: dict(encoded(make(matrix), stem)) if make else {})  # for both parts
 
@@ -172,9 +172,9 @@ def _parts(matrix: Coded, grid: Levels, make: Callable[[Coded], Quantised] | Non
 
 def encoded(found: Quantised, stem: str) -> Iterator[tuple[str, bytes]]:
     """(tensor, bytes) of a matrix in few bits: its codes and its scales. stem: its name without "weight"."""
-    grid = found.grid
-    yield f"{stem}weight_packed", packed((found.codes.astype(np.int16) - grid.lowest), grid.bits).tobytes()
-    yield f"{stem}weight_scale", encode(found.scales, grid.scale_dtype, f"{stem}weight_scale")
+    levels = found.levels
+    yield f"{stem}weight_packed", packed((found.codes.astype(np.int16) - levels.lowest), levels.bits).tobytes()
+    yield f"{stem}weight_scale", encode(found.scales, levels.scale_dtype, f"{stem}weight_scale")
 
 
 # --- config and counts -------------------------------------------------------------------------------------------

@@ -17,31 +17,31 @@ from coterie.methods.sparsify.sparsegpt import inverse_factor
 NEEDS = "hessian"
 
 
-def quantise(weight: np.ndarray, grid: Levels, seen: np.ndarray) -> Quantised:
+def quantise(weight: np.ndarray, levels: Levels, seen: np.ndarray) -> Quantised:
     """seen: H (I, I), times anything."""
     w, factor = weight.astype(np.float64), inverse_factor(seen)
     zero = weight == 0
-    importance = np.diag(seen).reshape(-1, 1, grid.group)
+    importance = np.diag(seen).reshape(-1, 1, levels.group)
     codes, scales = np.empty(w.shape, np.int8), []
-    for g, start in enumerate(range(0, w.shape[1], grid.group)):
-        part = slice(start, start + grid.group)
+    for g, start in enumerate(range(0, w.shape[1], levels.group)):
+        part = slice(start, start + levels.group)
         block = w[:, part]
-        scale = best_scales(grid, block[:, None].astype(np.float32), importance[g])
-        codes[:, part], errors = _round(grid, block, scale, factor[part, part], zero[:, part])
+        scale = best_scales(levels, block[:, None].astype(np.float32), importance[g])
+        codes[:, part], errors = _round(levels, block, scale, factor[part, part], zero[:, part])
         w[:, part.stop :] -= errors @ factor[part, part.stop :]
         scales.append(scale)
-    return unbiased(Quantised(grid, codes, np.concatenate(scales, axis=1)), weight, weight @ seen.astype(np.float32))
+    return unbiased(Quantised(levels, codes, np.concatenate(scales, axis=1)), weight, weight @ seen.astype(np.float32))
 
 
 def _round(
-    grid: Levels, block: np.ndarray, scale: np.ndarray, factor: np.ndarray, zero: np.ndarray
+    levels: Levels, block: np.ndarray, scale: np.ndarray, factor: np.ndarray, zero: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes of one group's columns (O, B), corrected one after the other in place; and their errors (O, B)."""
     codes, errors = np.empty(block.shape, np.int8), np.empty_like(block)
     steps = scale[:, 0].astype(np.float64)
     inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
     for j in range(block.shape[1]):
-        q = np.clip(np.rint(block[:, j] * inverse), grid.lowest, -grid.lowest - 1)
+        q = np.clip(np.rint(block[:, j] * inverse), levels.lowest, -levels.lowest - 1)
         q[zero[:, j]] = 0
         codes[:, j] = q
         errors[:, j] = (block[:, j] - q * steps) / factor[j, j]

@@ -11,9 +11,9 @@ from coterie.methods.levels import Levels, Quantised, best_scales, quantised, un
 NEEDS = "squares"
 
 
-def quantise(weight: np.ndarray, grid: Levels, seen: np.ndarray | None = None) -> Quantised:
+def quantise(weight: np.ndarray, levels: Levels, seen: np.ndarray | None = None) -> Quantised:
     """The scales of `levels.best_scales`, weighted by `seen` (I,), or alike without data; the nearest levels; then
     scales that make up for what outputs shrank by (`levels.unbiased`)."""
     importance = np.ones(weight.shape[1], np.float32) if seen is None else seen
-    scales = best_scales(grid, grid.grouped(weight), importance.reshape(-1, grid.group))
-    return unbiased(quantised(grid, weight, scales), weight, weight * importance)
+    scales = best_scales(levels, levels.grouped(weight), importance.reshape(-1, levels.group))
+    return unbiased(quantised(levels, weight, scales), weight, weight * importance)
