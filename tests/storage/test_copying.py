@@ -174,6 +174,34 @@ def test_ways_are_tried_in_turn(sources, tmp_path, monkeypatch):
     assert found == expected(moves) and set(copier.moved) == {"plain"}
 
 
+def test_auto_times_each_way_on_the_first_bytes(sources, tmp_path, monkeypatch):
+    """Both are timed once, on as many bytes each, whatever comes later; every byte arrives all the same."""
+    monkeypatch.setattr(fcntl, "ioctl", fail(errno.EOPNOTSUPP))
+    monkeypatch.setattr(copying, "DIRECT_LEAST", PAGE)
+    monkeypatch.setattr(copying, "TRIAL", 3 * PAGE + 5)
+    moves = moves_of(*sources)
+    found, copier = copied(tmp_path / "target", moves, "auto")
+    assert found == expected(moves) and set(copier.rates) == {"direct", "copy"}
+    assert all(copier.rates.values()) or copying.O_DIRECT == 0
+    before = dict(copier.rates)
+    copier.move(tmp_path / "target", moves, lambda _: None)
+    assert (tmp_path / "target").read_bytes() == expected(moves) and copier.rates == before
+
+
+@pytest.mark.parametrize(("rate", "way"), [(0.5, "direct"), (1.05, "direct"), (1.2, "copy")])
+def test_auto_goes_on_with_the_faster_way(sources, tmp_path, monkeypatch, rate, way):
+    """A little more speed is not worth what copying through the cache takes of the processor."""
+    monkeypatch.setattr(fcntl, "ioctl", fail(errno.EOPNOTSUPP))
+    monkeypatch.setattr(copying, "DIRECT_LEAST", PAGE)
+    (tmp_path / "target").touch()
+    copier = Copier("auto")
+    copier.rates = {"direct": 1.0, "copy": rate}
+    copier.move(tmp_path / "target", [Move(sources[0], 0, 16 * PAGE, 0)], lambda _: None)
+    if way == "direct" and "direct" not in copier.moved:
+        pytest.skip("the temporary folder knows no O_DIRECT")
+    assert set(copier.moved) == {way}
+
+
 @pytest.mark.parametrize("io", ["reflink", "direct", "copy"])
 def test_a_way_that_was_asked_for_and_does_not_work_is_refused(sources, tmp_path, monkeypatch, io):
     """A forced way never gives way to another in silence."""

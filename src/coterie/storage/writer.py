@@ -223,8 +223,10 @@ class Writer:
 
     @property
     def io(self) -> dict[str, object]:
-        """What the report says: the way asked for, bytes by the way they went, files kept from an interrupted run."""
-        return {"asked": self.copier.io, "bytes": dict(self.copier.moved), "kept_files": len(self._done)}
+        """What the report says: the way asked for, bytes by the way they went, bytes a second of the ways that were
+        timed, files kept from an interrupted run."""
+        copier, rates = self.copier, {way: round(rate) for way, rate in self.copier.rates.items()}
+        return {"asked": copier.io, "bytes": dict(copier.moved), "timed": rates, "kept_files": len(self._done)}
 
     def put(self, name: str, offset: int, data: bytes) -> None:
         """Fills a hole: bytes of the tensor `name` from byte `offset` of it, in a shard that `shard` wrote."""
