@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from coterie.errors import CoterieError
 from coterie.forward.measure import measure
 from coterie.methods import prune as methods
 from coterie.methods.prune import ean, frequency, man, mone, msan, naee, naee_greedy, reap, router_norm_change
-from coterie.model.experts import Layer, read_layer
+from coterie.model.experts import read_layer
 from coterie.model.layer import Model
 from coterie.model.stats import SUMS, Stats, agreement, mean
 from coterie.storage.checkpoint import Checkpoint
@@ -315,7 +316,7 @@ def test_more_super_experts_than_stay_are_refused():
 
 
 def layer(rows):
-    return Layer("0", np.array(rows, np.float32), None)
+    return SimpleNamespace(key="0", router=np.array(rows, np.float32))
 
 
 def test_router_norm_change_by_hand():

@@ -20,6 +20,9 @@ def check_alike(
     are may depend on its numbers, and on its bits.
     Raises: CoterieError for an expert that differs, with the first tensor that does.
     """
+    signatures = [_signature(expert, tensors) for expert in experts]
+    if all(signature == signatures[0] for signature in signatures):
+        return  # as nearly always; what follows takes far longer
     matrices = [_by_matrix(layout, expert, tensors) for expert in experts]
     seen: dict[tuple[str, bool], int] = {}  # by matrix, and whether it is plain: the first expert that has it so
     for number, expert in enumerate(matrices):
@@ -42,6 +45,10 @@ def check_alike(
                     f"{where}: expert {number} differs from expert {seen[stem, True]} ({stem}: {', '.join(parts)}, too "
                     "few bytes for its weights); expected all alike"
                 )
+
+
+def _signature(expert: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    return {key: (tensors[name].dtype, tensors[name].shape) for key, name in expert.items()}
 
 
 def _by_matrix(layout: Layout, expert: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Group]:

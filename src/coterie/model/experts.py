@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -53,19 +54,27 @@ class Experts(Sequence):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What a pruning method sees of one block: the router's rows, and the experts on demand."""
+    """What a pruning method sees of one block: the router's rows, and the experts, both read when asked for."""
 
-    key: str
-    router: np.ndarray  # (E, D) float32
     experts: Experts
 
     @property
+    def key(self) -> str:
+        return self.experts.block.key
+
+    @property
     def num_experts(self) -> int:
-        return len(self.router)
+        return len(self.experts)
+
+    @property
+    def router(self) -> np.ndarray:
+        """(E, D) float32. Raises: CoterieError for NaN or infinite rows."""
+        return _router(self)
 
 
-def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
-    """Reads the block's router (and nothing else). Raises: CoterieError for NaN or infinite rows."""
+@lru_cache(maxsize=1)  # methods go layer by layer; of all layers at once, routers alone can be a gigabyte
+def _router(layer: Layer) -> np.ndarray:
+    checkpoint, block = layer.experts.checkpoint, layer.experts.block
     values = checkpoint.read(block.router).astype(np.float32, copy=False)
     num_rows = block.zero_rows.stop
     if values.size == 0 or values.size != num_rows * values.shape[-1]:
@@ -76,7 +85,12 @@ def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
     router = values.reshape(num_rows, -1)[: block.num_experts]
     if not np.isfinite(router).all():
         raise CoterieError(f"{checkpoint.path}: router {block.router!r} holds NaN or infinite values; expected finite")
-    return Layer(block.key, router, Experts(checkpoint, block))
+    return router
+
+
+def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
+    """The block as methods see it; nothing is read yet."""
+    return Layer(Experts(checkpoint, block))
 
 
 def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:

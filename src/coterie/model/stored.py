@@ -68,10 +68,12 @@ def _linears(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def in_experts(model: Model, blocks: Iterable[MoE]) -> dict[str, Coded]:
     """The matrices of these blocks' experts that are not plain floats, likewise; a fused tensor's are one."""
-    found = {}
+    found, tensors, settings = {}, model.checkpoint.tensors, quantisation(model.checkpoint)
     for block in blocks:
         for e in range(max(1, len(block.experts))):
             names = list(block.experts[e].values()) if block.experts else block.fused
+            if not settings and all(tensors[name].dtype in FLOATS for name in names):
+                continue  # there are models of 70,000 matrices, and every command asks this of them
             for matrix in expert_storage(model.checkpoint, block, e):
                 if not (matrix.verbatim and matrix.dtype in FLOATS):
                     stem = matrix.name.removesuffix(".weight")

@@ -54,6 +54,8 @@ def _holds_zeros(model: Model, options: Mapping[str, object]) -> bool:
     """Whether zeros can be written among the codes: of weights that have an element of their own, zero has the code 0;
     weights that a rule corrects, or compares without their scales, have to be plain."""
     found, tensors = in_experts(model, model.main), model.checkpoint.tensors
+    if not found and not options.get("also"):
+        return True
     if any(corrects(options.get(name)) for name in ("method", "second")):
         return not found
     if options.get("also") and quantised(model.checkpoint, outside(model)):
