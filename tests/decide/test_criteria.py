@@ -143,6 +143,38 @@ def test_a_run_from_end_to_end_equals_the_slow_one(tiny_checkpoint, tmp_path):
     assert report.plan["budget"]["stats"]["samples"] == {"prose": 4, "code": 2}
 
 
+def test_prune_measures_the_data_itself(tiny_checkpoint, tmp_path):
+    """`prune --data` decides as `collect` and `prune --stats` do, super experts guarded; the record names the data."""
+    folder, data = tiny_checkpoint("qwen3_moe"), files(tmp_path / "data", sequences())
+    collect(folder, tmp_path / "x.stats", data=data, samples=8)
+    for method in ("reap", "stun"):
+        two = prune(folder, tmp_path / f"{method}-2", method=method, stats=tmp_path / "x.stats", ratio=0.5)
+        one = prune(folder, tmp_path / f"{method}-1", method=method, data=data, samples=8, ratio=0.5)
+        assert one.plan["layers"] == two.plan["layers"] and one.report["guard"] == two.report["guard"] == "on"
+        assert one.report.get("scores") == two.report.get("scores")
+        assert one.report["stability"] == two.report["stability"] and one.report["stability"]
+        assert set(one.options["data"]) == set(data) and (one.options["samples"], one.options["stats"]) == (8, None)
+        assert one.plan["budget"]["samples"] == two.plan["budget"]["stats"]["samples"]
+
+
+def test_without_a_method_data_decide_where_there_are_any(tiny_checkpoint, tmp_path, model):
+    """REAP with data or statistics, STUN without and where an option shapes it; which and why is said and recorded."""
+    path = write(tmp_path / "x.stats", model, gated_output_norms=np.arange(E), coactivation=np.ones((2, E, E)))
+    tiny_one, data = tiny_checkpoint("qwen3_moe"), files(tmp_path / "data", sequences())
+    for number, (source, options, method, why) in enumerate((
+        (model, {}, "stun", "no --method, no data: stun decides, by router rows alone"),
+        (model, {"stats": path}, "reap", "no --method: reap decides, by what experts do on --stats"),
+        (model, {"stats": path, "lambda2": 1}, "stun", "no --method: stun decides, which --lambda2 shapes"),
+        (tiny_one, {"data": data}, "reap", "no --method: reap decides, by what experts do on --data"),
+    )):  # fmt: skip
+        out = tmp_path / str(number)
+        prune(source, out, experts=6, **options)
+        record = json.loads((out / "coterie.json").read_text())
+        assert record["options"]["method"] == method and any(w.startswith(why) for w in record["report"]["warnings"])
+        asked = prune(source, out, experts=6, method=method, overwrite=True, **options)
+        assert asked.plan == record["plan"] and not any("--method" in w for w in asked.report["warnings"])
+
+
 def test_domains_are_weighted_without_a_second_run(tiny_checkpoint):
     """A weight of 2 scores as if the domain's data were given twice, a weight of 0 as if it were not there."""
     folder, given = tiny_checkpoint("olmoe"), sequences()
@@ -540,14 +572,23 @@ def test_a_router_in_another_dtype_than_stored_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"method": "reap"}, "--method reap decides by statistics; add --stats FILE"),
+        ({"method": "reap"}, "--method reap decides by statistics; add --data NAME=FILE, or --stats FILE"),
         ({"method": "router-norm-change"}, "compares with an earlier checkpoint; add --base"),
         ({"method": "reap", "stats": "x", "base": "y"}, "--base would be ignored by reap; it is of router-norm-change"),
-        ({"method": "reap", "stats": "x", "data": {"a": "b"}}, "--data would be ignored by reap; it is of naee"),
-        ({"method": "reap", "stats": "x", "samples": 4}, "--samples would be ignored by reap"),
-        ({"method": "reap", "stats": "x", "seq_len": 4}, "--seq-len would be ignored by reap"),
-        ({"method": "reap", "stats": "x", "dtype": "float32"}, "--dtype would be ignored by reap"),
-        ({"method": "reap", "stats": "x", "seed": 1}, "--seed is of the method random and would be ignored by reap"),
+        (
+            {"method": "reap", "stats": "x", "data": {"a": "b"}},
+            "--data is of calibration and would be ignored: --stats were measured already",
+        ),
+        ({"method": "reap", "stats": "x", "samples": 4}, "--samples is of calibration and would be ignored: --stats"),
+        ({"method": "reap", "stats": "x", "seq_len": 4}, "--seq-len is of calibration and would be ignored: --stats"),
+        (
+            {"method": "reap", "stats": "x", "dtype": "float32"},
+            "--dtype is of calibration and would be ignored: --stats",
+        ),
+        (
+            {"method": "reap", "stats": "x", "seed": 1},
+            "--seed is of --data and of the method random, and would be ignored by reap",
+        ),
         ({"method": "reap", "stats": "x", "kappa": 1}, "--kappa shapes the method stun and would be ignored by reap"),
         ({"method": "reap", "stats": "x", "lambda2": 1}, "--lambda2 shapes the method stun"),
         (
@@ -555,9 +596,13 @@ def test_a_router_in_another_dtype_than_stored_is_refused(tmp_path):
             "--weights would be ignored by router-norm-",
         ),
         ({"method": "random", "no_guard": True}, "--no-guard would be ignored by random"),
-        ({"no_guard": True}, "--no-guard would be ignored: without --stats"),
-        ({"method": "naee", "no_guard": True}, "--no-guard would be ignored: without --stats"),
-        ({"method": "stun", "data": {"a": "b"}}, "--data would be ignored by stun"),
+        ({"no_guard": True}, "--no-guard would be ignored: without statistics"),
+        ({"method": "naee", "no_guard": True}, "--no-guard would be ignored: without statistics"),
+        ({"method": "stun", "samples": 4}, "--samples is of calibration and would be ignored: there is no --data"),
+        ({"method": "first", "data": {"a": "b"}}, "--data would be ignored by first; it is of stun, ean,"),
+        ({"samples": 4}, "--samples is of calibration and would be ignored: there is no --data"),
+        ({"data": {"a": "b"}, "weights": "c=2"}, "--weights: domain 'c' is not in the data: a"),
+        ({"method": "mone", "data": {"a": "b"}}, "--removed constant reads mean outputs from a file .* give --stats"),
     ],
 )
 def test_options_that_are_missing_or_would_be_ignored_are_refused(tmp_path, model, options, fault):

@@ -75,9 +75,9 @@ def test_of_two_the_more_used_stays(tmp_path, model):
     kept = {}
     for name, options in {
         "rows": {},
-        "used": {"stats": path},
+        "used": {"stats": path, "method": "stun"},
         "both": {"stats": path, "lambda2": 1e-6},
-        "dry": {"stats": path, "dry_run": True},
+        "dry": {"stats": path, "method": "stun", "dry_run": True},
     }.items():
         kept[name] = prune(model, tmp_path / name, experts=7, **options).plan["layers"]["0"]["kept"]
     assert kept["rows"] == [0, 2, 3, 4, 5, 6, 7]
@@ -152,7 +152,7 @@ def test_prediction_layers_are_cut_by_their_router(tmp_path):
     said = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
     model = qwen(tmp_path / "model", layers=3, routers=[*routers(), routers()[0]], **said)
     path = write(tmp_path / "x.stats", model, pairs=counts((0, 1)))
-    report = prune(model, tmp_path / "out", experts=7, stats=path, lambda1=0, lambda2=1)
+    report = prune(model, tmp_path / "out", method="stun", experts=7, stats=path, lambda1=0, lambda2=1)
     assert [clusters(report, layer) for layer in "012"] == [[[0, 1]], [[0, 1]], [[1, 2]]]
     assert any("never measured: router rows alone" in w for w in report.report["warnings"])
     assert set(report.plan["budget"]["stability"]["layers"]) == {"0", "1"}
@@ -164,7 +164,7 @@ def test_prediction_layers_are_cut_by_their_router(tmp_path):
 def test_the_statistics_are_recorded(tmp_path, model):
     """coterie.json names the file, the model it was collected on, and how many samples each domain gave."""
     path = write(tmp_path / "x.stats", model, domains=("prose", "a/b"))
-    report = prune(model, tmp_path / "out", stats=path, lambda2=0.5, weights="prose=2")
+    report = prune(model, tmp_path / "out", method="stun", stats=path, lambda2=0.5, weights="prose=2")
     record = json.loads((tmp_path / "out" / "coterie.json").read_text())
     expected = {"path": str(path), "model": record["source"]["hash"], "samples": {"prose": 4, "a/b": 4}}
     assert record["plan"]["budget"]["stats"] == expected
@@ -177,13 +177,13 @@ def test_the_statistics_are_recorded(tmp_path, model):
 def test_a_run_resumes_with_its_statistics(tmp_path, model):
     """A complete OUT is recognised; with other statistics it is another run."""
     path = write(tmp_path / "x.stats", model, pairs=counts((0, 1)))
-    prune(model, tmp_path / "out", stats=path, lambda2=1)
+    prune(model, tmp_path / "out", method="stun", stats=path, lambda2=1)
     before = file_bytes(tmp_path / "out")
-    prune(model, tmp_path / "out", stats=path, lambda2=1, resume=True)
+    prune(model, tmp_path / "out", method="stun", stats=path, lambda2=1, resume=True)
     assert file_bytes(tmp_path / "out") == before
     write(path, model, pairs=counts((6, 7)))
     with pytest.raises(CoterieError, match="made with another source, plan or option"):
-        prune(model, tmp_path / "out", stats=path, lambda2=1, resume=True)
+        prune(model, tmp_path / "out", method="stun", stats=path, lambda2=1, resume=True)
 
 
 def test_only_what_is_needed_is_read(tmp_path, model, monkeypatch):
@@ -195,7 +195,7 @@ def test_only_what_is_needed_is_read(tmp_path, model, monkeypatch):
     stats.save(path)
     read, original = [], stats_module.read_bytes
     monkeypatch.setattr(stats_module, "read_bytes", lambda *given: read.append(given[3]) or original(*given))
-    prune(model, tmp_path / "out", stats=path, lambda2=1, dry_run=True)
+    prune(model, tmp_path / "out", method="stun", stats=path, lambda2=1, dry_run=True)
     assert sorted(read) == [f"x/{layer}/{name}" for layer in "01" for name in ("coactivation", "tokens")]
     assert len(Stats.load(path).sums) == 6
 
@@ -237,7 +237,7 @@ def test_halves_that_disagree_are_reported(tmp_path, model):
     """One half merges 0 with 1, the other 3 with 4: of seven kept they share six."""
     pairs = np.stack([counts((0, 1), (0, 1)), counts((3, 4))])
     path = write(tmp_path / "x.stats", model, pairs=pairs)
-    report = prune(model, tmp_path / "out", experts=7, stats=path, lambda1=0, lambda2=1)
+    report = prune(model, tmp_path / "out", method="stun", experts=7, stats=path, lambda1=0, lambda2=1)
     assert clusters(report) == [[0, 1]]
     assert report.plan["budget"]["stability"]["layers"] == {"0": 6 / 7, "1": 6 / 7}
 
@@ -246,14 +246,14 @@ def test_usage_alone_can_be_unstable(tmp_path, model):
     """Halves that agree on the cluster can differ on who is used more."""
     tokens = np.ones((2, E))
     tokens[0, 1] = tokens[1, 2] = 5
-    report = prune(model, tmp_path / "out", experts=7, stats=write(tmp_path / "x.stats", model, tokens))
+    report = prune(model, tmp_path / "out", method="stun", experts=7, stats=write(tmp_path / "x.stats", model, tokens))
     assert report.plan["budget"]["stability"]["mean"] == 6 / 7
 
 
 def test_too_little_data_for_halves_is_said(tmp_path, model):
     """One sample: the choice stands, and how stable it is stays open."""
     path = write(tmp_path / "x.stats", model, np.stack([np.ones(E), np.zeros(E)]))
-    report = prune(model, tmp_path / "out", experts=7, stats=path)
+    report = prune(model, tmp_path / "out", method="stun", experts=7, stats=path)
     assert "stability" not in report.plan["budget"]
     assert any("not measured: from half of the data, layer 0" in w for w in report.report["warnings"])
 
@@ -314,11 +314,11 @@ def test_a_domain_named_twice_is_refused():
         ({"lambda1": -1, "lambda2": 1, "stats": "x"}, "--lambda1 -1: expected a finite number"),
         ({"lambda2": np.nan, "stats": "x"}, "--lambda2 nan: expected a finite number"),
         ({"lambda2": np.inf, "stats": "x"}, "--lambda2 inf: expected a finite number"),
-        ({"weights": "x=2"}, "--weights are of the statistics' domains and would be ignored"),
+        ({"weights": "x=2"}, "--weights are of the data's domains and would be ignored"),
         ({"method": "random", "stats": "x"}, "--stats would be ignored by random; it is of stun, ean, .*-change"),
         ({"method": "first", "lambda1": 0.5}, "--lambda1 shapes the method stun and would be ignored by first"),
         ({"method": "first", "lambda2": 0.5}, "--lambda2 shapes the method stun"),
-        ({"method": "first", "weights": "x=1"}, "--weights are of the statistics' domains and would be ignored"),
+        ({"method": "first", "weights": "x=1"}, "--weights are of the data's domains and would be ignored"),
         ({"lambda1": 0, "lambda2": 1, "stats": "x", "distance": "raw"}, "--distance .* would be ignored"),
         ({"linkage": "official", "lambda2": 1, "stats": "x"}, "--linkage official knows --lambda1 and --lambda2 as"),
         ({"linkage": "official", "lambda1": 0, "lambda2": 2, "stats": "x"}, "--linkage official knows"),
@@ -340,7 +340,7 @@ def test_statistics_of_another_model_are_refused_by_both_fingerprints(tmp_path, 
     with pytest.raises(
         CoterieError, match=rf"x\.stats: collected on another model \(fingerprint {theirs}, here {mine}"
     ):
-        prune(model, tmp_path / "out", stats=path)
+        prune(model, tmp_path / "out", method="stun", stats=path)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -348,7 +348,7 @@ def test_statistics_without_a_layer_are_refused(tmp_path, model):
     """Every layer is decided by the same rule or none."""
     path = write(tmp_path / "x.stats", model, layers=("0",))
     with pytest.raises(CoterieError, match="layer 1 has no 'tokens' in the statistics"):
-        prune(model, tmp_path / "out", stats=path)
+        prune(model, tmp_path / "out", method="stun", stats=path)
 
 
 def test_statistics_of_other_sizes_are_refused(tmp_path, model):
@@ -368,7 +368,7 @@ def test_statistics_of_other_sizes_are_refused(tmp_path, model):
                 stats.add(domain, layer, "tokens", value)
         stats.save(tmp_path / "x.stats")
         with pytest.raises(CoterieError, match=fault):
-            prune(model, tmp_path / "out", stats=tmp_path / "x.stats")
+            prune(model, tmp_path / "out", method="stun", stats=tmp_path / "x.stats")
 
 
 @pytest.mark.parametrize(
@@ -379,12 +379,12 @@ def test_statistics_of_other_sizes_are_refused(tmp_path, model):
 def test_weights_that_do_not_fit_the_statistics_are_refused(tmp_path, model, weights, fault):
     """Unknown domains, and weights that leave nothing or too much."""
     with pytest.raises(CoterieError, match=fault):
-        prune(model, tmp_path / "out", stats=write(tmp_path / "x.stats", model), weights=weights)
+        prune(model, tmp_path / "out", method="stun", stats=write(tmp_path / "x.stats", model), weights=weights)
 
 
 @pytest.mark.parametrize("name", ["missing.stats", "model", "a\0b", "x" * 300, "model/config.json"])
 def test_a_file_that_is_no_statistics(tmp_path, model, name):
     """Missing, a folder, an impossible name, another kind of file."""
     with pytest.raises(CoterieError):
-        prune(model, tmp_path / "out", stats=tmp_path / name)
+        prune(model, tmp_path / "out", method="stun", stats=tmp_path / name)
     assert read_all(model) and not list(tmp_path.glob("out*"))

@@ -402,7 +402,7 @@ def test_stun_keeps_super_experts_where_statistics_exist(tmp_path, linkage):
     """Of 2 and 6 the more used stays; but 6, super in layer 1, is a cluster of its own there."""
     model = alike(tmp_path)
     path = super_stats(model, tmp_path / "x.stats", "1", 6)
-    how = {"experts": 7, "stats": path, "linkage": linkage, "dry_run": True}
+    how = {"method": "stun", "experts": 7, "stats": path, "linkage": linkage, "dry_run": True}
     guarded, free = prune(model, tmp_path / "out", **how), prune(model, tmp_path / "out", no_guard=True, **how)
     layers = guarded.plan["layers"]
     assert 6 in layers["1"]["kept"] and [6] in layers["1"]["clusters"]
@@ -416,7 +416,7 @@ def test_stun_keeps_super_experts_where_statistics_exist(tmp_path, linkage):
 def test_stun_without_statistics_says_that_nothing_is_guarded(tmp_path):
     """They are known from data alone."""
     report = prune(alike(tmp_path), tmp_path / "out", experts=7, dry_run=True).report
-    assert report["guard"] == "off: without --stats no super experts are known" and report["stability"] is None
+    assert report["guard"] == "off: without statistics no super experts are known" and report["stability"] is None
 
 
 def test_more_super_experts_than_clusters_are_refused(tmp_path):
@@ -460,7 +460,7 @@ def test_the_verb_stun_guards_too(tiny_checkpoint, tmp_path):
         ({"method": "naee-greedy", "removed": "null"}, "--removed null: naee-greedy chooses experts that take over"),
         ({"method": "random", "removed": "constant"}, "--removed constant needs mean outputs"),
         ({"method": "mone"}, "--method mone decides by statistics"),
-        ({"method": "stun", "no_guard": True}, "--no-guard would be ignored: without --stats"),
+        ({"method": "stun", "no_guard": True}, "--no-guard would be ignored: without statistics"),
         ({"method": "random", "removed": "null", "experts": 0}, "--experts 0"),
     ],
 )

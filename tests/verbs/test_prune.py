@@ -458,7 +458,8 @@ def test_awkward_counts_are_said_aloud(tmp_path):
     model = qwen(tmp_path / "model", experts=32)
     warnings = prune(model, tmp_path / "odd", experts=7).report["warnings"]
     assert any("7 experts is not a multiple of 8" in w for w in warnings)
-    assert prune(model, tmp_path / "even", experts=16).report["warnings"] == []
+    warnings = prune(model, tmp_path / "even", experts=16).report["warnings"]
+    assert not any("multiple of 8" in w for w in warnings)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ import numpy as np
 from coterie.decide.guard import super_experts
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
+from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.methods import prune as methods
 from coterie.methods.prune import router_norm
 from coterie.model.experts import Layer, read_layer
 from coterie.model.layer import Model, MoE
 from coterie.model.stats import KNOWN, Stats, stability
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
 
 UNMEASURED = (
@@ -66,6 +69,25 @@ def read_stats(model: Model, path: str, names: Iterable[str]) -> Stats:
     return stats
 
 
+def measured(
+    model: Model,
+    calibration: Calibration,
+    dtype: str,
+    spill: Path | None,
+    on_progress: Progress,
+    extra: Collection[str] = (),
+) -> tuple[Stats, list[str]]:
+    """What `collect` would measure on the data, and what should be said aloud.
+
+    spill: the folder for activations that are too large for memory. extra: names in `stats.MERGING`.
+    """
+    from coterie.forward.measure import measure  # imports torch
+
+    samples, notes = read_samples(model, calibration)
+    stats = measure(model, samples, compute_dtype(model, dtype), on_progress, extra, spill=spill and existing(spill))
+    return stats, [*notes, *stats.notes]
+
+
 def total(stats: Stats, block: MoE, name: str, weights: Mapping[str, float] | None = None) -> np.ndarray:
     """A sum over the weighted domains, of the axes that it has. Raises: CoterieError for other numbers of experts."""
     found = stats.get(block.key, name, weights)
@@ -86,8 +108,9 @@ def tokens_of(stats: Stats, block: MoE, weights: Mapping[str, float]) -> np.ndar
 
 
 def origin(stats: Stats, path: str | None) -> dict[str, object]:
-    """Which statistics decided, for a plan's budget."""
-    return {"stats": {"path": path, "model": stats.model, "samples": stats.samples}}
+    """Which statistics decided, for a plan's budget: those of a file, or of data that the options name."""
+    measured: dict[str, object] = {"samples": stats.samples}
+    return {"stats": {"path": path, "model": stats.model} | measured} if path else measured
 
 
 def how_stable(

@@ -68,11 +68,11 @@ def decided(
     kept = count_kept(model, options.remaining, blocks, routers_cut=cut)
     num_groups = family.groups(config).num_groups if cut else 1
     task = Task({b: read_layer(model.checkpoint, b) for b in blocks}, kept, num_groups, options.weights)
-    stats = criteria.read_stats(model, options.stats, [options.method]) if options.stats else None
+    stats, said = _statistics(model, options, spill, on_progress)
     guarded, unknown = _guarded(task, options, stats)
     question = Question(model, options, task, stats, guarded, dry_run, spill, on_progress)
     found = DECIDE[options.needs](question)
-    notes = [*found.notes, *([f"no super expert is guarded: {unknown}"] if unknown else [])]
+    notes = [*said, *found.notes, *([f"no super expert is guarded: {unknown}"] if unknown else [])]
     if cut and kept % 8 and kept != family.num_experts(config):
         notes.insert(0, f"{kept} experts is not a multiple of 8: some serving kernels and expert parallelism want that")
     if any(b.mtp for b in model.moe):
@@ -95,6 +95,19 @@ def decided(
     return Decision(plan, tuple(notes), findings | found.findings, "" if cut else OURS)
 
 
+def _statistics(
+    model: Model, options: Pruning, spill: Path | None, on_progress: Progress
+) -> tuple[Stats | None, list[str]]:
+    """What --stats hold, or what --data show, measured now; and what should be said aloud of how is decided."""
+    said = [options.why] if options.why else []
+    if options.stats:
+        return criteria.read_stats(model, options.stats, [options.criterion]), said
+    if not options.has_stats:
+        return None, said
+    stats, notes = criteria.measured(model, options.calibration, options.dtype, spill, on_progress)
+    return stats, [*said, *notes]
+
+
 def _routed(choices: dict[MoE, Choice], fate: str) -> dict[MoE, Choice]:
     """The choices for routers that stay as they are."""
     return {b: replace(c, removed=fate) if len(c.kept) < b.num_experts else c for b, c in choices.items()}
@@ -105,8 +118,8 @@ def _guard(options: Pruning) -> str:
     if options.no_guard:
         return "off: --no-guard"
     if options.needs not in READ_BY["no_guard"]:
-        return f"off: {options.method} reads no statistics, from which super experts are known"
-    return "on" if options.stats else "off: without --stats no super experts are known"
+        return f"off: {options.criterion} reads no statistics, from which super experts are known"
+    return "on" if options.has_stats else "off: without statistics no super experts are known"
 
 
 def _guarded(task: Task, options: Pruning, stats: Stats | None) -> tuple[Guarded, str]:
@@ -137,24 +150,24 @@ class Question:
 
 
 def _by_weights(asked: Question) -> Selected:
-    scores = criteria.by_weights(asked.task, asked.options.method, asked.options.seed, asked.on_progress)
+    scores = criteria.by_weights(asked.task, asked.options.criterion, asked.options.seed, asked.on_progress)
     return Selected(criteria.keep(asked.task, scores))
 
 
 def _by_base(asked: Question) -> Selected:
     assert asked.options.base, "checked"
-    scores = criteria.by_base(asked.task, asked.options.method, asked.model, asked.options.base)
+    scores = criteria.by_base(asked.task, asked.options.criterion, asked.model, asked.options.base)
     return Selected(criteria.keep(asked.task, scores, asked.guarded))
 
 
 def _by_stats(asked: Question) -> Selected:
     task, options, stats, guarded = asked.task, asked.options, asked.stats, asked.guarded
-    assert stats and options.stats, "checked"
+    assert stats, "checked"
 
     def choose(some: Stats) -> dict[MoE, Choice]:
-        return criteria.keep(task, criteria.by_stats(task, options.method, some), guarded)
+        return criteria.keep(task, criteria.by_stats(task, options.criterion, some), guarded)
 
-    scores = criteria.by_stats(task, options.method, stats)
+    scores = criteria.by_stats(task, options.criterion, stats)
     choices, unguarded = criteria.keep(task, scores, guarded), criteria.keep(task, scores)
     spared = [f"{b.name} expert {e}" for b, ids in guarded.items() for e in ids if e not in unguarded[b].kept]
     notes = [f"super experts that score low stay all the same: {', '.join(spared)} (--no-guard)"] if spared else []
@@ -179,7 +192,7 @@ def _by_outputs(asked: Question) -> Selected:
     from coterie.decide import reconstruct  # imports torch
 
     options = asked.options
-    trial = reconstruct.Trial(asked.task, methods.load(options.method), asked.guarded)
+    trial = reconstruct.Trial(asked.task, methods.load(options.criterion), asked.guarded)
     found = reconstruct.decide(asked.model, trial, options.calibration, options.dtype, asked.spill, asked.on_progress)
     said = () if asked.stats else ("super experts are known from --stats alone: none is guarded",)
     return replace(found, notes=(*found.notes, *said))

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-from coterie.decide.criteria import Task, by_weights, guard, how_stable, keep, origin, tokens_of, total
+from coterie.decide.criteria import Task, by_weights, guard, how_stable, keep, measured, origin, tokens_of, total
 from coterie.decide.experts import count_kept, num_kept
-from coterie.decide.pruning import Remaining, Weights, spelled
+from coterie.decide.pruning import Remaining, Weights, check_weights, spelled
 from coterie.edits.kinds.merge import check_plain
 from coterie.edits.plan import Choice, Decision, Plan
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype
 from coterie.methods import merge as methods
 from coterie.methods.prune.stun import Clusters
 from coterie.model.experts import read_layer
@@ -22,7 +22,6 @@ from coterie.model.loading import check_routable
 from coterie.model.stats import KNOWN, MERGING, Stats
 from coterie.model.stored import in_floats
 from coterie.options import Help, as_text, flag_of, flat
-from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
 
 UNMEASURED = "multi-token-prediction layers and attention experts are never measured, so nothing is merged there: "
@@ -69,11 +68,9 @@ def check_options(options: Merging) -> None:
     if options.router not in ROUTERS:
         raise CoterieError(f"--router {options.router!r}: unknown; expected one of {', '.join(ROUTERS)}")
     options.remaining.check()
-    asked, default, data = flat(options), flat(Merging()), options.calibration.data
+    asked, default = flat(options), flat(Merging())
     given = [name for name in OF_CALIBRATION if asked[name] != default[name]]
-    absent = set(options.weights) - set(data) if data else set()
-    if absent:
-        raise CoterieError(f"--weights: domain {sorted(absent)[0]!r} is not in the data: {', '.join(data)}")
+    check_weights(options.weights, options.calibration.data)
     if options.stats and given:
         raise CoterieError(
             f"{flag_of(given[0])} is of calibration and would be ignored: --stats were measured already; give one"
@@ -103,11 +100,12 @@ def decided(model: Model, options: Merging, spill: Path, on_progress: Progress =
     choices = {} if alias else keep(rest, by_weights(rest, "router-norm", 0))
     choices |= {block: _choice(task, block, found, stats, options) for block, found in clusters.items()}
     stable, unstable = how_stable(stats, "the clusters are", lambda half: _pairs(task, options.method, half))
-    source = origin(stats, options.stats) if options.stats else {"samples": stats.samples}
     plan = Plan(
         layers={b.key: choices[b] for b in task.layers if b in choices and not b.attention},
         attention={b.key: choices[b] for b in task.layers if b in choices and b.attention},
-        budget={"kind": "uniform", "experts": kept} | source | ({"stability": stable} if stable else {}),
+        budget={"kind": "uniform", "experts": kept}
+        | origin(stats, options.stats)
+        | ({"stability": stable} if stable else {}),
     )
     averaged = {b: {e for cluster in found if len(cluster) > 1 for e in cluster} for b, found in clusters.items()}
     lost = [f"{b.name} expert {e}" for b, ids in guard(task, stats).items() for e in ids if e in averaged[b]]
@@ -133,12 +131,8 @@ def _stats(model: Model, options: Merging, spill: Path, on_progress: Progress) -
         stats = Stats.load(options.stats, only=needed)
         stats.check_model(model.checkpoint.hash, options.stats)
     else:
-        from coterie.forward.measure import measure  # imports torch
-
-        samples, notes = read_samples(model, options.calibration)
-        dtype, extra = compute_dtype(model, options.dtype), [name for name in needed if name in MERGING]
-        stats = measure(model, samples, dtype, on_progress, extra=extra, spill=existing(spill))
-        notes = [*notes, *stats.notes]
+        extra = [name for name in needed if name in MERGING]
+        stats, notes = measured(model, options.calibration, options.dtype, spill, on_progress, extra)
     missing = sorted(set(needed) - {name for _, _, name in stats.sums})
     if missing:
         also = "; ".join(["", *stats.notes])

@@ -175,7 +175,7 @@ class StunRecipe:
         # Published, router distance mixed with co-activation is not normalised.
         mixed = options.paper and options.lambda1 and options.lambda2
         asked = Pruning(
-            remaining=Remaining(experts=kept), linkage="official" if options.paper else "complete",
+            method="stun", remaining=Remaining(experts=kept), linkage="official" if options.paper else "complete",
             distance="raw" if mixed else "frobenius", lambda1=options.lambda1, lambda2=options.lambda2,
             stats=options.stats or None, no_guard=options.no_guard,
         )  # fmt: skip
