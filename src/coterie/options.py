@@ -52,6 +52,7 @@ def flag_of(name: str) -> str:
 
 ModelPath = Annotated[str | Path, Help("A folder of safetensors, or a hub id.", "MODEL", given=str)]
 OutPath = Annotated[str | Path, Help("The folder to write; must not exist.", "OUT", given=Path)]
+Resume = Annotated[bool, Help("Go on where an interrupted run stopped.")]
 
 
 def flat(record: Any) -> dict[str, object]:

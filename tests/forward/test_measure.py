@@ -416,17 +416,21 @@ def test_bad_options_cost_nothing(tiny_checkpoint, tmp_path):
     assert Stats.load(out).layers == ["0", "1", "2", "3"]
 
 
-def test_a_full_disk_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
+def test_after_a_full_disk_the_same_command_goes_on(tiny_checkpoint, tmp_path, monkeypatch):
     """The file is absent or complete."""
+    given = files(tmp_path / "data", sequences())
 
     def full(path, raw):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(CoterieError, match=r"cannot be written \(No space left on device\)"):
-        collect(tiny_checkpoint("qwen2_moe"), tmp_path / "x.stats", data=files(tmp_path / "data", sequences()))
-    assert not list(tmp_path.glob("*.stats*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(CoterieError, match=r"cannot be written \(No space left on device\)"):
+            collect(tiny_checkpoint("qwen2_moe"), tmp_path / "x.stats", data=given)
+    assert [p.name for p in tmp_path.glob("*.stats*")] == ["x.stats.partial"]
+    collect(tiny_checkpoint("qwen2_moe"), tmp_path / "x.stats", data=given, resume=True)
+    assert [p.name for p in tmp_path.glob("*.stats*")] == ["x.stats"]
 
 
 # --- what it is fed -----------------------------------------------------------------------------------------------

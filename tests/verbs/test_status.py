@@ -40,8 +40,8 @@ def test_a_run_that_was_killed_while_it_copied(tmp_path):
         "path": str(tmp_path / "out.partial"), "state": "interrupted", "command": "sparsify",
         "options": {"method": "wanda"}, "alive": False, "pid": 7,
         "began": "1970-01-01T00:01:40Z", "updated": "1970-01-01T00:01:52Z",
-        "files": {"done": 1, "all": 3}, "layers": {"done": 0, "all": None}, "bytes": {"done": 1000, "all": 3000},
-        "bytes_per_second": 100.0, "seconds_left": 20.0,
+        "stage": None, "files": {"done": 1, "all": 3}, "layers": {"done": 0, "all": None},
+        "bytes": {"done": 1000, "all": 3000}, "bytes_per_second": 100.0, "seconds_left": 20.0,
     }  # fmt: skip
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from coterie.decide.layerwise import Calibrated, Layerwise
 from coterie.edits.counts import count
 from coterie.edits.execution import Fill, Filled, Prepare, Request
 from coterie.edits.kinds.bits import FORMAT, GROUPS, WIDTHS, Scheme, quantised_blocks
 from coterie.edits.plan import Decision, Plan
 from coterie.errors import CoterieError
+from coterie.forward.layerwise import Calibrated, Layerwise
 from coterie.forward.samples import DATA, Calibration, Dtype, counted, unsampled
 from coterie.methods import quantize as methods
 from coterie.model.experts import expert_shapes
@@ -123,7 +123,7 @@ def _fill(bits: int, scheme: Scheme, request: Request, calibration: Calibrated, 
     )
     if run.done:
         quantizer.absorb(run.done)
-    layers = stream.run(batches, quantizer.walk, run.first(batches))
+    layers = stream.run(batches, quantizer.walk, run.first(batches, len(stream.layers)))
     progress = partial(request.on_progress, "quantising layers")
     run.run(batches, layers, len(stream.layers), quantizer.state, progress)
     report = {**quantizer.state(), "calibration": counted(calibration.by_domain)}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.decide import experts
-from coterie.decide.layerwise import Calibrated
 from coterie.decide.pruning import Lambda1, Lambda2, NoGuard, Pruning, Remaining, Statistics
 from coterie.decide.pruning import check_options as check_dropping
 from coterie.decide.zeros import Scoring, Workers, Zeroing, check_writable, idle, shares_of
@@ -27,6 +26,7 @@ from coterie.edits.kinds.keep import fits_groups
 from coterie.edits.outputs import planned
 from coterie.edits.plan import Decision
 from coterie.errors import CoterieError
+from coterie.forward.layerwise import Calibrated
 from coterie.methods import sparsify as methods
 from coterie.model.layer import Model
 from coterie.options import Help, flat

@@ -14,13 +14,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.decide import linears
-from coterie.decide.layerwise import Calibrated, Layerwise
 from coterie.edits import beside, budget
 from coterie.edits.execution import Fill, Filled, Prepare, Request
 from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import prunable
 from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
+from coterie.forward.layerwise import Calibrated, Layerwise
 from coterie.forward.samples import DATA, Calibration, Dtype, counted, unsampled
 from coterie.methods import sparsify as methods
 from coterie.methods.masks import check_pattern
@@ -227,7 +227,7 @@ class ZeroingRun:
             workers.others.zeros.update({(layer, kind): n for layer, kind, n in done["others"]})
         stream, also = calibration.stream, workers.others.also
         walk = self._spread(writer, workers).walk if engine.spread and not also else None
-        layers = workers.layers(stream, batches, run.first(batches), walk)
+        layers = workers.layers(stream, batches, run.first(batches, len(stream.layers)), walk)
         run.run(batches, layers, len(stream.layers), workers.state, partial(on_progress, "pruning layers"))
         notes = [*calibration.notes, *([ALSO_HERE] if engine.spread and also else [])]
         return self._filled(workers, {"calibration": counted(calibration.by_domain)}, notes)

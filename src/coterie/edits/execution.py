@@ -23,7 +23,7 @@ from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.stored import is_dense_view
-from coterie.options import Help
+from coterie.options import Help, Resume
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.storage.copying import IO, check_io
 from coterie.storage.folders import check_out, left_over, partial_of, tidy
@@ -48,7 +48,7 @@ class Writing:
 
     save: Annotated[str, Help("dense, or sparse: zeros take one bit each, as `coterie pack` stores them.")] = "dense"
     dry_run: Annotated[bool, Help("Decide and show sizes from headers and routers; write nothing.")] = False
-    resume: Annotated[bool, Help("Go on where an interrupted run stopped.")] = False
+    resume: Resume = False
     overwrite: Annotated[bool, Help("Replace OUT, if coterie wrote it.")] = False
 
 

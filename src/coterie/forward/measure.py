@@ -6,7 +6,8 @@ Axis G: 2 * domain + half.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 
 from coterie.errors import CoterieError
 from coterie.forward.activations import ROWS, Piece, Routed, Walk, samples_of, weighted_sums
+from coterie.forward.layerwise import Layerwise
 from coterie.forward.stream import Stream
 from coterie.model import moe
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
 from coterie.model.stats import HALVES, Stats, joined
 from coterie.storage.record import Progress, no_progress
+from coterie.storage.resumable import Resumable
 
 Sums = dict[str, np.ndarray]  # of one layer by name, each (G, ...)
 SCALARS = ("tokens", "gates", "output_norms", "gated_output_norms", "output_norms_squared")
@@ -33,36 +36,45 @@ def measure(
     dtype: torch.dtype,
     on_progress: Progress = no_progress,
     extra: Collection[str] = (),
+    run: Resumable | None = None,
     **activations: Any,
 ) -> Stats:
     """All sums of `stats.SUMS` for every MoE layer, by domain and half.
 
-    extra: names in `stats.MERGING` to measure as well.
+    extra: names in `stats.MERGING` to measure as well. run: where each layer's sums are kept, to go on from.
     activations: where they go when they are large, as `Stream.embed` has it (spill, budget).
     Raises: CoterieError for a model that cannot be streamed, and for activations that are NaN or infinite.
     """
-    stream = Stream(model, dtype)
-    batches = stream.embed([sample for given in by_domain.values() for sample in given], **activations)
+    stream, samples = Stream(model, dtype), [sample for given in by_domain.values() for sample in given]
+    batches, layerwise = stream.embed(samples, **activations), Layerwise(run, samples)
     group_of = [HALVES * d + i % HALVES for d, given in enumerate(by_domain.values()) for i in range(len(given))]
     groups, num_groups = torch.tensor(group_of)[samples_of(batches)], HALVES * len(by_domain)
-    stats = Stats(model.checkpoint.hash, {name: len(given) for name, given in by_domain.items()})
+    stats, part = (Stats(model.checkpoint.hash, {n: len(given) for n, given in by_domain.items()}) for _ in range(2))
     routers = Routers(stream, groups, num_groups, products="logit_products" in extra)
+    blocks = {int(block.key): block for block in model.main}
 
     def keep(block: MoE, sums: Sums) -> None:
         _check_finite(sums, block.name)
         for name, values in sums.items():
             for domain, halves in zip(by_domain, values.reshape(-1, HALVES, *values.shape[1:]), strict=True):
-                stats.add(domain, block.key, name, halves)
+                part.add(domain, block.key, name, halves)
 
-    blocks = {block.key: block for block in model.main}
-    walk = measuring_walk(model, dtype, groups, num_groups, keep, everywhere="all_outputs" in extra)
-    for index in stream.run(batches, walk):
-        if block := blocks.get(str(index)):
-            logits = routers.take(block)
-            keep(block, logits)
-            if not logits:
-                stats.notes.append(f"{block.name}: its router's logits could not be seen, and are left out")
-        on_progress("measuring layers", index + 1, len(stream.layers))
+    def layers(first: int) -> Iterator[int]:
+        walk = measuring_walk(model, dtype, groups, num_groups, keep, everywhere="all_outputs" in extra)
+        for index in stream.run(batches, walk, first):
+            if block := blocks.get(index):
+                logits = routers.take(block)
+                keep(block, logits)
+                if not logits:
+                    part.notes.append(f"{block.name}: its router's logits could not be seen, and are left out")
+            if run:
+                part.save(layerwise.kept(index))
+            stats.take(part)
+            yield index
+
+    for index in range(first := layerwise.first(batches, len(stream.layers))):
+        stats.take(Stats.load(layerwise.kept(index)))
+    layerwise.run(batches, layers(first), len(stream.layers), dict, partial(on_progress, "measuring layers"))
     return stats
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import check_cost, read_bytes, read_header
 from coterie.storage.files import write_whole
+from coterie.storage.shards import Hole, Output, header_bytes
 
 FORMAT = "coterie-stats-1"
 SUMS = {  # name: its axes, and what is summed
@@ -67,6 +68,12 @@ class Stats:
         key, value = (domain, layer, name), np.asarray(value, dtype=np.float64)
         self.sums[key] = joined(name)(self.sums[key], value) if key in self.sums else value
 
+    def take(self, other: Stats) -> None:
+        """Moves another's sums of other layers, and its notes, here."""
+        self.sums |= other.sums
+        self.notes += other.notes
+        other.sums, other.notes = {}, []
+
     @property
     def layers(self) -> list[str]:
         return sorted(
@@ -111,14 +118,12 @@ class Stats:
             )
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file; the name is absent or complete."""
-        from safetensors.numpy import save
-
-        tensors = {"/".join(key): np.ascontiguousarray(value) for key, value in self.sums.items()}
+        """Writes one safetensors file, the same bytes for the same sums; the name is absent or complete."""
+        values = {"/".join(key): self.sums[key].astype("<f8") for key in sorted(self.sums)}
+        outputs = [Output(name, "F64", v.shape, (Hole(v.nbytes),)) for name, v in values.items()]
         metadata = {"format": FORMAT, "model": self.model, "samples": json.dumps(self.samples)}
-        metadata["notes"] = json.dumps(self.notes)
-        raw = save(tensors, metadata)  # not its save_file, which has errors of its own kind
-        write_whole(path, lambda partial: partial.write_bytes(raw))
+        raw = header_bytes(outputs, metadata | {"notes": json.dumps(self.notes)})
+        write_whole(path, lambda partial: partial.write_bytes(b"".join([raw, *(v.tobytes() for v in values.values())])))
 
     @classmethod
     def load(

@@ -21,8 +21,8 @@ def check_new_file(path: Path, overwrite: bool) -> None:
             exists = False
         except (OSError, ValueError) as error:  # too long, below a file, or with a null byte
             raise CoterieError(f"{str(path)!r:.200}: not a file name ({error})") from error
-        if place.is_dir():
-            raise CoterieError(f"{place}: is a folder; expected a new file's name")
+    if path.is_dir():
+        raise CoterieError(f"{path}: is a folder; expected a new file's name")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise CoterieError(f"{path}: its folder is missing, or may not be written to; make it first, or name another")
     if exists and not overwrite:

@@ -1,6 +1,6 @@
 """OUT and the folders beside it: where a run may write, and what an earlier one may have left there.
 
-OUT.partial       what is being written; takes OUT's name when it is complete
+OUT.partial       what is being written; takes OUT's name when it is complete, or goes where OUT is a single file
 OUT.old-...       the result that is replaced, until it is removed
 OUT.dense         of `--save sparse` (`edits/saving.py`): the dense checkpoint that its first step writes
 OUT.dense.old     the same while it is removed after the second step
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.errors import CoterieError
+from coterie.storage.files import check_new_file
 from coterie.storage.journal import JOURNAL, Entry, held_by_another, is_held, read_journal
 from coterie.storage.record import object_at, record_of
 
@@ -63,6 +64,26 @@ def _check_place(out: Path, source: Path, may_exist: bool) -> None:
         raise CoterieError(f"{partial}: in the way, and nothing that coterie wrote; choose another OUT")
 
 
+def check_file(file: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises: CoterieError for a file that cannot be written, whose folder FILE.partial is somebody else's, or that a
+    resume finds complete."""
+    if resume and overwrite:
+        raise CoterieError("--resume and --overwrite exclude each other; choose one")
+    check_new_file(file, overwrite or resume)
+    partial = partial_of(file)
+    if is_held(partial):
+        raise held_by_another(partial)
+    if not _ours(partial):
+        raise CoterieError(f"{partial}: in the way, and nothing that coterie wrote; give another name")
+    if resume and file.exists() and any("complete" in entry for entry in read_journal(partial) or [{"complete": None}]):
+        tidy_file(file)
+        raise CoterieError(f"{file}: is complete, so that there is nothing to go on with; --overwrite makes it anew")
+    if partial.exists() and not (resume or overwrite):
+        raise CoterieError(
+            f"{partial}: left by an interrupted run; add --resume to go on, or --overwrite to start anew"
+        )
+
+
 def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
@@ -86,6 +107,17 @@ def tidy(out: Path, entries: list[Entry] | None = None) -> None:
     with suppress(OSError):
         (out / IN_PLACE).unlink(missing_ok=True)
         (out / JOURNAL).unlink(missing_ok=True)
+
+
+def tidy_file(file: Path) -> None:
+    """Removes FILE.partial once FILE is complete; the journal, which says so, goes last."""
+    partial = partial_of(file)
+    with suppress(OSError):
+        for path in partial.iterdir():
+            if path.name != JOURNAL:
+                path.unlink()
+        (partial / JOURNAL).unlink(missing_ok=True)
+        partial.rmdir()
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """What a run writes down about itself in `OUT.partial/`: the journal, its lock, and a log for people.
 
 The journal is JSON lines. One process at a time holds it, by a lock that dies with the process; so whoever finds it
-unlocked knows that the run is over. `writer` writes it; `status` reads it. The log stays in OUT, the journal does not.
+unlocked knows that the run is over. `resumable.py` and `writer.py` write it; `status` reads it. The log stays in OUT,
+the journal does not.
 
     {"identity": hash, "asked": {...}}           once: what a resume must be equal to, and what to tell people
     {"began": time, "pid": number, "files": number, "bytes": to copy, "later": to fill in afterwards,
      "written": kept from an earlier process, "source": {file: [size, time of change]}}
                                                  each time that a process begins or goes on
     {"at": time, "written": bytes}               about once a second while bytes are copied; not synced
+    {"at": time, "stage": text, "done": units, "total": units}   the same while anything else is done
     {"shard": name, "bytes": size, "at", "written"}         a file is complete
     {"unit": {...}, "of": number of layers, "at"}           a layer is complete
+    {"complete": name}                           OUT is a single file, and there
     {"aside": name}                              where the result that is replaced waits to be removed
 """
 

@@ -8,14 +8,12 @@ shard in the journal is kept, anything else is written again, so the result is b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,11 +21,11 @@ from coterie.errors import CoterieError, writing
 from coterie.storage.checkpoint import INDEX, Tensor, read_header
 from coterie.storage.copying import Copier, Move, can_share, shareable, write_at
 from coterie.storage.files import fsync
-from coterie.storage.folders import partial_of, tidy
-from coterie.storage.journal import JOURNAL, Entry, Journal, shards_of
+from coterie.storage.folders import tidy
+from coterie.storage.journal import shards_of
+from coterie.storage.resumable import HEARTBEAT, Resumable
 from coterie.storage.shards import FileLayout, Output, num_bytes, num_copied
 
-HEARTBEAT = 1.0  # seconds between two notes of how far the copying is
 SAID_EVERY = 60.0  # seconds between two lines of the log, while one file is copied
 
 
@@ -50,20 +48,14 @@ class Source(Protocol):
     def indexed(self) -> bool: ...
 
 
-class Writer:
+class Writer(Resumable):
     """The only code that writes weight files. Use as a context manager; leaving it without `finish` keeps
     `OUT.partial/` for a later resume."""
 
     def __init__(
         self, out: Path, identity: Mapping[str, object], *, resume: bool = False, io: str = "auto", replace: bool = True
     ) -> None:
-        """Opens `OUT.partial/`, fresh or resumed. `identity` is what must be equal for a resume to be the same run.
-
-        replace: whether OUT may exist.
-        Raises: CoterieError when another run holds the folder, or a resumed one was asked for something else.
-        """
-        self.out, self.partial = out, partial_of(out)
-        self.units: list[dict[str, Any]] = []  # of this run and, after a resume, of the one before
+        """Opens `OUT.partial/` as `Resumable` does. io: how bytes are copied."""
         self.copier = Copier(io)
         # An engine may put another in its place.
         self.move: Callable[[Path, list[Move], Callable[[int], None]], None] = self.copier.move
@@ -74,55 +66,21 @@ class Writer:
         self._outputs: dict[str, list[Output]] = {}
         self._copied, self._kept, self._total = 0, 0, 0  # bytes: so far, of these by an earlier run, of all
         self._began = self._said = time.monotonic()
-        self._beat = 0.0
-        self._identity = identity
-        self._journal = Journal(self.partial)
-        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        try:
-            if self.out.exists() and not (replace or resume):  # since `check_out` looked
-                self._journal.discard()
-                raise CoterieError(f"{out}: exists already; choose another OUT, or add --overwrite")
-            self._resumed = resume and bool(self._journal.entries)
-            with writing(self.partial):
-                self._done = self._recover()
-        except CoterieError:
-            self._journal.close()
-            raise
+        super().__init__(out, identity, resume=resume, replace=replace)
+        self._done = self._finished_shards()
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
-        if error is not None and self.partial.exists():
-            with suppress(CoterieError):
-                self._journal.say(f"stopped: {str(error) or type(error).__name__}")
-        self._journal.close()
+        super().__exit__(kind, error, trace)
 
-    def _recover(self) -> dict[str, int]:
-        """The finished shards and their sizes, after a resume; a fresh run empties the folder."""
-        entries = self._journal.entries
-        if self._resumed:
-            if entries[0].get("identity") != self.identity:
-                raise self._another()
-            self._journal.keep()
-            self.units = [unit for entry in entries[1:] if isinstance(unit := entry.get("unit"), dict)]
-            shards = {shard: size for shard, size in shards_of(entries).items() if (self.partial / shard).is_file()}
-            return {shard: size for shard, size in shards.items() if (self.partial / shard).stat().st_size == size}
-        for path in self.partial.iterdir():
-            if path.name != JOURNAL:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        self._journal.clear()
-        asked = {key: self._identity.get(key) for key in ("command", "options")}
-        self._journal.add({"identity": self.identity, "asked": asked})
-        return {}
+    def _may_go_on(self, error: BaseException) -> bool:
+        return True  # the folder may be all that there is of a model (`in_place.py`)
 
-    def _another(self) -> CoterieError:
-        return CoterieError(
-            f"{self.partial}: was begun with another source, plan or option; "
-            "repeat the first command, or start anew with --overwrite"
-        )
+    def _finished_shards(self) -> dict[str, int]:
+        """Those that an earlier run left whole, and their sizes."""
+        found = {shard: (self.partial / shard, size) for shard, size in shards_of(self._journal.entries).items()}
+        return {shard: size for shard, (path, size) in found.items() if path.is_file() and path.stat().st_size == size}
 
     def begin(self, source: Source, outputs: dict[str, list[Output]], room: int | None = None) -> None:
         """Notes what will be written from what, before anything is.
@@ -140,8 +98,8 @@ class Writer:
         self._total = sum(copied.values())
         self._copied = self._kept = sum(copied[shard] for shard in copied.keys() & self._done.keys())
         self._check_space(source, outputs, size - self._there(outputs) if room is None else room)
-        began: Entry = {"began": time.time(), "pid": os.getpid(), "files": len(outputs), "bytes": self._total}
-        self._journal.add(began | {"later": size - self._total, "written": self._kept, "source": self._stamps})
+        later, written = size - self._total, self._kept
+        self.start(files=len(outputs), bytes=self._total, later=later, written=written, source=self._stamps)
         verb = f"went on with {len(self._done)} files kept" if self._resumed else "began"
         self._journal.say(
             f"{verb}: coterie {self._identity.get('command', '')}, process {os.getpid()}, "
@@ -247,9 +205,7 @@ class Writer:
         with writing(self.partial):
             for descriptor in self._open.values():
                 os.fsync(descriptor)
-        self._journal.add({"unit": entry, "of": of, "at": time.time()})
-        self.units.append(entry)
-        self._journal.say(f"finished {len(self.units)}" + (f" of {of} layers" if of else ""))
+        super().unit(entry, of)
 
     def text(self, name: str, content: str) -> None:
         """Writes a small file; a path in it that is not UTF-8 is written escaped."""

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, read_samples
 from coterie.model.layer import Model
 from coterie.model.stats import MERGING
-from coterie.options import Help, ModelPath, public
+from coterie.options import Help, ModelPath, Resume, public
 from coterie.pages.terminal import Asked, table
-from coterie.storage.files import check_new_file
+from coterie.storage.folders import check_file
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
+from coterie.storage.resumable import Resumable
 
 
 @public
@@ -26,6 +27,7 @@ def collect(
     calibration: Calibration,
     dtype: Dtype = "auto",
     merging: Annotated[bool, Help("Also what merge needs: every expert on every token, so much slower.")] = False,
+    resume: Resume = False,
     overwrite: Annotated[bool, Help("Replace STATS.")] = False,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -35,24 +37,27 @@ def collect(
     samples: sequences in all, spread evenly over the names; seq_len: tokens of each; seed: which of them.
     dtype: auto (as the experts are stored), float32, bfloat16 or float16.
     merging: also what `merge` needs, for which every expert runs on every token: about E / K times the work.
-    Raises: CoterieError, before anything is written.
+    resume: what is finished is kept in STATS.partial, layer by layer, from which the same call goes on.
+    Raises: CoterieError, before anything is measured.
     """
     from coterie.forward.measure import measure
 
     clock, out = Stopwatch(), Path(stats)
-    check_new_file(out, overwrite)
+    check_file(out, resume=resume, overwrite=overwrite)
     source = Model.open(model)
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, calibration)
-    extra = MERGING if merging else ()
-    result = measure(source, by_domain, chosen, on_progress, extra=extra, spill=out.parent)
-    result.save(out)
+    options = calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")} | ({"merging": True} if merging else {})
+    asked = {"command": "collect", "options": options | {"data": calibration.named}, "source": source.checkpoint.hash}
+    with Resumable(out, asked, resume=resume, replace=overwrite) as run:
+        run.start()
+        told, extra = run.told(on_progress), MERGING if merging else ()
+        result = measure(source, by_domain, chosen, told, extra=extra, run=run, spill=out.parent)
+        run.finish_file(result.save)
     return {
         "stats": str(out),
         "model": {"path": str(model), "hash": result.model},
-        "options": calibration.sizes
-        | {"dtype": str(chosen).removeprefix("torch.")}
-        | ({"merging": True} if merging else {}),
+        "options": options,
         "domains": counted(by_domain),
         "layers": result.layers,
         "notes": [*notes, *result.notes],

@@ -21,7 +21,7 @@ from coterie.storage.record import object_at, record_of
 UNPACKED = (
     "the dense checkpoint is complete, and not packed yet; unless a process counts its zeros, add --resume to go on"
 )
-NUMBERS = ("began", "at", "written", "bytes", "files", "later", "of")  # in a journal's entries
+NUMBERS = ("began", "at", "written", "bytes", "files", "later", "of", "done", "total")  # in a journal's entries
 
 
 @public
@@ -36,7 +36,8 @@ def status(
     run also
         pid               of the process that wrote last
         began, updated    times of its beginning and of the last entry, UTC
-        files, layers     {"done", "all"}: files written, layers pruned in place ("all" is null until the first is)
+        stage             {"name", "done", "all"}: what was being done last, where that is no copying; null before
+        files, layers     {"done", "all"}: files written, layers of the last pass ("all" is null until the first is)
         bytes             {"done", "all"}: what is copied or computed at once; layers come on top
         bytes_per_second  of the process that wrote last, while it copied; null before the first byte
         seconds_left      at the rate so far; null where nothing can be said yet
@@ -86,16 +87,28 @@ class JournalLine:
     files: int | None
     later: int | None
     of: int | None
+    done: int | None
+    total: int | None
     pid: object
+    stage: object
     is_shard: bool
-    is_unit: bool
+    layer_of: object  # the pass that a finished layer belongs to
 
     @classmethod
     def read(cls, entry: Entry) -> JournalLine:
         numbers = {name: _number(entry.get(name)) for name in NUMBERS}
+        is_layer = isinstance(entry.get("unit"), dict) and numbers["of"] is not None
         return cls(
-            **numbers, pid=entry.get("pid"), is_shard="shard" in entry, is_unit=isinstance(entry.get("unit"), dict)
+            **numbers,
+            pid=entry.get("pid"),
+            stage=entry.get("stage"),
+            is_shard="shard" in entry,
+            layer_of=object_at(entry, "unit").get("pass", "") if is_layer else None,
         )
+
+    @property
+    def is_layer(self) -> bool:
+        return self.layer_of is not None
 
 
 def _run(folder: Path, entries: list[Entry]) -> dict[str, object]:
@@ -105,7 +118,7 @@ def _run(folder: Path, entries: list[Entry]) -> dict[str, object]:
     begun = [number for number, line in enumerate(lines) if line.began is not None]
     process = lines[begun[-1] :] if begun else [JournalLine.read({})]  # what the last one wrote
     first = process[0]
-    layers = [line for line in lines if line.is_unit]
+    layers, stages = _last_pass(lines), [line for line in process if isinstance(line.stage, str)]
     # A file that was cut short is written again, so its bytes count only while somebody writes it.
     counted = lines if alive else [line for line in lines if line.began is not None or line.is_shard]
     done = int(next((line.written for line in reversed(counted) if line.written is not None), 0))
@@ -122,12 +135,19 @@ def _run(folder: Path, entries: list[Entry]) -> dict[str, object]:
         "pid": first.pid,
         "began": _shown(first.began),
         "updated": _shown(updated),
+        "stage": {"name": stages[-1].stage, "done": stages[-1].done, "all": stages[-1].total} if stages else None,
         "files": {"done": len(shards_of(entries)), "all": first.files},
         "layers": {"done": len(layers), "all": layers[-1].of if layers else None},
         "bytes": {"done": done, "all": first.bytes},
         "bytes_per_second": rate,
         "seconds_left": _left(lines, missing, rate, has_later=bool(first.later)),
     }
+
+
+def _last_pass(lines: list[JournalLine]) -> list[JournalLine]:
+    """The layers that are finished of the pass through the model that was noted last."""
+    layers = [line for line in lines if line.is_layer]
+    return [line for line in layers if line.layer_of == layers[-1].layer_of]
 
 
 def _left(lines: list[JournalLine], missing: int | None, rate: float | None, *, has_later: bool) -> float | None:
@@ -137,7 +157,7 @@ def _left(lines: list[JournalLine], missing: int | None, rate: float | None, *, 
     left = missing / rate if missing and rate else 0.0
     if not has_later:
         return left
-    layers, seconds = [line for line in lines if line.is_unit], _seconds_per_layer(lines)
+    layers, seconds = _last_pass(lines), _seconds_per_layer(lines)
     if seconds is None or layers[-1].of is None:
         return None
     return left + seconds * max(0, layers[-1].of - len(layers))
@@ -150,9 +170,9 @@ def _seconds_per_layer(lines: list[JournalLine]) -> float | None:
     for line in lines:
         if line.began is not None:
             before = None
-        if line.is_unit and line.at is not None and before is not None:
+        if line.is_layer and line.at is not None and before is not None:
             times.append(line.at - before)
-        if line.is_shard or (line.is_unit and line.at is not None):
+        if line.is_shard or (line.is_layer and line.at is not None):
             before = line.at
     return sum(times) / len(times) if times else None
 
@@ -182,6 +202,8 @@ def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:
     if "bytes" in found:
         rows += [("process", f"{found['pid']}, {'alive' if found['alive'] else 'gone'}")]
         rows += [("began", f"{found['began']}"), ("last heard of", f"{found['updated']}")]
+        stage = found["stage"]
+        rows += [(stage["name"], f"{known(stage['done'])} of {known(stage['all'])}")] if stage else []
         rows += [(kind, f"{found[kind]['done']:,} of {known(found[kind]['all'])}") for kind in ("files", "bytes")]
         rows += [("layers", f"{found['layers']['done']:,} of {known(found['layers']['all'])}")]
         rows += [("MB per second", known(found["bytes_per_second"], 1e6))]

@@ -14,7 +14,7 @@ from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.model.layer import Model
 from coterie.storage.folders import existing
-from coterie.storage.writer import Writer
+from coterie.storage.resumable import Resumable
 
 if TYPE_CHECKING:
     from coterie.forward.activations import Batch
@@ -54,28 +54,35 @@ class Calibrated:
 
 
 class Layerwise:
-    """A run over layers that notes each in the journal, with the hidden states that come out of it beside.
+    """A pass over layers that notes each in the journal, with the hidden states that come out of it beside.
 
-    done: the note on the last layer that an earlier run finished; None where there is none.
+    notes: on the layers that an earlier run finished in the pass of that name, in order.
     """
 
-    def __init__(self, writer: Writer, samples: Samples) -> None:
-        """Raises: CoterieError where the earlier run was begun on other samples."""
-        self._writer, self._digest = writer, hashlib.sha256(repr(samples).encode()).hexdigest()
-        self.done: Mapping[str, Any] | None = writer.units[-1] if writer.units else None
-        if self.done and self.done["samples"] != self._digest:
-            raise CoterieError(
-                f"{writer.partial}: was begun on other data; give the same, or start anew with --overwrite"
-            )
+    def __init__(self, run: Resumable | None, samples: Samples, name: str = "") -> None:
+        """run: None where there is no place to keep anything.
 
-    def first(self, batches: list[Batch]) -> int:
+        Raises: CoterieError where the earlier run was begun on other samples.
+        """
+        self._run, self._name = run, name
+        self._digest = hashlib.sha256(repr(samples).encode()).hexdigest()
+        self.notes: list[Mapping[str, Any]] = [u for u in run.units if u.get("pass") == name] if run else []
+        if run and self.notes and self.notes[-1]["samples"] != self._digest:
+            raise CoterieError(f"{run.partial}: was begun on other data; give the same, or start anew with --overwrite")
+
+    @property
+    def done(self) -> Mapping[str, Any] | None:
+        """The last of the notes; None where there is none."""
+        return self.notes[-1] if self.notes else None
+
+    def first(self, batches: list[Batch], num_layers: int) -> int:
         """The layer to begin with; the batches become its inputs."""
         from coterie.forward.activations import restore
 
-        if self.done is None:
-            return 0
-        restore(batches, self._hidden(self.done["layer"]))
-        return int(self.done["layer"]) + 1
+        first = len(self.notes)
+        if 0 < first < num_layers:
+            restore(batches, self._hidden(first - 1))
+        return first
 
     def run(
         self,
@@ -92,12 +99,20 @@ class Layerwise:
         from coterie.forward.activations import save
 
         for index in layers:
-            save(batches, self._hidden(index))
-            self._writer.unit({"layer": index, "samples": self._digest, **state()}, num_layers)
-            self._hidden(index - 1).unlink(missing_ok=True)
+            if self._run:
+                save(batches, self._hidden(index))
+                note = {"pass": self._name, "layer": index, "samples": self._digest, **state()}
+                self._run.unit(note, num_layers)
+                self._hidden(index - 1).unlink(missing_ok=True)
             on_progress(index + 1, num_layers)
-        for path in self._writer.partial.glob("hidden-*.safetensors"):
+        for path in self._run.partial.glob("hidden-*.safetensors") if self._run else ():
             path.unlink()
 
+    def kept(self, layer: int) -> Path:
+        """Where a layer's results may be kept, before it is noted."""
+        assert self._run
+        return self._run.partial / f"layer-{layer}"
+
     def _hidden(self, layer: int) -> Path:
-        return self._writer.partial / f"hidden-{layer}.safetensors"
+        assert self._run
+        return self._run.partial / f"hidden-{layer}.safetensors"
