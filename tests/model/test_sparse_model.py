@@ -115,7 +115,7 @@ def test_float32_computes_in_float32_from_values_stored_in_bf16(pruned, tmp_path
     pack(source, tmp_path / "packed")
     dense, sparse = load(source), load(tmp_path / "packed")
     held = next(m.coterie for m in sparse.modules() if isinstance(getattr(m, "coterie", None), SparseExperts))
-    assert held.down.dtype == "BF16"
+    assert held.down.matrices[0].dtype == "BF16"
     with torch.inference_mode():
         wanted, found = (m(input_ids=tokens(2, 9), use_cache=False).logits for m in (dense, sparse))
     assert torch.allclose(found, wanted, atol=2e-5)

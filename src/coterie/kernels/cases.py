@@ -126,10 +126,10 @@ def sparse_case(name: str, which: str, packed: Packed, x: torch.Tensor, threads:
     """The sparse kernel of a level on copies of a packed matrix."""
     size = packed.num_bytes + 4 * packed.shape[0] - packed.rows.nbytes
     stack = load((packed for _ in range(num_copies(size))), Arena())
-    kind, vector = inputs(which, packed.dtype, x)
+    _, vector = inputs(which, packed.dtype, x)
     y, jobs = np.zeros(packed.shape[0], np.float32), []
     for matrix in stack.matrices:
-        kernel = kernels.gemv(which, packed.dtype, kind, 1, matrix.mask is None)
+        kernel = matrix.kernel(kernels.Variant(which, x.dtype == torch.bfloat16), 1)
         jobs.append(split([kernel, *matrix.pointers(), vector.ctypes.data], y, packed.shape[1], threads))
     return {name: runner(which, jobs, stack.matrices[0].num_bytes, threads, (stack, vector, y))}
 

@@ -76,16 +76,13 @@ class Kernel:
 
 
 class Emitter:
-    """Builds one function `void name(job*)`."""
+    """Builds one function `void name(job*)`, of vectors with so many float32 lanes."""
 
-    def __init__(self, kernel: Kernel, name: str) -> None:
-        self.kernel = kernel
+    def __init__(self, name: str, lanes: int) -> None:
+        self.lanes = lanes
         self.module = ir.Module(name)
         self.function = ir.Function(self.module, ir.FunctionType(VOID, [POINTER]), name)
         self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
-        self.bits = ir.IntType(8 * kernel.size)
-
-    # --- small words ---------------------------------------------------------------------------------------------
 
     def call(self, name: str, result: Any, *arguments: Any, fastmath: Sequence[str] = ()) -> Any:
         found = self.module.globals.get(name)
@@ -133,6 +130,32 @@ class Emitter:
         self.b.branch(head)
         self.b.position_at_end(after)
         return list(kept)
+
+    def multiplied(self, a: Any, b: Any, total: Any) -> Any:
+        """total + a * b of float32 lanes, rounded once."""
+        return self.call(f"llvm.fma.v{self.lanes}f32", total.type, a, b, total)
+
+    def every_lane(self, value: Any) -> Any:
+        """A float32 in all lanes."""
+        one = self.b.insert_element(ir.VectorType(F32, self.lanes)(ir.Undefined), value, I32(0))
+        return self.b.shuffle_vector(one, one, ir.VectorType(I32, self.lanes)(None))
+
+    def zeros(self) -> Any:
+        return ir.VectorType(F32, self.lanes)(None)
+
+    def summed(self, vector: Any) -> Any:
+        """The sum over lanes, in an order that the width fixes."""
+        name = f"llvm.vector.reduce.fadd.v{self.lanes}f32"
+        return self.call(name, F32, F32(0.0), vector, fastmath=("reassoc",))
+
+
+class _Rows(Emitter):
+    """A kernel on rows of packed or dense values."""
+
+    def __init__(self, kernel: Kernel, name: str) -> None:
+        super().__init__(name, kernel.lanes)
+        self.kernel = kernel
+        self.bits = ir.IntType(8 * kernel.size)
 
     def text(self) -> str:
         """The module's IR. Loads of values to be expanded are marked volatile, or LLVM merges the two into the memory
@@ -249,18 +272,6 @@ class Emitter:
             return self.call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, weights, other)
         return self.multiplied(weights, self.load(self.at(x, column, F32), weights.type), total)
 
-    def multiplied(self, a: Any, b: Any, total: Any) -> Any:
-        """total + a * b of float32 lanes, rounded once."""
-        return self.call(f"llvm.fma.v{self.kernel.lanes}f32", total.type, a, b, total)
-
-    def every_lane(self, value: Any) -> Any:
-        """A float32 in all lanes."""
-        one = self.b.insert_element(ir.VectorType(F32, self.kernel.lanes)(ir.Undefined), value, I32(0))
-        return self.b.shuffle_vector(one, one, ir.VectorType(I32, self.kernel.lanes)(None))
-
-    def zeros(self) -> Any:
-        return ir.VectorType(F32, self.kernel.lanes)(None)
-
     def word(self, mask: Any, k: Any, values: Any, totals: list[Any], xs: list[Any], turn: int) -> tuple[Any, list]:
         """Adds the products of one mask word's 32 columns. With a batch of one, sums take turns over `UNROLL`
         accumulators, so that no product waits for the one before it."""
@@ -277,15 +288,10 @@ class Emitter:
                 offset, turn = offset + (32 if self.kernel.pairs else self.kernel.lanes), turn + 1
         return after, totals
 
-    def summed(self, vector: Any) -> Any:
-        """The sum over lanes, in an order that the width fixes."""
-        name = f"llvm.vector.reduce.fadd.v{self.kernel.lanes}f32"
-        return self.call(name, F32, F32(0.0), vector, fastmath=("reassoc",))
-
 
 def gemv(kernel: Kernel, name: str) -> str:
     """y[b, r] = sum_c w[r, c] x[b, c] for rows first:last; x (batch, 32 words) in a row, y rows `stride` apart."""
-    e = Emitter(kernel, name)
+    e = _Rows(kernel, name)
     mask, values, offsets, x, y, first, last, words, stride = e.fields(
         "mask", "values", "offsets", "x", "y", "first", "last", "words", "stride"
     )
@@ -316,7 +322,7 @@ def gemv(kernel: Kernel, name: str) -> str:
     return e.text()
 
 
-def _turn(e: Emitter, mask: Any, xs: list[Any], factors: Any) -> Callable[[Any, list[Any], int], list[Any]]:
+def _turn(e: _Rows, mask: Any, xs: list[Any], factors: Any) -> Callable[[Any, list[Any], int], list[Any]]:
     """One turn of a row's loop: `count` mask words. int8 sums each group apart and scales it once."""
     lines = max(1, e.kernel.size // 2)  # of 64 bytes that a word's values fill, at most
 
@@ -340,7 +346,7 @@ def _turn(e: Emitter, mask: Any, xs: list[Any], factors: Any) -> Callable[[Any, 
 
 def expand(kernel: Kernel, name: str) -> str:
     """y[r - first, :32 words] = the row's bit patterns, for rows first:last; y rows `stride` values apart."""
-    e = Emitter(kernel, name)
+    e = _Rows(kernel, name)
     mask, values, offsets, y, first, last, words, stride = e.fields(
         "mask", "values", "offsets", "y", "first", "last", "words", "stride"
     )

@@ -1,22 +1,25 @@
 """Packed matrices in memory, where the kernels read them, and what they multiply.
 
 A `Stack` holds the matrices of one role over a layer's experts (or the one of a linear layer) in one mapping of huge
-pages. A matrix that is hardly sparse is held dense there: below break-even the dense kernel is faster.
+pages: zeros as bits, or integers (`integers.py`), of as many bits as each has. A matrix that is hardly sparse is held
+dense there: below break-even the dense kernel is faster.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from coterie.codecs.bits import CODES, GROUP, Packed, decode, encode, row_type, words
 from coterie.kernels import run as kernels
+from coterie.kernels.inputs import Inputs, Order
+from coterie.kernels.integers import IntegerMatrix
 from coterie.kernels.jobs import JOB, Pairs
 
 PAGE = 2 << 20  # bytes of a huge page
@@ -107,6 +110,14 @@ class Matrix:
         kept = bits.view(last - first, -1).bool()
         return torch.zeros(kept.shape, dtype=values.dtype, device=device).masked_scatter_(kept, values)
 
+    def kernel(self, variant: kernels.Variant, batch: int) -> int:
+        """The address of the code that multiplies so many vectors."""
+        return kernels.gemv(variant.level, self.dtype, self.order(variant).x, batch, self.mask is None)
+
+    def order(self, variant: kernels.Variant) -> Order:
+        """How that wants its inputs."""
+        return Order(kernels.input_type(variant.level, self.dtype, variant.bf16))
+
     def pointers(self) -> list[int]:
         """mask, values, offsets, scales: the job's first addresses."""
         parts = (self.mask, self.values, self.offsets, self.scales)
@@ -114,15 +125,16 @@ class Matrix:
 
 
 class Stack:
-    """Equal matrices (O, I) of one role, of all experts."""
+    """Matrices (O, I) of one role, of all experts."""
 
-    def __init__(self, matrices: list[Matrix]) -> None:
+    def __init__(self, matrices: Sequence[Matrix | IntegerMatrix]) -> None:
         self.matrices = matrices
-        self.dtype, self.shape = matrices[0].dtype, matrices[0].shape
-        assert all((m.dtype, m.shape) == (self.dtype, self.shape) for m in matrices)
+        self.shape = matrices[0].shape
+        assert all(m.shape == self.shape for m in matrices)
         self.num_words = words(self.shape[1])
         self.num_bytes = sum(m.num_bytes for m in matrices)
-        self._jobs: dict[kernels.Variant, np.ndarray] = {}
+        self.has_empty = not all(m.num_bytes for m in matrices)  # stored in no bits: no job writes their product
+        self._jobs: dict[kernels.Variant, Prepared] = {}
 
     def __deepcopy__(self, _: Any) -> Stack:
         return self  # nothing changes it, and copies of arrays would be elsewhere than the addresses say
@@ -131,13 +143,17 @@ class Stack:
         return (load, ([m.packed() for m in self.matrices],))
 
     def jobs(
-        self, variant: kernels.Variant, pairs: Pairs, x: np.ndarray, y: np.ndarray, stride: int, num_blocks: int
+        self, variant: kernels.Variant, pairs: Pairs, inputs: Inputs, y: np.ndarray, stride: int, num_blocks: int
     ) -> np.ndarray:
-        """Jobs (groups * blocks, fields): group g's expert times its vectors at address x[g], into y[g]."""
-        one = self._prepared(variant)[pairs.ids]
-        one[:, X], one[:, Y], one[:, STRIDE] = x, y, stride
+        """Jobs (groups * blocks, fields): group g's expert times its vectors, into address y[g]."""
+        prepared = self._prepared(variant)
+        one = prepared.jobs[pairs.ids]
+        one[:, X] = inputs.addresses(prepared.orders, prepared.order_of[pairs.ids], pairs.starts)
+        one[:, Y], one[:, STRIDE] = y, stride
         if pairs.counts.max() > 1:
-            one[:, KERNEL] = [self._kernel(variant, e, count) for e, _, count in pairs.each()]
+            one[:, KERNEL] = [self.matrices[e].kernel(variant, count) for e, _, count in pairs.each()]
+        if self.has_empty:
+            one = one[one[:, KERNEL] != 0]
         if num_blocks == 1:
             return one
         edges = np.linspace(0, self.shape[0], num_blocks + 1).astype(np.int64)
@@ -145,27 +161,38 @@ class Stack:
         many[:, FIRST], many[:, LAST] = np.tile(edges[:-1], len(one)), np.tile(edges[1:], len(one))
         return many
 
-    def _prepared(self, variant: kernels.Variant) -> np.ndarray:
-        """Jobs (E, fields) for one vector each, but for where input and output are: made once, copied at each call.
+    def most_tokens(self, variant: kernels.Variant) -> int:
+        """Tokens of one expert up to which kernels are the fastest way."""
+        return min(kernels.most_tokens(variant.level, order) for order in self._prepared(variant).orders)
+
+    def _prepared(self, variant: kernels.Variant) -> Prepared:
+        """Jobs for one vector each, but for where input and output are: made once, copied at each call.
 
         While decoding, weights stream through the caches and leave the interpreter cold, so every operation counts.
         """
         if variant not in self._jobs:
             found = np.zeros((len(self.matrices), len(JOB)), np.int64)
-            for e, (job, matrix) in enumerate(zip(found, self.matrices, strict=True)):
-                job[:X] = [self._kernel(variant, e, 1), *matrix.pointers()]
+            for job, matrix in zip(found, self.matrices, strict=True):
+                job[:X] = [matrix.kernel(variant, 1), *matrix.pointers()]
             found[:, LAST], found[:, WORDS] = self.shape[0], self.num_words
-            self._jobs[variant] = found
+            each = [matrix.order(variant) for matrix in self.matrices]
+            orders = tuple(dict.fromkeys(each))
+            self._jobs[variant] = Prepared(found, orders, np.array([orders.index(order) for order in each]))
         return self._jobs[variant]
 
-    def _kernel(self, variant: kernels.Variant, e: int, batch: int) -> int:
-        return kernels.gemv(variant.level, self.dtype, variant.x, batch, self.matrices[e].mask is None)
+
+class Prepared(NamedTuple):
+    """Of a stack's matrices: jobs (E, fields), in which orders they want their inputs, and which of them each does."""
+
+    jobs: np.ndarray
+    orders: tuple[Order, ...]
+    order_of: np.ndarray
 
 
-def load(matrices: Iterable[Packed], arena: Arena | None = None) -> Stack:
+def load(matrices: Iterable[Packed | IntegerMatrix], arena: Arena | None = None) -> Stack:
     """A stack of packed matrices, which must have been checked, one in memory at a time beside the arena."""
     arena = arena or Arena()
-    return Stack([place(packed, arena) for packed in matrices])
+    return Stack([m.placed(arena) if isinstance(m, IntegerMatrix) else place(m, arena) for m in matrices])
 
 
 def place(packed: Packed, arena: Arena) -> Matrix:

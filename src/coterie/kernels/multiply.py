@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from coterie.kernels import run as kernels
+from coterie.kernels.inputs import Inputs
 from coterie.kernels.jobs import Pairs
-from coterie.kernels.memory import TILE, TORCH, Stack
+from coterie.kernels.memory import TILE, Stack
 from coterie.kernels.products import padded
 
 
@@ -26,10 +27,10 @@ def multiply(stacks: Sequence[Stack], pairs: Pairs, x: torch.Tensor) -> torch.Te
     float32 where the kernels do it, and where torch does it, its own sums rounded to x's dtype.
     """
     num_pairs = len(x) if len(x) > 1 else int(pairs.counts.sum())
-    y = torch.empty(num_pairs, sum(s.shape[0] for s in stacks), dtype=torch.float32, device=x.device)
-    level = kernels.level() if x.device.type == "cpu" else "torch"
-    variant = kernels.Variant(level, kernels.input_type(level, stacks[0].dtype, x.dtype == torch.bfloat16))
-    limit = kernels.most_tokens(*variant)
+    allocate = torch.zeros if any(s.has_empty for s in stacks) else torch.empty
+    y = allocate(num_pairs, sum(s.shape[0] for s in stacks), dtype=torch.float32, device=x.device)
+    variant = kernels.Variant(kernels.level() if x.device.type == "cpu" else "torch", x.dtype == torch.bfloat16)
+    limit = 0 if variant.level == "torch" else min(s.most_tokens(variant) for s in stacks)
     if num_pairs and pairs.counts.max() <= limit:
         _multiply_packed(stacks, pairs.parts(kernels.MAX_BATCH), x, y, variant)
         return y
@@ -44,11 +45,7 @@ def _multiply_packed(
     stacks: Sequence[Stack], pairs: Pairs, x: torch.Tensor, y: torch.Tensor, variant: kernels.Variant
 ) -> None:
     """Fills y by the kernels, all experts and matrices in one parallel region."""
-    num_columns, width = x.shape[1], 32 * stacks[0].num_words
-    x = x.to(torch.bfloat16 if variant.x == "BF16" else torch.float32)
-    x = (x if num_columns == width else F.pad(x, (0, width - num_columns))).contiguous()
-    step = 0 if len(x) == 1 else width * x.element_size()
-    sources = x.data_ptr() + pairs.starts * step
+    inputs = Inputs(x, variant.level)
     targets = y.data_ptr() + pairs.starts * (4 * y.shape[1])
     num_bytes = sum(s.num_bytes // len(s.matrices) for s in stacks) * len(pairs.ids)
     threads = max(1, min(torch.get_num_threads(), num_bytes // kernels.MIN_SHARE))
@@ -56,8 +53,7 @@ def _multiply_packed(
     jobs, first = [], 0
     for stack in stacks:
         split = min(blocks, stack.shape[0])
-        at = targets + 4 * first
-        jobs.append(stack.jobs(variant, pairs, sources, at, y.shape[1], split))
+        jobs.append(stack.jobs(variant, pairs, inputs, targets + 4 * first, y.shape[1], split))
         first += stack.shape[0]
     kernels.run(variant.level, jobs[0] if len(jobs) == 1 else np.concatenate(jobs), threads)
 
@@ -68,9 +64,9 @@ def _multiply_tiles(stacks: Sequence[Stack], pairs: Pairs, x: torch.Tensor, y: t
         rows = x if len(x) == 1 and count == 1 else x[start : start + count]
         rows, first = F.pad(rows, (0, 0, 0, padded(count, x.dtype) - count)), 0
         for stack in stacks:
-            matrix, size = stack.matrices[e], TORCH[stack.dtype].itemsize
-            step = stack.shape[0] if x.device.type != "cpu" else max(32, TILE // (stack.shape[1] * size))
-            for begin in range(0, stack.shape[0], step):
+            matrix = stack.matrices[e]
+            step = stack.shape[0] if x.device.type != "cpu" else max(32, TILE // (stack.shape[1] * x.element_size()))
+            for begin in range(0, stack.shape[0] if matrix.num_bytes else 0, step):
                 end = min(begin + step, stack.shape[0])
                 tile = matrix.rows(begin, end, x.dtype, x.device)
                 y[start : start + count, first + begin : first + end] = F.linear(rows, tile)[:count]

@@ -12,14 +12,14 @@ import numpy as np
 from llvmlite import ir
 
 from coterie.codecs.bits import GROUP
-from coterie.kernels.emit import DENSE_AHEAD, F32, I8, I16, I32, I64, Emitter, Kernel
+from coterie.kernels.emit import DENSE_AHEAD, F32, I8, I16, I32, I64, Emitter
 
 LINE = ir.VectorType(I64, 8)
 
 
 def reader(name: str) -> str:
     """Reads `stride` bytes (a multiple of 256) from `values` and does nothing with them."""
-    e = Emitter(Kernel("avx512", "F32", "F32"), name)
+    e = Emitter(name, 16)
     values, y, stride = e.fields("values", "y", "stride")
 
     def lines(i: Any, kept: list[Any]) -> list[Any]:
@@ -41,7 +41,7 @@ def int4(name: str) -> str:
     Fields: `mask` holds t (G,) float32, `offsets` a start (G, 16) int32 of the group's sum, `x` the inputs q (I,) int8.
     A group's 64 bytes hold its columns 0..63 in the low halves and 64..127 in the high ones.
     """
-    e = Emitter(Kernel("avx512", "F32", "F32"), name)
+    e = Emitter(name, 16)
     fields = e.fields("mask", "values", "offsets", "scales", "x", "y", "first", "last", "words")
     factors, values, begin, scales, x, y, first, last, words = fields
     groups = e.b.lshr(words, I64(2))

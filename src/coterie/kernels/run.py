@@ -19,12 +19,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coterie.errors import CoterieError
+from coterie.kernels.inputs import Order
 
 SLACK = 128  # bytes that a kernel may read beyond the last value
 MAX_BATCH = 8  # tokens that one kernel call serves
 MANY = 24  # tokens up to which calls of eight beat expanding and torch, on AVX-512 without matrix units
 LEVELS = {
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx512vnni", "avx512bf16", "fma", "popcnt", "f16c"),
+    "avx512": (
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512vbmi",
+        "avx512vbmi2",
+        "avx512vnni",
+        "avx512bf16",
+        "fma",
+        "popcnt",
+        "f16c",
+    ),
     "avx512f": ("avx512f", "fma", "popcnt", "f16c"),
     "avx2": ("avx2", "fma", "popcnt", "f16c"),
 }
@@ -105,11 +117,20 @@ def expand(which: str, values: str) -> int:
     return compiled(which, f"expand_{kernel.name}", partial(emit.expand, kernel))
 
 
+@cache
+def integer_gemv(which: str, bits: int, group: int, scales: str, tail: int, batch: int) -> int:
+    """The kernel that multiplies `batch` vectors with codes of so many bits (see `emit_integers.IntegerKernel`)."""
+    from coterie.kernels import emit_integers as emit
+
+    kernel = emit.IntegerKernel(which, bits, group, scales, tail, batch)
+    return compiled(which, f"gemv_{kernel.name}", partial(emit.gemv, kernel))
+
+
 class Variant(NamedTuple):
-    """The kernels of one level for inputs of one type, BF16 or F32."""
+    """Which kernels are meant: those of a level, for inputs that are bf16 or not."""
 
     level: str
-    x: str
+    bf16: bool
 
 
 def input_type(which: str, values: str, bf16: bool) -> str:
@@ -117,11 +138,11 @@ def input_type(which: str, values: str, bf16: bool) -> str:
     return "BF16" if bf16 and values == "BF16" and which == "avx512" else "F32"
 
 
-def most_tokens(which: str, kind: str) -> int:
-    """Tokens of one expert up to which a level's kernels are the fastest way, given inputs of type `kind`."""
+def most_tokens(which: str, order: Order) -> int:
+    """Tokens of one expert up to which a level's kernels are the fastest way, given inputs in this order."""
     if which == "torch":
         return 0
-    return MANY if which == "avx512" and kind == "BF16" and "amx-bf16" not in features() else MAX_BATCH
+    return MANY if which == "avx512" and order.x == "BF16" and "amx-bf16" not in features() else MAX_BATCH
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from coterie.codecs.bits import (
 )
 from coterie.codecs.open import coded, opened
 from coterie.errors import CoterieError
+from coterie.kernels.integers import IntegerMatrix
 from coterie.kernels.memory import TORCH, Arena, Matrix, Stack, load
 from coterie.model.experts import expert_matrices
 from coterie.model.layer import Model, MoE, expert_names
@@ -232,9 +233,9 @@ def _check_shapes(place: Placed, stacks: list[Stack]) -> None:
         raise CoterieError(f"{place.name}: packed matrices {shapes} do not fit the module that config.json describes")
 
 
-def stored(name: str, matrices: list[Matrix], num_axes: int) -> dict[str, torch.Tensor]:
+def stored(name: str, matrices: Sequence[Matrix | IntegerMatrix], num_axes: int) -> dict[str, torch.Tensor]:
     """The tensors that `codecs/bits.py` has for one name, or the dense tensor where packing would not shrink it."""
-    packed = [m.packed() for m in matrices]
+    packed = [m.packed() for m in matrices if isinstance(m, Matrix)]
     shape = (*((len(packed),) if num_axes == 3 else ()), *packed[0].shape)
     dtype = packed[0].dtype
     if packed[0].scales is None and not shrinks(dtype, shape, sum(len(p.values) for p in packed)):
