@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 import coterie as package
-from coterie.cli import application, commands, main
+from coterie.cli import _amount, application, commands, main
+from coterie.pages.terminal import sized
 from handmade import qwen
 
 
@@ -132,3 +133,13 @@ def test_public_signatures_stay_as_they_were():
     """The parameters of every verb, their kinds and defaults."""
     known = json.loads((Path(__file__).parent / "signatures.json").read_text())
     assert {name: spelled(inspect.signature(getattr(package, name))) for name in commands()} == known
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "says"),
+    [(0, "0 bytes"), (999, "999 bytes"), (33_317_376, "33.3 MB"), (2_500, "2.5 kB"), (957e9, "957.0 GB")],
+)
+def test_bytes_are_shown_in_units_that_hold_them(num_bytes, says):
+    """So that a bar never says "0.0 of 0.0 GB"."""
+    assert sized(num_bytes) == says
+    assert _amount("writing", 0, num_bytes, 0.0) == f"0 bytes of {says}"

@@ -24,6 +24,7 @@ import typer
 import coterie
 from coterie.errors import CoterieError, printable
 from coterie.options import Help, flag_of, help_of
+from coterie.pages.terminal import sized
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
@@ -165,7 +166,7 @@ def _amount(stage: str, done: int, total: int, seconds: float) -> str:
     if stage != "writing":
         return f"{done:,} of {total:,}"
     rate = f", {done / seconds / 1e6:,.0f} MB/s" if seconds > 1 else ""
-    return f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB{rate}"
+    return f"{sized(done)} of {sized(total)}{rate}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import tiny
 from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
-from coterie.verbs.sparsify import sparsify
+from coterie.verbs.sparsify import show, sparsify
 
 METHODS = ("magnitude", "wanda", "owl", "moe-pruner", "sparsegpt")
 
@@ -37,6 +37,43 @@ def test_zeros_are_exact_and_nothing_else_changes(tiny_checkpoint, tmp_path, dat
         else:
             assert after.raw(name) == before.checkpoint.raw(name), name
     assert zeros == report["expert_zeros"] == (round(0.37 * total) if method in ("owl", "sparsegpt") else floored)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "magnitude", "sparsity": 0.5},
+        {"method": "magnitude", "pattern": "2:4"},
+        {"method": "wanda", "sparsity": 0.43, "also": "attention,shared"},
+        {"method": "owl", "sparsity": 0.5},
+    ],
+    ids=["magnitude", "pattern", "also", "owl"],
+)
+def test_a_dry_run_foresees_the_zeros_and_the_bytes(tiny_checkpoint, tmp_path, data, options):
+    """The shares are those of the run; packed bytes too, but for 8 a tensor where matrices differ in zeros."""
+    source, how = tiny_checkpoint("qwen2_moe"), options | ({} if options["method"] == "magnitude" else {"data": data})
+    for save in ("dense", "sparse"):
+        dry, real = (
+            sparsify(source, tmp_path / save, save=save, dry_run=dry_run, **how).report for dry_run in (True, False)
+        )
+        assert dry["sparsity"] == pytest.approx(real["sparsity"]) and dry["expert_zeros"] == real["expert_zeros"]
+        slack = 0 if save == "dense" or options["method"] == "magnitude" else 8 * len(Checkpoint.open(source).tensors)
+        assert dry["after"]["bytes"] == pytest.approx(real["after"]["bytes"], abs=slack)
+
+
+def test_what_zeros_cost_until_they_are_packed_is_said_last(tiny_checkpoint, tmp_path):
+    """Beside the share that was asked for; a packed result has nothing more to say, nor a rule that made no zeros."""
+    source, asked = tiny_checkpoint("qwen3_moe"), {"out": tmp_path / "out"}
+    how = {"method": "magnitude", "sparsity": 0.5}
+    dry, done = (list(show(sparsify(source, tmp_path / "out", dry_run=d, **how), asked)) for d in (True, False))
+    zero = (
+        "50 % of the experts' weights {} zero; the files stay as large unless --save sparse (or `coterie pack`): then"
+    )
+    assert dry[-1].startswith(zero.format("will be")) and done[-1].startswith(zero.format("are"))
+    assert all(any("50.00 %, asked for: 50 %" in line for line in lines) for lines in (dry, done))
+    packed = show(sparsify(source, tmp_path / "packed", save="sparse", **how), asked)
+    none = show(sparsify(source, tmp_path / "none", method="magnitude", sparsity=0.0), asked)
+    assert not any("stay as large" in line for line in [*packed, *none])
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_checkpoint, tmp_path, data):

@@ -198,4 +198,5 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(tiny_checkpoint, tmp_pa
     """The plan and its exact shares, from headers and routers."""
     report = stun(tiny_checkpoint("qwen3_moe"), tmp_path / "out", sparsity=0.5, data=data, dry_run=True)
     assert report.report["dry_run"] and report.plan["budget"]["zeros"] > 0
+    assert report.report["sparsity"]["experts"] == pytest.approx(0.5, abs=1e-4)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.edits.counts import count
-from coterie.edits.execution import Fill, Filled, Prepare, Request
+from coterie.edits.execution import Filled, Filling, Prepare, Request
 from coterie.edits.kinds.bits import FORMAT, GROUPS, WIDTHS, Scheme, quantised_blocks
 from coterie.edits.plan import Decision, Plan
 from coterie.errors import CoterieError
@@ -105,9 +105,9 @@ def prepared(model: Model, options: Quantising, plan: Plan, request: Request) ->
     if not scheme.from_data:
         return None
 
-    def prepare(view: Model) -> Fill:
+    def prepare(view: Model) -> Filling:
         calibration = Calibrated(model, options.calibration, options.dtype, request.out.parent)
-        return partial(_fill, options.bits, scheme, request, calibration)
+        return Filling(partial(_fill, options.bits, scheme, request, calibration))
 
     return prepare
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.decide import linears
 from coterie.edits import beside, budget
-from coterie.edits.execution import Fill, Filled, Prepare, Request
+from coterie.edits.execution import Filled, Filling, Prepare, Request
 from coterie.edits.kurtosis import Moments
 from coterie.edits.outputs import prunable
 from coterie.edits.plan import Plan
@@ -24,7 +24,7 @@ from coterie.forward.layerwise import Calibrated, Layerwise
 from coterie.forward.samples import DATA, Calibration, Dtype, counted, unsampled
 from coterie.methods import sparsify as methods
 from coterie.methods.masks import check_pattern
-from coterie.model.experts import Experts, expert_shapes, expert_storage
+from coterie.model.experts import Experts, expert_shapes, expert_storage, expert_weights
 from coterie.model.layer import Model
 from coterie.options import Help, flat
 from coterie.storage.record import Progress
@@ -106,13 +106,14 @@ def check_options(options: Zeroing) -> None:
 def prepared(options: Zeroing, source: Model, plan: Plan, request: Request) -> Prepare:
     """Checks model, data and options against each other before anything is written; then zeroes the weights."""
 
-    def prepare(view: Model) -> Fill:
+    def prepare(view: Model) -> Filling:
         check_writable(view, options)
         run = ZeroingRun(options, source, plan, view, request)
         if methods.load(options.method).NEEDS == "nothing":
-            return run.without_data
+            return Filling(run.without_data, run.foreseen())
         scoring, spill = options.scoring, request.out.parent
-        return partial(run.calibrated, Calibrated(view, scoring.calibration, scoring.dtype, spill))
+        calibration = Calibrated(view, scoring.calibration, scoring.dtype, spill)
+        return Filling(partial(run.calibrated, calibration), run.foreseen())
 
     return prepare
 
@@ -203,6 +204,23 @@ class ZeroingRun:
     view: Model
     request: Request
 
+    def foreseen(self) -> dict[str, int]:
+        """Zeros of every tensor before any is made: as if layers were alike, where the rule chooses their shares, and
+        the experts of a layer as well."""
+        view, shares, found = self.view, uniform(self.view, self.options), dict[str, int]()
+        tensors, by_layer = view.checkpoint.tensors, Counter[str]()
+        for (layer, _, _), number in budget.zeros_of(view, shares, self.options.total).items():
+            by_layer[layer] += number
+        for block in view.main:
+            sizes = {name: tensors[name].num_parameters for name in expert_weights(view.checkpoint, block)}
+            share = Fraction(by_layer[block.key], sum(sizes.values()))
+            found |= dict(zip(sizes, budget.spread_zeros(list(sizes.values()), [share] * len(sizes)), strict=True))
+        for index, names in beside.by_layer(view, self.options.scoring.kinds).items():
+            for name in names:
+                rows, columns = tensors[name].shape
+                found[name] = rows * int(shares[str(index)] * columns)
+        return found
+
     def without_data(self, writer: Writer) -> Filled:
         """Zeroes by a rule that needs no data."""
         workers = Workers.of(self.view, self.options, uniform(self.view, self.options), writer.put)
@@ -257,6 +275,7 @@ class ZeroingRun:
             "cold_experts": pruner.cold,
             "layer_sparsity": {key: float(share) for key, share in workers.shares.items()},
             "expert_zeros": experts,
+            "expert_zero_share": experts / sum(budget.num_weights(view.checkpoint, b) for b in view.main),
             "kurtosis": {
                 "before": before_dropping(self.source, self.plan, pruner.before).kurtosis,
                 "between": pruner.before.kurtosis,

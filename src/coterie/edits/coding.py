@@ -7,7 +7,7 @@ names all sizes before the first value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from coterie.codecs import bits as fmt
 from coterie.errors import CoterieError
 from coterie.model.experts import expert_weights
 from coterie.model.layer import LAYER, Model
+from coterie.model.own import is_own
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.numerics import decode
 from coterie.storage.record import Progress
@@ -121,6 +122,20 @@ def fill(coding: Coding, chosen: dict[str, list[int]], writer: Writer, on_progre
         writer.put(f"{name}.layout", 0, np.array(layout, "<i8").tobytes())
         on_progress("packing", done + 1, len(chosen))
     writer.unit({"packed": len(chosen)})
+
+
+def estimated(model: Model, zeros: Mapping[str, int]) -> int | None:
+    """Bytes of a checkpoint, packed, of whose tensors so many values are zero; None where packing would not help.
+
+    Parts end where 8 bytes are full, so that other zeros in the same number differ by less than that in each tensor.
+    """
+    checkpoint = model.checkpoint
+    if is_own(checkpoint.config) or checkpoint.config.get("quantization_config"):
+        return None
+    coding, found = Coding(checkpoint), {t.name: t for t in candidates(model) if zeros.get(t.name)}
+    kept = {name: [t.num_parameters - zeros[name]] for name, t in found.items()}
+    chosen = {name: counts for name, counts in kept.items() if coding.shrinks(found[name], sum(counts))}
+    return int(sizes(coding, chosen)["after"]) if chosen else None
 
 
 def sizes(coding: Coding, chosen: dict[str, list[int]]) -> dict[str, Any]:

@@ -14,10 +14,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.codecs.open import check_coded, opened
+from coterie.edits.coding import estimated
 from coterie.edits.counts import count, removed_shares
 from coterie.edits.kinds.dequantise import dequantised, marked, said
 from coterie.edits.naming import Renumbering, renumbered_files
-from coterie.edits.outputs import check_plan, experts_left, patched_config, plan_outputs, planned, sealed, with_holes
+from coterie.edits.outputs import (
+    check_plan,
+    experts_left,
+    patched_config,
+    plan_outputs,
+    planned,
+    prunable,
+    sealed,
+    with_holes,
+)
 from coterie.edits.plan import Decision, Numbers, Plan, kinds, read_plan
 from coterie.engine import Engine
 from coterie.errors import CoterieError
@@ -47,7 +57,9 @@ class Writing:
     """How OUT is written: dense or with zeros as bits, only planned, gone on with, or in place of an earlier one."""
 
     save: Annotated[str, Help("dense, or sparse: zeros take one bit each, as `coterie pack` stores them.")] = "dense"
-    dry_run: Annotated[bool, Help("Decide and show sizes from headers and routers; write nothing.")] = False
+    dry_run: Annotated[
+        bool, Help("Write nothing: check, and show sizes. Reads headers and routers, and data only to decide by.")
+    ] = False
     resume: Resume = False
     overwrite: Annotated[bool, Help("Replace OUT, if coterie wrote it.")] = False
 
@@ -110,7 +122,17 @@ class Filled:
 
 
 Fill = Callable[[Writer], Filled]
-Prepare = Callable[[Model], Fill]
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What changes the weights once they are written, and how many of each tensor will be zero, as far as is known."""
+
+    fill: Fill
+    zeros: Mapping[str, int] = field(default_factory=dict)
+
+
+Prepare = Callable[[Model], Filling]
 
 
 @dataclass(frozen=True)
@@ -162,19 +184,20 @@ def _checked(model: Model, decision: Decision, request: Request, prepare: Prepar
     check_plan(model, plan)
     plan = sealed(model, plan)
     outputs = plan_outputs(model, plan)
-    numbers, notes = _numbers(model, plan, outputs), [*decision.notes, *left_behind(model.checkpoint)]
+    notes = [*decision.notes, *left_behind(model.checkpoint)]
     notes += [said(model.checkpoint)] if is_dense_view(model.checkpoint) else []
     notes += left_over(request.out) if request.options.get("save") == "dense" else []
     view = planned(model, plan, outputs) if prepare else model
     config, beside = patched_config(model, plan), filter(_travels, model.checkpoint.other_files())
     small = {"config.json": to_json(config)} | renumbered_files(model, plan, beside)
-    fill = prepare(view) if prepare else None
+    filling = prepare(view) if prepare else None
+    numbers = _foreseen(model, plan, outputs, view, filling.zeros if filling else {})
     # A dry run reads headers and routers only; the fingerprint reads a few blocks of every shard.
     source = {"path": str(request.path), "hash": None if request.writing.dry_run else model.checkpoint.hash}
     report = Report(request.command, request.options, source, plan.as_dict(), {}, versions())
     report.report.update(numbers | request.clock.read() | {"cold_experts": [], "warnings": notes})
     report.report.update({"dry_run": request.writing.dry_run} | decision.findings)
-    return Execution(model, plan, outputs, view, small, fill, report)
+    return Execution(model, plan, outputs, view, small, filling.fill if filling else None, report)
 
 
 def _consumed(execution: Execution, request: Request) -> Report:
@@ -368,6 +391,18 @@ def _numbers(
         },
         "sparsity": removed_shares(counts[0], {base: n - (zeros or {}).get(base, 0) for base, n in counts[1].items()}),
     }
+
+
+def _foreseen(
+    model: Model, plan: Plan, outputs: dict[str, list[Output]], view: Model, zeros: Mapping[str, int]
+) -> dict[str, Any]:
+    """The numbers of a plan, with the zeros that weights will hold, and the bytes that packing would make of them."""
+    if not zeros:
+        return _numbers(model, plan, outputs)
+    inside, everything = sum(zeros.get(name, 0) for name in prunable(view)), sum(zeros.values())
+    numbers = _numbers(model, plan, outputs, {"experts": inside, "linears": everything, "all": everything})
+    share = inside / sum(view.checkpoint.tensors[name].num_parameters for name in prunable(view))
+    return numbers | {"expert_zeros": inside, "expert_zero_share": share, "packed_estimate": estimated(view, zeros)}
 
 
 def one_or_all(counts: dict[str, int]) -> int | dict[str, int]:

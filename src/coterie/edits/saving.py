@@ -144,11 +144,13 @@ def _check_zeros(command: str, source: Checkpoint, on_progress: Progress) -> Non
 
 
 def _planned(report: Report) -> Report:
-    """A dry run's report: what is said of bytes is said of the dense checkpoint."""
-    size = report.report["after"]["bytes"]
+    """A dry run's report: bytes are what packing will make of the zeros, where their number is known."""
+    dense, packed = report.report["after"]["bytes"], report.report.get("packed_estimate")
+    report.report["after"]["bytes"] = packed or dense
+    what = "estimated from the number of zeros" if packed else "those before packing"
     report.report["warnings"] = [
         *report.report.get("warnings", []),
-        f"bytes are those before packing: --save sparse first writes {size:,} bytes to OUT.dense, and needs room for "
-        "the packed checkpoint beside it",
+        f"bytes are {what}: --save sparse first writes {dense:,} bytes to OUT.dense, and needs room for the packed "
+        "checkpoint beside it",
     ]
     return report

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from coterie.storage.record import Report
 
 Rows = list[tuple[str, str]]
+UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 Asked = Mapping[str, object]  # the options of a command by name, as they were typed
 
 
@@ -43,6 +44,12 @@ def paragraphs(rows: Rows) -> Iterator[str]:
     yield from capture.get().removesuffix("\n").split("\n")
 
 
+def sized(num_bytes: float) -> str:
+    """Bytes in the largest unit of which there is one."""
+    found = next((unit for unit in UNITS if num_bytes >= UNITS[unit]), None)
+    return f"{num_bytes / UNITS[found]:,.1f} {found}" if found else f"{num_bytes:,} bytes"
+
+
 def show_report(report: Report, asked: Asked) -> Iterator[str]:
     """What a command made of a checkpoint: sizes before and after, and what was removed."""
     found = report.report
@@ -54,18 +61,40 @@ def show_report(report: Report, asked: Asked) -> Iterator[str]:
         rows.append(("packed", f"{packed['tensors']:,} matrices: {sizes} bytes in all"))
     rows += [
         ("experts per layer", f"{before['experts']} -> {after['experts']}"),
-        ("experts' weights removed or zero", f"{100 * found['sparsity']['experts']:.2f} %"),
+        ("experts' weights removed or zero", f"{100 * found['sparsity']['experts']:.2f} %{_share_asked(report)}"),
         ("all weights removed or zero", f"{100 * found['sparsity']['all']:.2f} %"),
         *_zeros(report),
         ("peak memory", f"{found['peak_rss_bytes'] / 1e6:.0f} MB"),
     ]
-    return table(f"{title} in {found['seconds']:.1f} s", rows)
+    yield from table(f"{title} in {found['seconds']:.1f} s", rows)
+    yield from _still_stored(report)
+
+
+def _share_asked(report: Report) -> str:
+    """The share of experts' weights that the options of a command name."""
+    share, pattern = report.options.get("sparsity"), report.options.get("pattern")
+    return (
+        f", asked for: {100 * share:g} %" if isinstance(share, float) else f", asked for: {pattern}" if pattern else ""
+    )
+
+
+def _still_stored(report: Report) -> Iterator[str]:
+    """That zeros take room until they are packed."""
+    found = report.report
+    if not found.get("expert_zero_share") or found.get("packed") or report.options.get("save") == "sparse":
+        return
+    then = "will be" if found.get("dry_run") else "are"
+    text = f"{100 * found['expert_zero_share']:.3g} % of the experts' weights {then} zero; the files stay as large"
+    packed = found.get("packed_estimate")
+    yield f"{text} unless --save sparse (or `coterie pack`): then about {sized(packed)}" if packed else text
 
 
 def _zeros(report: Report) -> Rows:
     found = report.report
     if "expert_zeros" not in found:
         return []
+    if "kurtosis" not in found:
+        return [("zeros in experts", f"{found['expert_zeros']:,}")]
     kurtosis = " -> ".join("none" if k is None else f"{k:.3f}" for k in found["kurtosis"].values())
     cold = len(found["cold_experts"])
     return [

@@ -53,6 +53,8 @@ def sparsify(
     min_tokens: experts that fewer calibration tokens reach are pruned by magnitude and listed as cold.
     outliers: OWL's M. dtype: to compute in: auto (as the experts are stored), float32, bfloat16 or float16.
     save: dense, or sparse: zeros take one bit each (see `pack`).
+    dry_run: headers and data are read, experts are not: zeros, and the bytes that packing makes of them, follow from
+    their number.
     io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
     engine: local, or ray: experts are pruned and bytes copied by the machines of a Ray cluster.
     ray_address: HOST:PORT of a cluster, or auto; without it one is started on this machine. All nodes have to see MODEL

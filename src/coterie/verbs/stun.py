@@ -45,6 +45,8 @@ def stun(
     `guard` says so); the others as in `sparsify`.
     min_tokens: 64 by default; paper: 1.
     save: dense, or sparse: zeros take one bit each (see `pack`).
+    dry_run: headers, routers, data and stats are read, experts are not (auto: the model runs). Of three or more experts
+    alike the tie rule then says who stays; zeros, and the bytes that packing makes of them, follow from their number.
     io: how bytes are copied: auto (the first of the others that works), reflink, direct, copy or plain.
     engine: local, or ray: experts are pruned and bytes copied by the machines of a Ray cluster.
     ray_address: HOST:PORT of a cluster, or auto; without it one is started on this machine. All nodes have to see MODEL
