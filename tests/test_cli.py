@@ -37,6 +37,8 @@ def test_prune_prints_coterie_json_and_nothing_else(tmp_path, capsys):
         (["prune", "MODEL", "OUT", "--no-such-flag"], "No such option"),
         (["prune", "MODEL"], "Missing argument"),
         (["prune", "MODEL", "OUT", "--method", "astrology"], "expected one of"),
+        (["prune", "MODEL", "OUT", "--method", "REEP"], "did you mean reap?"),
+        (["prune", "MODEL", "OUT", "--budget", "Global"], "did you mean global?"),
         (["prune", "MODEL", "OUT", "--ratio", "1"], "[0, 1)"),
         (["prune", "MODEL", "OUT", "--ratio", "-0.1"], "[0, 1)"),
         (["prune", "MODEL", "OUT", "--ratio", "nan"], "[0, 1)"),

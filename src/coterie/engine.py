@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.errors import CoterieError, writing
+from coterie.errors import CoterieError, check_choice, writing
 from coterie.options import Help
 
 NAMES = ("local", "ray")
@@ -67,8 +67,7 @@ class Engine:
 
         Raises: CoterieError for an unknown name, an address that would be ignored, or where Ray is not installed.
         """
-        if name not in NAMES:
-            raise CoterieError(f"--engine {name!r:.40}: unknown; expected one of {', '.join(NAMES)}")
+        check_choice("--engine", name, NAMES)
         if address is not None and name != "ray":
             raise CoterieError("--ray-address would be ignored: it is of --engine ray")
         if address is not None and (not address or "://" in address):

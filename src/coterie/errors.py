@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 LONGEST = 2000  # characters of a message; names and values come from files, and may be of any length
@@ -21,6 +22,16 @@ class CoterieError(ValueError):
         half = LONGEST // 2
         text = text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"
         super().__init__("\n".join(map(printable, text.split("\n"))))
+
+
+def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises: CoterieError unless the value is one of these names; the nearest one, in any case, is proposed."""
+    names = {name.lower(): name for name in allowed}
+    if value in names.values():
+        return
+    near = get_close_matches(value.lower(), names, 1) if isinstance(value, str) else []
+    proposal = f"; did you mean {names[near[0]]}?" if near else ""
+    raise CoterieError(f"{what} {value!r:.60}: unknown; expected one of {', '.join(names.values())}{proposal}")
 
 
 def printable(text: str) -> str:

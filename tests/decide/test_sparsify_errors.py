@@ -98,7 +98,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused(tiny_checkpoint, tmp_path):
     ("options", "says"),
     [
         ({"method": "astrology"}, "'astrology': unknown; expected one of magnitude, moe-pruner, owl, sparsegpt, wanda"),
-        ({"dtype": "int3"}, "'int3': expected one of auto, float32"),
+        ({"dtype": "int3"}, "'int3': unknown; expected one of auto, float32"),
         ({"samples": 0}, "--samples 0: expected a whole number, at least 1"),
         ({"seq_len": 0}, "--seq-len 0"),
         ({"seed": -1}, "--seed -1"),

@@ -474,7 +474,7 @@ def test_options_that_contradict_are_refused(tmp_path, options, fault):
 @pytest.mark.parametrize(
     ("layer", "rest", "fault"),
     [
-        ({"removed": "gone"}, {}, "`removed` is 'gone'"),
+        ({"removed": "gone"}, {}, "`removed` 'gone': unknown"),
         ({"removed": "alias"}, {}, "alias needs `clusters`"),
         ({"removed": "null", "clusters": [[1], [4], [6]]}, {}, "null and constant have none"),
         ({"removed": "alias", "clusters": [[1], [4], [6]]}, {}, "expert 0 is in no cluster"),

@@ -402,7 +402,7 @@ def test_bad_options_cost_nothing(tiny_checkpoint, tmp_path):
     for name in ("a\0b", "a" * 5000):
         with pytest.raises(CoterieError, match="not a file name"):
             collect(folder, name, data=data)
-    with pytest.raises(CoterieError, match="--dtype 'int8': expected one of auto, float32, bfloat16, float16"):
+    with pytest.raises(CoterieError, match="--dtype 'int8': unknown; expected one of auto, float32, bfloat16, float16"):
         collect(folder, out, data=data, dtype="int8")
     with pytest.raises(CoterieError, match="--samples 2: expected a whole number, at least 3"):
         collect(folder, out, data=data, samples=2)

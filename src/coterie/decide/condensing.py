@@ -11,7 +11,7 @@ from coterie.edits.folding import check_foldable, shared_names
 from coterie.edits.kinds.condense import check_writable, is_stock
 from coterie.edits.kinds.convert import CONVERSIONS, conversion
 from coterie.edits.plan import Condensed, Plan
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.forward.samples import Calibration, Dtype
 from coterie.methods import condense as methods
 from coterie.methods.layer_search import SEARCHES
@@ -59,8 +59,8 @@ def check_options(options: Condensing) -> None:
         found = "neither" if options.layers is None else "both"
         raise CoterieError(f"--layers N or --layer-ids A,B,...: found {found}; give one of them")
     methods.load(options.select)
-    if options.layer_search is not None and options.layer_search not in SEARCHES:
-        raise CoterieError(f"--layer-search {options.layer_search!r}: unknown; expected one of {', '.join(SEARCHES)}")
+    if options.layer_search is not None:
+        check_choice("--layer-search", options.layer_search, SEARCHES)
     if options.layer_search is not None and options.layer_ids is not None:
         raise CoterieError("--layer-search would be ignored: --layer-ids names the layers")
     if options.layers is not None and options.layers < 0:

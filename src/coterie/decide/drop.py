@@ -15,7 +15,7 @@ from coterie.edits.folding import check_foldable
 from coterie.edits.kinds.condense import check_writable
 from coterie.edits.kinds.drop import check as check_dropped
 from coterie.edits.plan import Condensed, Decision, Plan
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.model.family import num_layers, unable
 from coterie.model.layer import Model
@@ -47,8 +47,7 @@ class Dropping:
 
 def check_options(options: Dropping) -> None:
     """Raises: CoterieError for a value out of its range."""
-    if options.unit not in UNITS:
-        raise CoterieError(f"--unit {options.unit!r}: unknown; expected one of {', '.join(UNITS)}")
+    check_choice("--unit", options.unit, UNITS)
     if options.count < 1:
         raise CoterieError(f"--count {options.count}: expected how many to drop, 1 or more")
 

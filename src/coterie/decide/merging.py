@@ -12,7 +12,7 @@ from coterie.decide.experts import count_kept, num_kept
 from coterie.decide.pruning import Remaining, Weights, check_weights, spelled
 from coterie.edits.kinds.merge import check_plain
 from coterie.edits.plan import Choice, Decision, Plan
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.forward.samples import Calibration, Dtype
 from coterie.methods import merge as methods
 from coterie.methods.prune.stun import Clusters
@@ -65,8 +65,7 @@ class Merging:
 def check_options(options: Merging) -> None:
     """Raises: CoterieError for a value out of its range, or for two options that contradict or ignore each other."""
     methods.load(options.method)
-    if options.router not in ROUTERS:
-        raise CoterieError(f"--router {options.router!r}: unknown; expected one of {', '.join(ROUTERS)}")
+    check_choice("--router", options.router, ROUTERS)
     options.remaining.check()
     asked, default = flat(options), flat(Merging())
     given = [name for name in OF_CALIBRATION if asked[name] != default[name]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.forward.data import calibration_files
 from coterie.forward.samples import DATA, Calibration, Dtype
 from coterie.methods import prune as methods
@@ -184,8 +184,7 @@ def check_options(options: Pruning) -> None:
     """Raises: CoterieError for a value out of its range, or for two options that contradict or ignore each other."""
     methods.load(options.criterion)
     for name, allowed in CHOICES.items():
-        if (value := getattr(options, name)) not in allowed:
-            raise CoterieError(f"{flag_of(name)} {value!r}: unknown; expected one of {', '.join(allowed)}")
+        check_choice(flag_of(name), getattr(options, name), allowed)
     options.remaining.check()
     if options.kappa < 0:
         raise CoterieError(f"--kappa {options.kappa}: expected a number of clusters, 0 or more")
@@ -240,8 +239,7 @@ def _check_needs(options: Pruning) -> None:
 
 def _check_removed(options: Pruning) -> None:
     """Whether the method's choice is one for routers that stay as they are."""
-    if options.fate not in REMOVED:
-        raise CoterieError(f"--removed {options.fate!r}: unknown; expected one of {', '.join(REMOVED)}")
+    check_choice("--removed", options.fate, REMOVED)
     if options.fate != "remove" and options.needs in ("clusters", "outputs"):
         raise CoterieError(
             f"--removed {options.fate}: {options.criterion} chooses experts that take over for those that go, which a "

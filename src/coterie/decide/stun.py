@@ -25,7 +25,7 @@ from coterie.edits.execution import Request
 from coterie.edits.kinds.keep import fits_groups
 from coterie.edits.outputs import planned
 from coterie.edits.plan import Decision
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.forward.layerwise import Calibrated
 from coterie.methods import sparsify as methods
 from coterie.model.layer import Model
@@ -101,8 +101,7 @@ def check_options(options: Stunning) -> None:
     sparsity, expert_ratio, also = options.sparsity, options.expert_ratio, options.scoring.also
     if not 0 <= sparsity < 1:
         raise CoterieError(f"--sparsity {sparsity}: the share of weights to remove or zero must be in [0, 1)")
-    if options.preset not in PRESETS:
-        raise CoterieError(f"--preset {options.preset!r}: unknown; expected one of {', '.join(PRESETS)}")
+    check_choice("--preset", options.preset, PRESETS)
     if options.paper and also:
         raise CoterieError("--also would be ignored: --preset paper prunes every linear map of a layer")
     if isinstance(expert_ratio, str) and expert_ratio != "auto":

@@ -16,7 +16,7 @@ from coterie.codecs.open import check_coded, codec_of, inexact, opened
 from coterie.edits.coding import Coding, candidates, counted, fill, sizes
 from coterie.edits.execution import Writing, finish_record, finished, left_behind, write
 from coterie.edits.plan import Plan
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.model.layer import Model
 from coterie.model.own import is_own
 from coterie.storage.checkpoint import Checkpoint
@@ -53,8 +53,7 @@ def pack(
     """
     clock, checkpoint = Stopwatch(), Checkpoint.open(dense)
     check_dense(checkpoint)
-    if values not in VALUES:
-        raise CoterieError(f"--values {values!r:.40}: expected one of {', '.join(VALUES)}")
+    check_choice("--values", values, VALUES)
     check_out(out, checkpoint.path, resume=writing.resume, overwrite=writing.overwrite)
     model = Model.of(checkpoint)
     coding, chosen = _choose(model, values, on_progress)

@@ -16,7 +16,7 @@ from typing import Any
 from coterie.edits.coding import some_shrink
 from coterie.edits.execution import Writing
 from coterie.edits.pack import pack
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.folders import Folders, check_out, is_first, partial_of
@@ -43,8 +43,7 @@ def savable(*, makes_zeros: bool = True, obstacle: Callable[..., str] = needs_ro
         @wraps(verb)
         def run(**given: Any) -> Report:
             writing: Writing = given["writing"]
-            if writing.save not in SAVES:
-                raise CoterieError(f"--save {writing.save!r:.40}: unknown; expected one of {', '.join(SAVES)}")
+            check_choice("--save", writing.save, SAVES)
             if writing.save == "dense":
                 return verb(**given)
             folders, source = Folders(Path(given["out"])), Checkpoint.open(given["model"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from coterie.errors import CoterieError
+from coterie.errors import check_choice
 from coterie.forward.data import SHIPPED, calibration_files, read_all
 from coterie.forward.tokens import draw
 from coterie.model.family import lookup
@@ -96,8 +96,7 @@ def compute_dtype(model: Model, name: str = "auto") -> torch.dtype:
     """
     import torch
 
-    if name not in DTYPES:
-        raise CoterieError(f"--dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    check_choice("--dtype", name, DTYPES)
     if name == "auto":
         block = next(b for b in model.moe if not b.mtp)
         tensors = [model.checkpoint.tensors[n] for n in (block.experts[0].values() if block.experts else block.fused)]

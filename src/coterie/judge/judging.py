@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.forward.data import parse_data
 from coterie.model.loading import DTYPES
 from coterie.options import Help
@@ -47,8 +47,7 @@ class Judging:
             if (name, value) != ("stride", None) and (type(value) is not int or value < least):
                 raise CoterieError(f"{name} is {value!r}; expected a whole number, at least {least}")
         check_stride(self.window, self.stride)
-        if self.dtype not in DTYPES:
-            raise CoterieError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        check_choice("--dtype", self.dtype, DTYPES)
         if self.task_path is not None and not self.tasks:
             raise CoterieError(f"task_path is {self.task_path} but no tasks were asked; name them with tasks")
 

@@ -9,7 +9,7 @@ import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
 
-from coterie.errors import CoterieError
+from coterie.errors import check_choice
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,5 @@ class Folder:
 
     def load(self, name: str) -> ModuleType:
         """The method's module. Raises: CoterieError for an unknown name."""
-        if name not in self.names():
-            raise CoterieError(f"{self.flag} {name!r}: unknown; expected one of {', '.join(self.names())}")
+        check_choice(self.flag, name, self.names())
         return importlib.import_module(f"{self.package}.{name.replace('-', '_')}")

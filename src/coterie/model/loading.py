@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.model.family import detect, lookup, num_layers
 from coterie.model.layer import LAYER, Model, MoE, is_mtp
 from coterie.model.loadable import check_whole
@@ -194,8 +194,7 @@ def _wanted(checkpoint: Checkpoint, dtype: str) -> Any:
 
     said = next((v for _, _, v in lookup(checkpoint.config, ("dtype", "torch_dtype")) if v is not None), "float32")
     name = said if dtype == "auto" else dtype
-    if name not in FLOATS:
-        raise CoterieError(f"{checkpoint.path}: dtype {name!r:.60}; expected one of {', '.join(FLOATS)}")
+    check_choice(f"{checkpoint.path}: dtype", name, FLOATS)
     return getattr(torch, name)
 
 

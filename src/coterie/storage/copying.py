@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from coterie.errors import CoterieError, reading
+from coterie.errors import CoterieError, check_choice, reading
 
 PAGE = 4096
 CHUNK = 8 << 20  # bytes of one read and write
@@ -263,8 +263,7 @@ IO = ("auto", *WAYS)
 
 def check_io(io: str) -> None:
     """Raises: CoterieError for a way that does not exist."""
-    if io not in IO:
-        raise CoterieError(f"--io {io!r}: unknown; expected one of {', '.join(IO)}")
+    check_choice("--io", io, IO)
 
 
 class Copier:

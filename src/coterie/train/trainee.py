@@ -23,7 +23,7 @@ from coterie.codecs.open import codec_of
 from coterie.decide.condensing import parse_ids
 from coterie.edits.folding import shared_names
 from coterie.edits.plan import Plan, read_plan
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.forward.samples import DATA, Calibration
 from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
@@ -65,8 +65,7 @@ class Training:
 
 def check_options(options: Training, save_every: int = 1) -> None:
     """Raises: CoterieError for a value out of its range, or options that contradict or ignore each other."""
-    if options.stage not in STAGES:
-        raise CoterieError(f"--stage {options.stage!r}: unknown; expected one of {', '.join(STAGES)}")
+    check_choice("--stage", options.stage, STAGES)
     least = {"steps": 0 if options.stage == "local" else 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
     for name, low in least.items():
         value = save_every if name == "save_every" else getattr(options, name)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.forward.samples import Dtype
 from coterie.model import causal
 from coterie.model.loading import DTYPES, TOKENIZER_NEEDED, load, load_tokenizer
@@ -72,8 +72,7 @@ def _check(max_new_tokens: int, temperature: float, seed: int, dtype: str) -> No
         raise CoterieError(f"--seed {seed!r}: expected a whole number, 0 or more")
     if seed and not temperature:
         raise CoterieError("--seed would be ignored: at --temperature 0 nothing is drawn")
-    if dtype not in DTYPES:
-        raise CoterieError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    check_choice("--dtype", dtype, DTYPES)
 
 
 @dataclass

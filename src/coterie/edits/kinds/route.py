@@ -22,7 +22,7 @@ import numpy as np
 
 from coterie.edits.outputs import experts_left
 from coterie.edits.plan import Choice, Keys, Kind, Left, Outcome, Outputs, Plan, Verified, Written
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, check_choice
 from coterie.model.family import lookup
 from coterie.model.layer import CONSTANTS, Model, MoE, expert_names
 from coterie.model.own import own_section
@@ -37,8 +37,7 @@ ROWS = ("remove", "null", "constant", "alias")  # what becomes of the router row
 def read(at: str, value: Any) -> dict[str, object]:
     """What becomes of the removed experts' router rows, and the fingerprint of the constants in their place."""
     removed, constants, clusters = value.get("removed", "remove"), value.get("constants", ""), value.get("clusters", [])
-    if removed not in ROWS:
-        raise CoterieError(f"{at}: `removed` is {removed!r:.60}; expected one of {', '.join(ROWS)}")
+    check_choice(f"{at}: `removed`", removed, ROWS)
     if removed != "remove" and bool(clusters) != (removed == "alias"):
         raise CoterieError(f"{at}: `removed` is {removed!r}; alias needs `clusters`, and null and constant have none")
     is_hash = isinstance(constants, str) and len(constants) == 64 and set(constants) <= set("0123456789abcdef")
