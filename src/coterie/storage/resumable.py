@@ -101,6 +101,14 @@ class Resumable:
         self.units.append(entry)
         self._journal.say(f"finished {len(self.units)}" + (f" of {of} layers" if of else ""))
 
+    def step(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, something of JSON; of a step that an earlier process finished, what it gave there."""
+        known = next((unit for unit in self.units if unit.get("step") == name), None)
+        if known is None:
+            known = {"step": name, "found": make()}
+            self.unit(known)
+        return known["found"]
+
     def told(self, on_progress: Progress) -> Progress:
         """Tells, and about once a second also notes for `status`, how far the work is."""
 
