@@ -14,6 +14,7 @@ import pytest
 import tiny
 from coterie.errors import CoterieError
 from coterie.storage.folders import partial_of
+from coterie.verbs.analyze import analyze
 from coterie.verbs.collect import collect
 from coterie.verbs.condense import condense
 from coterie.verbs.drop import drop
@@ -199,3 +200,23 @@ def test_a_complete_result_is_not_decided_again(tiny_checkpoint, tmp_path, data,
     assert again.as_dict() == json.loads(json.dumps(first.as_dict())) and not calls
     with pytest.raises(CoterieError, match="made with another source, plan or option"):
         verb(tiny_checkpoint("qwen2_moe"), tmp_path / "out", data=data, **asked, seed=5, resume=True)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
+def test_analyze_goes_on_after_any_layer(tiny_checkpoint, tmp_path, data, model_type):
+    """The page has the same numbers, of layers that an earlier process looked at too."""
+    folder, out = tiny_checkpoint(model_type), tmp_path / "page.html"
+    whole = analyze(folder, data=data)
+
+    def same():
+        assert out.is_file() and not (tmp_path / "page.html.partial").exists()
+        out.unlink()
+
+    def run(**how):
+        found = analyze(folder, out=out, data=data, **how)
+        timed = ("seconds", "peak_rss_bytes")
+        assert all(json.dumps(found[name]) == json.dumps(whole[name]) for name in whole if name not in timed)
+
+    assert stopped_everywhere(run, out, same, every=2) == ["analyzing layers"]
+    with pytest.raises(CoterieError, match="without --output nothing was kept"):
+        analyze(folder, data=data, resume=True)

@@ -42,8 +42,8 @@ def decided(original: Model, source: Model, target: str | None, options: Condens
         from coterie.decide.condenser import Condenser  # imports torch
 
         with request.deciding(source.checkpoint) as run:
-            run.start()
-            found = Condenser(source, options, keep, by_domain, run, request.on_progress).decision(target)
+            told = run.start(request.on_progress)
+            found = Condenser(source, options, keep, by_domain, run, told).decision(target)
     converted = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}} if target else {}
     notes = [*notes, *said, *unused(options), *found.notes]
     return replace(found, notes=tuple(notes), findings=found.findings | converted)

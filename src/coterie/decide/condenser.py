@@ -44,7 +44,7 @@ class Condenser:
         on_progress: Progress,
     ) -> None:
         """keep: experts of each layer. run: where what is found is kept, to go on from."""
-        self.options, self.by_domain, self.run, self.on_progress = options, by_domain, run, run.told(on_progress)
+        self.options, self.by_domain, self.run, self.on_progress = options, by_domain, run, on_progress
         self.spill = existing(run.out.parent)  # for activations that are too large for memory
         self.blocks = Blocks(model, compute_dtype(model, options.dtype))
         self.indices = sorted(options.layer_ids or self.blocks.by_index)

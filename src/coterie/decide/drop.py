@@ -122,8 +122,7 @@ def ranked(model: Model, options: Dropping, candidates: list[int], target: str |
     work = Work(sum(map(len, samples)), blocks.num_layers)
     batches = blocks.stream.embed(samples, spill=existing(request.out.parent))
     with request.deciding(model.checkpoint) as run:
-        run.start()
-        layerwise, told = Layerwise(run, samples), run.told(request.on_progress)
+        layerwise, told = Layerwise(run, samples), run.start(request.on_progress)
         found = similarities(blocks, batches, options.unit, candidates, work, layerwise, told)
     order = sorted(found, key=lambda i: (-round(found[i], DIGITS), i))
     plan = make_plan(model, options, order, target)

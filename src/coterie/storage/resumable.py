@@ -91,9 +91,21 @@ class Resumable:
             "repeat the first command, or start anew with --overwrite"
         )
 
-    def start(self, **numbers: object) -> None:
+    def begun(self, **numbers: object) -> None:
         """Notes that this process begins, or goes on; and what `storage/journal.py` names beside."""
         self._journal.add({"began": time.time(), "pid": os.getpid(), **numbers})
+
+    def start(self, on_progress: Progress) -> Progress:
+        """Notes that this process begins; returns what tells, and about once a second notes, how far the work is."""
+        self.begun()
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if time.monotonic() - self._beat > HEARTBEAT:
+                self._beat = time.monotonic()
+                self._journal.add({"at": time.time(), "stage": stage, "done": done, "total": total}, sync=False)
+            on_progress(stage, done, total)
+
+        return tell
 
     def unit(self, entry: dict[str, Any], of: int | None = None) -> None:
         """Journals a finished unit of work (a layer; `of` so many), whose results are on the disk."""
@@ -108,17 +120,6 @@ class Resumable:
             known = {"step": name, "found": make()}
             self.unit(known)
         return known["found"]
-
-    def told(self, on_progress: Progress) -> Progress:
-        """Tells, and about once a second also notes for `status`, how far the work is."""
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if time.monotonic() - self._beat > HEARTBEAT:
-                self._beat = time.monotonic()
-                self._journal.add({"at": time.time(), "stage": stage, "done": done, "total": total}, sync=False)
-            on_progress(stage, done, total)
-
-        return tell
 
     def finish_file(self, write: Callable[[Path], Any]) -> None:
         """Has `write` make a file, which takes the name OUT when it is complete; then the folder goes."""
