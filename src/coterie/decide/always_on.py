@@ -173,6 +173,15 @@ class Routing:
     counts: np.ndarray
     shared: float = 1.0
 
+    def noted(self) -> list[Any]:
+        """As the journal has it."""
+        return [self.sums.tolist(), self.counts.tolist(), self.shared]
+
+    @classmethod
+    def of(cls, noted: list[Any]) -> Routing:
+        sums, counts, shared = noted
+        return cls(np.array(sums), np.array(counts), shared)
+
     @property
     def gates(self) -> np.ndarray:
         """(E,) the published gates; NaN for experts that no token chose."""

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +24,7 @@ from coterie.edits.folding import shared_names
 from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
 from coterie.forward.activations import Batch
+from coterie.forward.layerwise import Layerwise
 from coterie.forward.stream import advance
 from coterie.methods.condense import official
 from coterie.storage.record import Progress
@@ -30,7 +32,7 @@ from coterie.storage.record import Progress
 ROWS = 4096  # tokens whose divergence is computed at once
 CACHE = 2**31  # bytes of experts' outputs kept between the rounds of the published search
 
-Result = TypeVar("Result")
+Found = TypeVar("Found", "Fit", Routing)
 
 
 class Fit(NamedTuple):
@@ -38,6 +40,15 @@ class Fit(NamedTuple):
 
     condensed: Condensed
     error: float
+
+    def noted(self) -> list[Any]:
+        """As the journal has it."""
+        return [*map(list, (self.condensed.experts, self.condensed.gates)), self.condensed.shared_gate, self.error]
+
+    @classmethod
+    def of(cls, noted: list[Any]) -> Fit:
+        experts, gates, shared, error = noted
+        return cls(Condensed(tuple(experts), tuple(gates), shared), error)
 
 
 Fits = dict[int, Fit]
@@ -51,6 +62,7 @@ class Chooser:
     method: ModuleType
     keep: int
     work: Work
+    passes: Callable[[str], Layerwise]  # by their names
     on_progress: Progress
 
     def by_moments(self, batches: list[Batch], indices: list[int], *, in_order: bool) -> Fits:
@@ -70,7 +82,7 @@ class Chooser:
                 self.blocks.run(go, index, batches, condensed, self.work)
             return Fit(condensed, found.error([*chosen, *range(num_experts, num_experts + num_shared)], gates))
 
-        return self._each("fitting layers" if in_order else "measuring layers", batches, indices, fit)
+        return self._each("fitting layers" if in_order else "measuring layers", batches, indices, fit, Fit)
 
     def by_routing(self, batches: list[Batch], indices: list[int]) -> Fits:
         """Experts by the router's weights in the model as it is, under the published gates."""
@@ -79,11 +91,15 @@ class Chooser:
             found, x, y = observe(self.blocks, go, index, batches)
             return self._fit(index, self.method.choose(found.sums, self.keep), found, x, y)
 
-        return self._each("measuring gates", batches, indices, fit)
+        return self._each("measuring gates", batches, indices, fit, Fit)
 
     def gates(self, batches: list[Batch], indices: list[int]) -> dict[int, Routing]:
         """The routing weights of those layers in the model as it is."""
-        return self._each("measuring gates", batches, indices, lambda go, i: observe(self.blocks, go, i, batches)[0])
+
+        def seen(go: Any, index: int) -> Routing:
+            return observe(self.blocks, go, index, batches)[0]
+
+        return self._each("measuring gates", batches, indices, seen, Routing)
 
     def by_divergence(self, batches: list[Batch], gates: dict[int, Routing]) -> Fits:
         """The published search: experts whose layer alone, condensed, leaves hidden states that diverge least."""
@@ -103,21 +119,30 @@ class Chooser:
             chosen = self.method.choose(official.candidates(found.gates), self.keep, divergences)
             return self._fit(index, chosen, found, around.x, around.y)
 
-        return self._each("searching experts", batches, list(gates), fit)
+        return self._each("searching experts", batches, list(gates), fit, Fit)
 
     def _each(
-        self, stage: str, batches: list[Batch], indices: list[int], run: Callable[[Any, int], Result]
-    ) -> dict[int, Result]:
+        self, stage: str, batches: list[Batch], indices: list[int], run: Callable[[Any, int], Found], kind: type[Found]
+    ) -> dict[int, Found]:
         """One pass: what `run(go, index)`, which runs a loaded layer, says of each of those; others run as they are."""
-        found, last = {}, max(indices)
-        for index in range(last + 1):
-            with self.blocks.stream.loaded(index) as go:
-                if index in indices:
-                    self.work.add(batches)
-                    found[index] = run(go, index)
-                else:
-                    self.blocks.run(go, index, batches, None, self.work)
-            self.on_progress(stage, index + 1, last + 1)
+        layerwise, num_layers = self.passes(stage), max(indices) + 1
+        found = {note["layer"]: kind.of(note["found"]) for note in layerwise.notes if note["found"]}
+        self.work.token_layers = layerwise.done["work"] if layerwise.done else self.work.token_layers
+
+        def layers() -> Iterator[int]:
+            for index in range(layerwise.first(batches, num_layers), num_layers):
+                with self.blocks.stream.loaded(index) as go:
+                    if index in indices:
+                        self.work.add(batches)
+                        found[index] = run(go, index)
+                    else:
+                        self.blocks.run(go, index, batches, None, self.work)
+                yield index
+
+        def state(index: int) -> dict[str, object]:
+            return {"found": found[index].noted() if index in found else None, "work": self.work.token_layers}
+
+        layerwise.run(batches, layers(), num_layers, state, partial(self.on_progress, stage))
         return found
 
     def _fit(self, index: int, chosen: list[int], found: Routing, x: torch.Tensor, y: torch.Tensor) -> Fit:

@@ -25,6 +25,8 @@ def decided(original: Model, source: Model, target: str | None, options: Condens
     Raises: CoterieError where model, options and data do not fit.
     """
     keep, notes = check_model(source, options)
+    if request.is_complete:
+        return request.recorded()
     idle = request.writing.dry_run or options.layers == 0
     calibration, usual = options.calibration, getattr(methods.load(options.select), "SAMPLES", SAMPLES)
     calibration = replace(calibration, samples=usual) if calibration.samples is None else calibration
@@ -39,7 +41,9 @@ def decided(original: Model, source: Model, target: str | None, options: Condens
     else:
         from coterie.decide.condenser import Condenser  # imports torch
 
-        found = Condenser(source, options, keep, by_domain, request).decision(target)
+        with request.deciding(source.checkpoint) as run:
+            told = run.start(request.on_progress)
+            found = Condenser(source, options, keep, by_domain, run, told).decision(target)
     converted = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}} if target else {}
     notes = [*notes, *said, *unused(options), *found.notes]
     return replace(found, notes=tuple(notes), findings=found.findings | converted)

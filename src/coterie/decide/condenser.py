@@ -8,19 +8,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from coterie.decide.always_on import Blocks, Work
 from coterie.decide.choosing import Chooser, Fits
 from coterie.decide.condensing import Condensing
 from coterie.decide.sweep import BESIDE, Sweep, hidden_divergence, logit_divergence
-from coterie.edits.execution import Request
 from coterie.edits.plan import Decision, Plan
 from coterie.forward.activations import Batch
+from coterie.forward.layerwise import Layerwise
 from coterie.forward.samples import compute_dtype
 from coterie.methods import condense as methods
 from coterie.methods import layer_search
 from coterie.model.layer import Model
 from coterie.storage.folders import existing
+from coterie.storage.record import Progress
+from coterie.storage.resumable import Resumable
 
 Samples = list[tuple[int, ...]]
 
@@ -32,11 +35,17 @@ class Condenser:
     """One run's search for experts, gates and layers of one model, and what it costs."""
 
     def __init__(
-        self, model: Model, options: Condensing, keep: int, by_domain: dict[str, Samples], request: Request
+        self,
+        model: Model,
+        options: Condensing,
+        keep: int,
+        by_domain: dict[str, Samples],
+        run: Resumable,
+        on_progress: Progress,
     ) -> None:
-        """keep: experts of each layer."""
-        self.options, self.by_domain, self.on_progress = options, by_domain, request.on_progress
-        self.spill = existing(request.out.parent)  # for activations that are too large for memory
+        """keep: experts of each layer. run: where what is found is kept, to go on from."""
+        self.options, self.by_domain, self.run, self.on_progress = options, by_domain, run, on_progress
+        self.spill = existing(run.out.parent)  # for activations that are too large for memory
         self.blocks = Blocks(model, compute_dtype(model, options.dtype))
         self.indices = sorted(options.layer_ids or self.blocks.by_index)
         samples = [s for given in by_domain.values() for s in given]
@@ -45,7 +54,8 @@ class Condenser:
         self.notes: list[str] = []
         method = methods.load(options.select)
         self.needs: str = method.NEEDS
-        self.chooser = Chooser(self.blocks, method, keep, self.work["experts"], self.on_progress)
+        passes = partial(Layerwise, run, samples)
+        self.chooser = Chooser(self.blocks, method, keep, self.work["experts"], passes, self.on_progress)
         self.fitting, self.judging = self._split(samples)
 
     def _split(self, samples: Samples) -> tuple[Samples, Samples]:
@@ -85,7 +95,7 @@ class Condenser:
             "calibration": {"samples": {name: len(given) for name, given in self.by_domain.items()}},
         }
         plan = Plan({}, condensed={str(i): fits[i].condensed for i in sorted(order)}, converted=target)
-        return Decision(plan, tuple(self.notes), findings)
+        return Decision(plan, tuple(self.notes), findings, begun=True)
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
@@ -119,6 +129,6 @@ class Condenser:
         metric = (hidden_divergence if self.needs == "divergences" else logit_divergence)(self.blocks)
         condensed = {index: fit.condensed for index, fit in fits.items()}
         embedded = self._embed(self.judging, len(self.indices) + BESIDE)
-        sweep = Sweep(self.blocks, embedded, condensed, metric, self.work["layers"], self.on_progress)
+        sweep = Sweep(self.blocks, embedded, condensed, metric, self.work["layers"], self.run, self.on_progress)
         kind = self.options.layer_search or "greedy"
         return layer_search.search(kind, self.indices, self.options.layers, sweep.score)

@@ -7,7 +7,9 @@ Source: He et al., Demystifying the Compression of Mixture-of-Experts, arXiv 240
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from coterie.edits.execution import Request
@@ -16,6 +18,7 @@ from coterie.edits.kinds.condense import check_writable
 from coterie.edits.kinds.drop import check as check_dropped
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError, check_choice
+from coterie.forward.layerwise import Layerwise
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
 from coterie.model.family import num_layers, unable
 from coterie.model.layer import Model
@@ -97,6 +100,8 @@ def decided(original: Model, source: Model, target: str | None, options: Droppin
     source: the original as the model type `target`, where it is converted to another.
     Raises: CoterieError where model, options and data do not fit.
     """
+    if request.is_complete:
+        return request.recorded()
     candidates = check_model(source, options)
     converted = {"converted": {"from": original.checkpoint.config["model_type"], "to": target}} if target else {}
     if request.writing.dry_run:
@@ -115,7 +120,9 @@ def ranked(model: Model, options: Dropping, candidates: list[int], target: str |
     began, blocks = time.monotonic(), Blocks(model, compute_dtype(model, options.dtype))
     work = Work(sum(map(len, samples)), blocks.num_layers)
     batches = blocks.stream.embed(samples, spill=existing(request.out.parent))
-    found = similarities(blocks, batches, options.unit, candidates, work, request.on_progress)
+    with request.deciding(model.checkpoint) as run:
+        layerwise, told = Layerwise(run, samples), run.start(request.on_progress)
+        found = similarities(blocks, batches, options.unit, candidates, work, layerwise, told)
     order = sorted(found, key=lambda i: (-round(found[i], DIGITS), i))
     plan = make_plan(model, options, order, target)
     findings = {
@@ -125,11 +132,17 @@ def ranked(model: Model, options: Dropping, candidates: list[int], target: str |
         "search_seconds": {"experts": 0.0, "layers": round(time.monotonic() - began, 3)},
         "calibration": {"samples": {name: len(given) for name, given in by_domain.items()}},
     }
-    return Decision(plan, tuple(notes), findings)
+    return Decision(plan, tuple(notes), findings, begun=True)
 
 
 def similarities(
-    blocks: Blocks, batches: list[Batch], unit: str, candidates: list[int], work: Work, on_progress: Progress
+    blocks: Blocks,
+    batches: list[Batch],
+    unit: str,
+    candidates: list[int],
+    work: Work,
+    layerwise: Layerwise,
+    on_progress: Progress,
 ) -> dict[int, float]:
     """Layer -> mean over tokens of the cosine, in float64, of what comes before and after it."""
     from torch.nn.functional import cosine_similarity
@@ -137,7 +150,9 @@ def similarities(
     from coterie.decide.choosing import surroundings
     from coterie.forward.stream import advance
 
-    found = dict.fromkeys(candidates, 0.0)
+    known = {note["layer"]: note["found"] for note in layerwise.notes}
+    found, index = {candidate: known.get(candidate, 0.0) for candidate in candidates}, 0
+    work.token_layers = layerwise.done["work"] if layerwise.done else 0
     num_tokens = sum(batch.num_tokens for batch in batches)
 
     def compare(before: torch.Tensor, after: torch.Tensor) -> None:
@@ -147,15 +162,22 @@ def similarities(
         compare(batch.loaded(), output)
         advance(batch, output)
 
-    for index in range(blocks.num_layers):
-        with blocks.stream.loaded(index) as go:
-            if unit == "layer" and index in candidates:
-                work.add(batches)
-                surroundings(blocks, go, index, batches, lambda around: compare(around.before, around.after))
-            elif unit == "block":
-                work.add(batches)
-                go(batches, blocks.walk, around_layer)
-            else:
-                blocks.run(go, index, batches, None, work)
-        on_progress("comparing layers", index + 1, blocks.num_layers)
+    def layers() -> Iterator[int]:
+        nonlocal index
+        for index in range(layerwise.first(batches, blocks.num_layers), blocks.num_layers):
+            with blocks.stream.loaded(index) as go:
+                if unit == "layer" and index in candidates:
+                    work.add(batches)
+                    surroundings(blocks, go, index, batches, lambda around: compare(around.before, around.after))
+                elif unit == "block":
+                    work.add(batches)
+                    go(batches, blocks.walk, around_layer)
+                else:
+                    blocks.run(go, index, batches, None, work)
+            yield index
+
+    def state(index: int) -> dict[str, object]:
+        return {"found": found.get(index), "work": work.token_layers}
+
+    layerwise.run(batches, layers(), blocks.num_layers, state, partial(on_progress, "comparing layers"))
     return found

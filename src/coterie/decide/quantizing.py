@@ -125,6 +125,6 @@ def _fill(bits: int, scheme: Scheme, request: Request, calibration: Calibrated, 
         quantizer.absorb(run.done)
     layers = stream.run(batches, quantizer.walk, run.first(batches, len(stream.layers)))
     progress = partial(request.on_progress, "quantising layers")
-    run.run(batches, layers, len(stream.layers), quantizer.state, progress)
+    run.run(batches, layers, len(stream.layers), lambda _: quantizer.state(), progress)
     report = {**quantizer.state(), "calibration": counted(calibration.by_domain)}
     return Filled({}, {}, report, calibration.notes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from coterie.decide.choosing import divergence, text_weights
 from coterie.edits.plan import Condensed
 from coterie.forward.activations import Batch
 from coterie.storage.record import Progress
+from coterie.storage.resumable import Resumable
 
 BESIDE = 4  # sets of hidden states, beside one of each candidate: embedded, before the first, base and original
 ROWS = 256  # tokens whose logits are compared at once, in float64
@@ -33,21 +35,41 @@ class Sweep:
     condensed: dict[int, Condensed]
     metric: Metric
     work: Work
+    run: Resumable
     on_progress: Progress
 
     def __post_init__(self) -> None:
-        # Batches at a layer's entrance, and which layers before it are condensed in them.
-        self._prefix: tuple[int, frozenset[int], list[Batch]] = (0, frozenset(), self.embedded)
+        # Batches at a layer's entrance, and which layers before it are condensed in them; None: known to an earlier
+        # process.
+        self._prefix: tuple[int, frozenset[int], list[Batch] | None] = (0, frozenset(), self.embedded)
         self.original = self._advanced(copies(self.embedded), 0, self.blocks.num_layers, ())
 
     def score(self, chosen: tuple[int, ...], left: list[int]) -> list[float]:
         """How far the model is from the original with each candidate condensed on top of those chosen."""
-        first, total = min(left), self.blocks.num_layers
+        before = frozenset(c for c in chosen if c < min(left))
+        made: list[list[Batch]] = []
+
+        def make() -> list[Any]:
+            made.append(self._reached(chosen, min(left)))
+            return [self._scores(made[0], chosen, left), self.work.token_layers]
+
+        scores, self.work.token_layers = self.run.step(f"with {chosen} condensed", make)
+        self._prefix = (min(left), before, made[0] if made else None)
+        return list(scores)
+
+    def _reached(self, chosen: tuple[int, ...], first: int) -> list[Batch]:
+        """The batches at the entrance of layer `first`."""
         known, condensed, batches = self._prefix
         if known > first or condensed != frozenset(c for c in chosen if c < known):
             known, batches = 0, self.embedded
-        batches = self._advanced(copies(batches), known, first, chosen)
-        self._prefix = (first, frozenset(c for c in chosen if c < first), batches)
+        if batches is None:
+            counted = self.work.token_layers
+            batches = self._advanced(copies(self.embedded), 0, known, chosen)
+            self.work.token_layers = counted
+        return self._advanced(copies(batches), known, first, chosen)
+
+    def _scores(self, batches: list[Batch], chosen: tuple[int, ...], left: list[int]) -> list[float]:
+        first, total = min(left), self.blocks.num_layers
         base = copies(batches)
         running: dict[int, list[Batch]] = {}
         for index in range(first, total):

@@ -246,7 +246,7 @@ class ZeroingRun:
         stream, also = calibration.stream, workers.others.also
         walk = self._spread(writer, workers).walk if engine.spread and not also else None
         layers = workers.layers(stream, batches, run.first(batches, len(stream.layers)), walk)
-        run.run(batches, layers, len(stream.layers), workers.state, partial(on_progress, "pruning layers"))
+        run.run(batches, layers, len(stream.layers), lambda _: workers.state(), partial(on_progress, "pruning layers"))
         notes = [*calibration.notes, *([ALSO_HERE] if engine.spread and also else [])]
         return self._filled(workers, {"calibration": counted(calibration.by_domain)}, notes)
 

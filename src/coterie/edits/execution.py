@@ -40,7 +40,18 @@ from coterie.storage.folders import check_out, left_over, partial_of, tidy
 from coterie.storage.in_place import UsedUp, check_in_place, consume, went_on
 from coterie.storage.movers import mover
 from coterie.storage.planned import root
-from coterie.storage.record import Progress, Report, Stopwatch, model_card, no_progress, to_json, versions
+from coterie.storage.record import (
+    Progress,
+    Report,
+    Stopwatch,
+    model_card,
+    no_progress,
+    object_at,
+    record_of,
+    to_json,
+    versions,
+)  # fmt: skip
+from coterie.storage.resumable import Resumable
 from coterie.storage.shards import Output, num_copied
 from coterie.storage.writer import Writer
 
@@ -97,6 +108,15 @@ class Request:
     def is_complete(self) -> bool:
         """Whether a resume finds nothing left to do."""
         return self.writing.resume and self.out.exists() and not partial_of(self.out).exists()
+
+    def deciding(self, source: Checkpoint) -> Resumable:
+        """OUT.partial, for what a decision that takes long finds on its way; `execute` goes on in it."""
+        asked = {"command": self.command, "options": self.options, "source": source.hash}
+        return Resumable(self.out, asked, resume=self.writing.resume, replace=self.writing.overwrite)
+
+    def recorded(self) -> Decision:
+        """What a complete OUT was made by."""
+        return Decision(read_plan(object_at(record_of(self.out), "plan")))
 
     def gone_on(self) -> Report | None:
         """What an interrupted run in place left to do, completed; None where there is no such run.
@@ -164,6 +184,8 @@ def execute(model: Model, decision: Decision, request: Request, *, prepare: Prep
     prepare: given the model as planned, checks everything and returns what changes its weights once they are written.
     Raises: CoterieError, before anything is written, where plan, model and OUT do not fit.
     """
+    if decision.begun:
+        request = replace(request, writing=replace(request.writing, resume=True, overwrite=False))
     request.check(model.checkpoint)
     execution = _checked(model, decision, request, prepare)
     if decision.announced:
@@ -174,7 +196,7 @@ def execute(model: Model, decision: Decision, request: Request, *, prepare: Prep
         return execution.report
     if request.is_complete:
         return finished(request.out, execution.report)
-    return _written(execution, request)
+    return _written(execution, request, ("command", "options", *(() if decision.begun else ("plan",))))
 
 
 def _checked(model: Model, decision: Decision, request: Request, prepare: Prepare | None) -> Execution:
@@ -216,15 +238,15 @@ def _consumed(execution: Execution, request: Request) -> Report:
     )  # fmt: skip
 
 
-def _written(execution: Execution, request: Request) -> Report:
-    """Writes OUT: tensors, then what changes them, then the record."""
+def _written(execution: Execution, request: Request, asked: tuple[str, ...]) -> Report:
+    """Writes OUT: tensors, then what changes them, then the record. asked: what of it a resume must repeat."""
     report, outputs, engine, writing = execution.report, execution.outputs, request.engine, request.writing
     checkpoint = execution.model.checkpoint
     if execution.fill:
         outputs = with_holes(outputs, execution.view)
     # Of a repackaged model, what is stored in parts is the original's. Damage is found before anything is written.
     check_coded(opened(root(checkpoint)), request.on_progress, _needed(execution.model, execution.plan))
-    identity = {k: getattr(report, k) for k in ("command", "options", "plan")} | {"source": checkpoint.hash}
+    identity = {name: getattr(report, name) for name in asked} | {"source": checkpoint.hash}
     with (
         engine.connected(),
         Writer(request.out, identity, resume=writing.resume, io=request.io, replace=writing.overwrite) as writer,

@@ -136,13 +136,15 @@ class Decision:
     """A plan, and what is known of it besides.
 
     notes: what should be said aloud; findings: what was measured, for the report; announced: what must be known before
-    the work begins, if nothing is refused.
+    the work begins, if nothing is refused; begun: whether OUT.partial holds what it was found by, and the plan follows
+    from that.
     """
 
     plan: Plan
     notes: tuple[str, ...] = ()
     findings: dict[str, Any] = field(default_factory=dict)
     announced: str = ""
+    begun: bool = False
 
 
 # --- what a kind of entry is -------------------------------------------------------------------------------------

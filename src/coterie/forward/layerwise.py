@@ -64,7 +64,7 @@ class Layerwise:
 
         Raises: CoterieError where the earlier run was begun on other samples.
         """
-        self._run, self._name = run, name
+        self._run, self._name, self._stem = run, name, "-".join(["hidden", *name.split()])
         self._digest = hashlib.sha256(repr(samples).encode()).hexdigest()
         self.notes: list[Mapping[str, Any]] = [u for u in run.units if u.get("pass") == name] if run else []
         if run and self.notes and self.notes[-1]["samples"] != self._digest:
@@ -89,23 +89,23 @@ class Layerwise:
         batches: list[Batch],
         layers: Iterable[int],
         num_layers: int,
-        state: Callable[[], Mapping[str, object]],
+        state: Callable[[int], Mapping[str, object]],
         on_progress: Callable[[int, int], None],
     ) -> None:
         """Takes the layers' numbers as each is through, and notes it with its state.
 
-        state: what a resumed run has to know of the layers done.
+        state: what a resumed run has to know, once it has the layer behind it.
         """
         from coterie.forward.activations import save
 
         for index in layers:
             if self._run:
                 save(batches, self._hidden(index))
-                note = {"pass": self._name, "layer": index, "samples": self._digest, **state()}
+                note = {"pass": self._name, "layer": index, "samples": self._digest, **state(index)}
                 self._run.unit(note, num_layers)
                 self._hidden(index - 1).unlink(missing_ok=True)
             on_progress(index + 1, num_layers)
-        for path in self._run.partial.glob("hidden-*.safetensors") if self._run else ():
+        for path in self._run.partial.glob(f"{self._stem}-*.safetensors") if self._run else ():
             path.unlink()
 
     def kept(self, layer: int) -> Path:
@@ -115,4 +115,4 @@ class Layerwise:
 
     def _hidden(self, layer: int) -> Path:
         assert self._run
-        return self._run.partial / f"hidden-{layer}.safetensors"
+        return self._run.partial / f"{self._stem}-{layer}.safetensors"

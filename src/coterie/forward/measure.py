@@ -74,7 +74,7 @@ def measure(
 
     for index in range(first := layerwise.first(batches, len(stream.layers))):
         stats.take(Stats.load(layerwise.kept(index)))
-    layerwise.run(batches, layers(first), len(stream.layers), dict, partial(on_progress, "measuring layers"))
+    layerwise.run(batches, layers(first), len(stream.layers), lambda _: {}, partial(on_progress, "measuring layers"))
     return stats
 
 

@@ -16,6 +16,7 @@ from coterie.judge.similarity import compare_router, compare_weights
 from coterie.model.experts import Experts, expert_shapes, read_layer
 from coterie.model.layer import Model, MoE
 from coterie.storage.record import Progress
+from coterie.storage.resumable import Resumable
 
 
 def measure(
@@ -25,17 +26,18 @@ def measure(
     seed: int,
     on_progress: Progress,
     spill: Path | None,
+    run: Resumable | None = None,
 ) -> list[Found]:
     """The entries of all MoE layers, in order, as `analyze` describes them.
 
-    The forward comes first: what it refuses is known before weights are compared. spill: as in `Stream.embed`.
+    spill: as in `Stream.embed`. run: where entries are kept, to go on from.
     """
-    probed = list(probe(source, by_domain, dtype, seed=seed, on_progress=on_progress, spill=spill))
-    layers = []
-    for done, (block, entry) in enumerate(probed):
-        layers.append(_entry(source, block, entry, seed))
-        on_progress("comparing weights", done + 1, len(probed))
-    return layers
+
+    def finish(block: MoE, probed: Found) -> Found:
+        return _entry(source, block, probed, seed)
+
+    found = probe(source, by_domain, dtype, finish, seed=seed, run=run, on_progress=on_progress, spill=spill)
+    return [entry for _, entry in found]
 
 
 def _entry(source: Model, block: MoE, probed: Found, seed: int) -> Found:

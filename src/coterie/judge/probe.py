@@ -9,9 +9,12 @@ Source: A Closer Look into Mixture-of-Experts, arXiv 2406.18219. Importing this 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +22,21 @@ import torch
 
 from coterie.errors import CoterieError
 from coterie.forward.activations import Batch, Routed, dense_weights, samples_of
+from coterie.forward.layerwise import Layerwise
 from coterie.forward.measure import Routers
 from coterie.forward.stream import Stream
 from coterie.judge import locality
 from coterie.judge.locality import Tokens
-from coterie.judge.numbers import correlation, listed, number, pairs, ratio
+from coterie.judge.numbers import Found, correlation, listed, number, pairs, ratio
 from coterie.judge.rounding import BITS, GROUP, rounded_expert
 from coterie.methods.condense import least_squares
 from coterie.model import moe
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
+from coterie.storage.checkpoint import load_json
+from coterie.storage.files import write_whole
 from coterie.storage.record import Progress, no_progress
+from coterie.storage.resumable import Resumable
 
 PROBED = 512  # tokens at most
 MOST_OUTPUTS = 2**25  # numbers: the outputs of all experts on the probed tokens
@@ -56,17 +63,20 @@ def probe(
     model: Model,
     by_domain: dict[str, list[tuple[int, ...]]],
     dtype: torch.dtype,
+    finish: Callable[[MoE, Found], Found] = lambda _, found: found,
     *,
     seed: int = 0,
+    run: Resumable | None = None,
     on_progress: Progress = no_progress,
     **activations: Any,
-) -> Iterator[tuple[MoE, dict[str, object]]]:
+) -> list[tuple[MoE, Found]]:
     """(block, what its experts do) of every MoE layer in order, as `analyze` describes it.
 
+    finish: what becomes of it, which is kept in JSON where there is a `run`, to go on from.
     Raises: CoterieError for a model that cannot be streamed, and for outputs that are NaN or infinite.
     """
-    stream = Stream(model, dtype)
-    batches = stream.embed([sample for given in by_domain.values() for sample in given], **activations)
+    stream, samples = Stream(model, dtype), [sample for given in by_domain.values() for sample in given]
+    batches, layerwise = stream.embed(samples, **activations), Layerwise(run, samples)
     tokens = tokens_of(batches, by_domain)
     rows = probed_rows(model, len(tokens.sample))
     groups = torch.full((len(tokens.sample),), len(rows))  # every probed token is a group of its own
@@ -79,14 +89,23 @@ def probe(
         seen.append(found)
         return total
 
-    blocks = {block.key: block for block in model.main}
-    for index in stream.run(batches, walk):
-        if block := blocks.get(str(index)):
-            logits = routers.take(block).get("logits")
-            hidden = float(gathered(batches, rows).double().square().sum())
-            scores = None if logits is None else torch.from_numpy(logits[: len(rows)]).softmax(dim=1).float()
-            yield block, findings(seen.pop(), tokens, scores, hidden, seed)
-        on_progress("probing layers", index + 1, len(stream.layers))
+    blocks, num_layers = {int(block.key): block for block in model.main}, len(stream.layers)
+
+    def layers(first: int) -> Iterator[int]:
+        for index in stream.run(batches, walk, first):
+            if block := blocks.get(index):
+                logits = routers.take(block).get("logits")
+                hidden = float(gathered(batches, rows).double().square().sum())
+                scores = None if logits is None else torch.from_numpy(logits[: len(rows)]).softmax(dim=1).float()
+                found[index] = finish(block, findings(seen.pop(), tokens, scores, hidden, seed))
+                if run:
+                    write_whole(layerwise.kept(index), partial(Path.write_text, data=json.dumps(found[index])))
+            yield index
+
+    first = layerwise.first(batches, num_layers)
+    found: dict[int, Found] = {i: load_json(layerwise.kept(i)) for i in range(first) if i in blocks}
+    layerwise.run(batches, layers(first), num_layers, lambda _: {}, partial(on_progress, "analyzing layers"))
+    return [(blocks[index], entry) for index, entry in found.items()]
 
 
 def tokens_of(batches: list[Batch], by_domain: dict[str, list[tuple[int, ...]]]) -> Tokens:

@@ -91,18 +91,13 @@ class Resumable:
             "repeat the first command, or start anew with --overwrite"
         )
 
-    def start(self, **numbers: object) -> None:
+    def begun(self, **numbers: object) -> None:
         """Notes that this process begins, or goes on; and what `storage/journal.py` names beside."""
         self._journal.add({"began": time.time(), "pid": os.getpid(), **numbers})
 
-    def unit(self, entry: dict[str, Any], of: int | None = None) -> None:
-        """Journals a finished unit of work (a layer; `of` so many), whose results are on the disk."""
-        self._journal.add({"unit": entry, "of": of, "at": time.time()})
-        self.units.append(entry)
-        self._journal.say(f"finished {len(self.units)}" + (f" of {of} layers" if of else ""))
-
-    def told(self, on_progress: Progress) -> Progress:
-        """Tells, and about once a second also notes for `status`, how far the work is."""
+    def start(self, on_progress: Progress) -> Progress:
+        """Notes that this process begins; returns what tells, and about once a second notes, how far the work is."""
+        self.begun()
 
         def tell(stage: str, done: int, total: int) -> None:
             if time.monotonic() - self._beat > HEARTBEAT:
@@ -111,6 +106,20 @@ class Resumable:
             on_progress(stage, done, total)
 
         return tell
+
+    def unit(self, entry: dict[str, Any], of: int | None = None) -> None:
+        """Journals a finished unit of work (a layer; `of` so many), whose results are on the disk."""
+        self._journal.add({"unit": entry, "of": of, "at": time.time()})
+        self.units.append(entry)
+        self._journal.say(f"finished {len(self.units)}" + (f" of {of} layers" if of else ""))
+
+    def step(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, something of JSON; of a step that an earlier process finished, what it gave there."""
+        known = next((unit for unit in self.units if unit.get("step") == name), None)
+        if known is None:
+            known = {"step": name, "found": make()}
+            self.unit(known)
+        return known["found"]
 
     def finish_file(self, write: Callable[[Path], Any]) -> None:
         """Has `write` make a file, which takes the name OUT when it is complete; then the folder goes."""

@@ -99,7 +99,7 @@ class Writer(Resumable):
         self._copied = self._kept = sum(copied[shard] for shard in copied.keys() & self._done.keys())
         self._check_space(source, outputs, size - self._there(outputs) if room is None else room)
         later, written = size - self._total, self._kept
-        self.start(files=len(outputs), bytes=self._total, later=later, written=written, source=self._stamps)
+        self.begun(files=len(outputs), bytes=self._total, later=later, written=written, source=self._stamps)
         verb = f"went on with {len(self._done)} files kept" if self._resumed else "began"
         self._journal.say(
             f"{verb}: coterie {self._identity.get('command', '')}, process {os.getpid()}, "

@@ -6,16 +6,19 @@ Example: coterie analyze MODEL --data prose=prose.txt -o analysis.html
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, read_samples
 from coterie.model.layer import Model
 from coterie.model.layered import check_single
-from coterie.options import Help, ModelPath, public
+from coterie.options import Help, ModelPath, Resume, public
 from coterie.pages.terminal import Asked, paragraphs
-from coterie.storage.files import check_new_file, write_whole
+from coterie.storage.folders import check_file
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
+from coterie.storage.resumable import Resumable
 
 
 # `judge/analysis.py` measures; sentences are made of its numbers (`judge/advice.py`), and a page (`pages/analysis.py`).
@@ -29,12 +32,14 @@ def analyze(
     ] = None,
     calibration: Calibration,
     dtype: Dtype = "auto",
+    resume: Resume = False,
     overwrite: Annotated[bool, Help("Replace FILE.html.")] = False,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measures the experts of every MoE layer; with `out`, also writes a page of HTML that needs nothing else.
 
     data, samples, seq_len, seed, dtype: as in `collect`; the seed also draws random experts.
+    resume: with `out`, what is finished is kept in FILE.html.partial, layer by layer, from which the same call goes on.
     Returns `{"model", "options", "domains", "layers", "advice", "notes", "versions", "seconds", "peak_rss_bytes"}`.
     "advice" is a list of {"about", "text", "numbers"}. "layers" is a list, in order; None stands for what could not be
     measured. E experts, K chosen per token; each entry holds
@@ -65,34 +70,38 @@ def analyze(
     - "locality": "repeat" of a token's experts by the next token, by "chance" and "uniform"; "cache" hit rates.
     - "coactivation": tokens that chose both, (E, E); "coactive": the pairs chosen together most, with lift.
 
-    Raises: CoterieError, before anything is written.
+    Raises: CoterieError; then nothing is left, unless a resume can help.
     """
-    clock = Stopwatch()
-    if out is not None:
-        check_new_file(Path(out), overwrite)
+    clock, page = Stopwatch(), None if out is None else Path(out)
+    if page is not None:
+        check_file(page, resume=resume, overwrite=overwrite)
+    elif resume:
+        raise CoterieError("--resume: without --output nothing was kept to go on from; name the same page")
     source = Model.open(model)
     check_single(source)
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, calibration)
-    spill = None if out is None else Path(out).parent
     from coterie.judge.advice import advise
     from coterie.judge.analysis import limits, measure
+    from coterie.pages.analysis import shown
 
-    layers = measure(source, by_domain, chosen, calibration.seed, on_progress, spill)
-    result = {
-        "model": {"path": str(model), "hash": source.checkpoint.hash, "family": source.family.name},
-        "options": calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")},
-        "domains": counted(by_domain),
-        "layers": layers,
-        "advice": [vars(advice) for advice in advise(layers)],
-        "notes": [*notes, *limits(source, layers)],
-        "versions": versions(),
-        **clock.read(),
-    }
-    if out is not None:
-        from coterie.pages.analysis import shown
-
-        write_whole(Path(out), lambda partial: partial.write_text(shown(result), encoding="utf-8"))
+    options = calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")}
+    asked = {"command": "analyze", "options": options | {"data": calibration.named}, "source": source.checkpoint.hash}
+    with Resumable(page, asked, resume=resume, replace=overwrite) if page else nullcontext() as run:
+        told = run.start(on_progress) if run else on_progress
+        layers = measure(source, by_domain, chosen, calibration.seed, told, page.parent if page else None, run)
+        result = {
+            "model": {"path": str(model), "hash": source.checkpoint.hash, "family": source.family.name},
+            "options": options,
+            "domains": counted(by_domain),
+            "layers": layers,
+            "advice": [vars(advice) for advice in advise(layers)],
+            "notes": [*notes, *limits(source, layers)],
+            "versions": versions(),
+            **clock.read(),
+        }
+        if run:
+            run.finish_file(lambda file: file.write_text(shown(result), encoding="utf-8"))
     return result
 
 

@@ -50,8 +50,7 @@ def collect(
     options = calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")} | ({"merging": True} if merging else {})
     asked = {"command": "collect", "options": options | {"data": calibration.named}, "source": source.checkpoint.hash}
     with Resumable(out, asked, resume=resume, replace=overwrite) as run:
-        run.start()
-        told, extra = run.told(on_progress), MERGING if merging else ()
+        told, extra = run.start(on_progress), MERGING if merging else ()
         result = measure(source, by_domain, chosen, told, extra=extra, run=run, spill=out.parent)
         run.finish_file(result.save)
     return {
