@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
-from coterie.codecs import Codec, Coded, Place, codecs
+from coterie.codecs import Codec, Coded, Place, codecs, pack_quantized
 from coterie.storage.checkpoint import BITS, Checkpoint
 from coterie.storage.planned import Planned, Shards, resolved, view
 from coterie.storage.shards import Made, Output, whole
@@ -40,8 +40,28 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
     for name in (n.removesuffix(first) for n in checkpoint.tensors if n.endswith(first)):
         if found := codec.read(checkpoint, Place(name)):
             coded[name] = found
+    return _stood_for(checkpoint, coded)
+
+
+def _stood_for(checkpoint: Checkpoint, coded: Mapping[str, Coded]) -> Checkpoint:
+    """The dense checkpoint that one with these matrices stands for."""
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return view(checkpoint, decoded(checkpoint, coded), config, coded=coded)
+
+
+def opened_packed(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The dense checkpoint that this one stands for, all of whose coded matrices can be multiplied as they are stored:
+    `coded` has them. None where some cannot, or nothing is coded."""
+    if codec_of(checkpoint):
+        return opened(checkpoint)
+    settings, last = checkpoint.config.get("quantization_config"), pack_quantized.PARTS[0]
+    coded = {
+        stem: found
+        for stem in (name.removesuffix(last) for name in checkpoint.tensors if name.endswith(last))
+        if (found := pack_quantized.read(checkpoint, Place(stem, settings=settings)))
+    }
+    packed = [stem for stem, found in coded.items() if found.packed]
+    return _stood_for(checkpoint, coded) if packed and len(packed) == len(coded) else None
 
 
 def decoded(checkpoint: Checkpoint, coded: Mapping[str, Coded]) -> Shards:

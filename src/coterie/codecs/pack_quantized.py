@@ -12,11 +12,23 @@ The value is (w - z) * scale. How many bits a number has stands in config.json, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from coterie.codecs import Codec, Coded, Place, check_scales, found_parts, in_groups, in_parts, refusal
+from coterie.codecs import (
+    MULTIPLIED,
+    Codec,
+    Coded,
+    Codes,
+    Place,
+    check_scales,
+    found_parts,
+    in_groups,
+    in_parts,
+    refusal,
+)
 from coterie.storage.checkpoint import FLOATS, Checkpoint, Tensor
 from coterie.storage.numerics import unpacked
 
@@ -30,7 +42,8 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
         return None
     shape = _shape(checkpoint, place, parts)
     rows, check = partial(_rows, checkpoint, place, parts, shape), partial(_check, place, parts, shape)
-    return in_parts(place, shape, parts.values(), rows, check)
+    found = in_parts(place, shape, parts.values(), rows, check)
+    return replace(found, packed=partial(_codes, checkpoint, place, parts, shape)) if _plain(parts, shape) else found
 
 
 def _shape(checkpoint: Checkpoint, place: Place, parts: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -93,6 +106,26 @@ def _rows(checkpoint: Checkpoint, place: Place, parts: Mapping[str, Tensor], sha
     zeros = unpacked(checkpoint.read(parts["_zero_point"].name).T, bits, rows).T.astype(np.int16)
     spread = zeros[:, group_of] if group_of is not None else np.repeat(zeros, columns // zeros.shape[1], axis=1)
     return in_groups(numbers - spread, scales, group_of)
+
+
+def _plain(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> bool:
+    """Whether kernels can multiply the numbers as they stand: symmetric, and in groups of columns in order."""
+    scales, (widths, groups, types) = parts.get("_scale"), MULTIPLIED
+    if not scales or scales.dtype not in types or len(scales.shape) != 2 or "_zero_point" in parts or "_g_idx" in parts:
+        return False
+    bits, rest = divmod(32 * parts["_packed"].shape[1], shape[1])
+    return not rest and bits in widths and shape[1] in [scales.shape[1] * group for group in groups]
+
+
+def _codes(
+    checkpoint: Checkpoint, place: Place, parts: Mapping[str, Tensor], shape: tuple[int, int], number: int
+) -> Codes:
+    """The numbers as they stand."""
+    _check(place, parts, shape)
+    stored = parts["_scale"]
+    codes = checkpoint.read(parts["_packed"].name).view("<u4")
+    scales = np.frombuffer(checkpoint.raw(stored.name), "<f4" if stored.dtype == "F32" else "<u2")
+    return Codes(_bits(place, parts, shape), shape, codes, scales.reshape(stored.shape), stored.dtype)
 
 
 def _group_of(checkpoint: Checkpoint, index: Tensor | None, num_groups: int) -> np.ndarray | None:

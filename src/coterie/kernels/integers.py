@@ -1,16 +1,14 @@
-"""Matrices of codes of 2, 3, 4 or 8 bits in memory, as they are stored, or of none: zeros.
-
-A row's codes follow each other from the lowest bit of its first word on; code u is (u - 2^(bits - 1)) * scale.
-"""
+"""Matrices of codes of 2, 3, 4 or 8 bits in memory, as they are stored, or of none: zeros."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from coterie.codecs import Codes
 from coterie.kernels import run as kernels
 from coterie.kernels.inputs import CODES, Order, lanes_of, zero_of
 
@@ -18,16 +16,8 @@ SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True, eq=False)
-class IntegerMatrix:
-    """One matrix (O, I): `codes` (O, I bits / 32) uint32, and `scales` (O, I / group), the bits of a stored dtype."""
-
-    bits: int
-    shape: tuple[int, int]
-    codes: np.ndarray
-    scales: np.ndarray
-    scale_type: str
-
-    dtype = "integers"
+class IntegerMatrix(Codes):
+    """One matrix where the kernels read it."""
 
     @property
     def group(self) -> int:
@@ -38,13 +28,9 @@ class IntegerMatrix:
     def num_bytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
-    def placed(self, arena: Any) -> IntegerMatrix:
-        """The same in an arena's memory."""
-        return replace(self, codes=arena.put(self.codes), scales=arena.put(self.scales)) if self.bits else self
-
-    def packed(self) -> IntegerMatrix:
-        """What it is stored as."""
-        return self
+    def packed(self) -> Codes:
+        """The matrix as it is stored."""
+        return Codes(self.bits, self.shape, self.codes, self.scales, self.scale_type)
 
     def kernel(self, variant: kernels.Variant, batch: int) -> int:
         """The address of the code that multiplies so many vectors; 0 where there is nothing to multiply."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from coterie.codecs import Codes
 from coterie.codecs.bits import CODES, GROUP, Packed, decode, encode, row_type, words
 from coterie.kernels import run as kernels
 from coterie.kernels.inputs import Inputs, Order
@@ -189,14 +190,18 @@ class Prepared(NamedTuple):
     order_of: np.ndarray
 
 
-def load(matrices: Iterable[Packed | IntegerMatrix], arena: Arena | None = None) -> Stack:
+def load(matrices: Iterable[Packed | Codes], arena: Arena | None = None) -> Stack:
     """A stack of packed matrices, which must have been checked, one in memory at a time beside the arena."""
     arena = arena or Arena()
-    return Stack([m.placed(arena) if isinstance(m, IntegerMatrix) else place(m, arena) for m in matrices])
+    return Stack([place(packed, arena) for packed in matrices])
 
 
-def place(packed: Packed, arena: Arena) -> Matrix:
-    """A checked matrix, copied into the arena with its row offsets, or dense where that is better."""
+def place(packed: Packed | Codes, arena: Arena) -> Matrix | IntegerMatrix:
+    """A checked matrix, copied into the arena: zeros as bits with their row offsets, or dense where that is better."""
+    if isinstance(packed, Codes):
+        codes = arena.put(packed.codes) if packed.bits else packed.codes
+        factors = arena.put(packed.scales) if packed.bits else packed.scales
+        return IntegerMatrix(packed.bits, packed.shape, codes, factors, packed.scale_type)
     scales = None if packed.scales is None else arena.put(packed.scales)
     num_bytes = math.prod(packed.shape) * CODES[packed.dtype].itemsize
     if packed.num_bytes > BREAK_EVEN * num_bytes or len(packed.values) >= 2**32:

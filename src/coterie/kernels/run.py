@@ -25,20 +25,9 @@ SLACK = 128  # bytes that a kernel may read beyond the last value
 MAX_BATCH = 8  # tokens that one kernel call serves
 MANY = 24  # tokens up to which calls of eight beat expanding and torch, on AVX-512 without matrix units
 LEVELS = {
-    "avx512": (
-        "avx512f",
-        "avx512bw",
-        "avx512vl",
-        "avx512vbmi",
-        "avx512vbmi2",
-        "avx512vnni",
-        "avx512bf16",
-        "fma",
-        "popcnt",
-        "f16c",
-    ),
-    "avx512f": ("avx512f", "fma", "popcnt", "f16c"),
-    "avx2": ("avx2", "fma", "popcnt", "f16c"),
+    "avx512": "avx512f avx512bw avx512vl avx512vbmi avx512vbmi2 avx512vnni avx512bf16 fma popcnt f16c".split(),
+    "avx512f": "avx512f fma popcnt f16c".split(),
+    "avx2": "avx2 fma popcnt f16c".split(),
 }
 MIN_SHARE = 1 << 17  # bytes that a thread should have to read before it is worth waking
 

@@ -39,15 +39,16 @@ def settings_of(checkpoint: Checkpoint) -> Mapping[str, object] | None:
     return found if isinstance(found, dict) and found else None
 
 
-def check_whole(checkpoint: Checkpoint) -> None:
-    """Raises: CoterieError where transformers has no class for the family, or cannot read its weights here."""
+def check_whole(checkpoint: Checkpoint, ours: bool = False) -> None:
+    """Raises: CoterieError where transformers has no class for the family, or cannot read its weights here, which it
+    need not if we read them."""
     path, types = checkpoint.path, [value for _, _, value in lookup(checkpoint.config, ("model_type",))]
     known = [registry()[found] for found in types if isinstance(found, str) and found in registry()]
     if known and not known[0].stock:
         raise CoterieError(f"{path}: transformers has no class for {known[0].name}")
     settings = settings_of(checkpoint)
     method = settings.get("quant_method") if settings else None
-    if not isinstance(method, str):
+    if not isinstance(method, str) or ours:
         return
     if method not in PACKAGES:
         raise CoterieError(f"{path}: transformers does not read quant_method {method!r:.60}; dequantise it first")

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from coterie.codecs.bits import SETTINGS
+from coterie.codecs.open import opened_packed
 from coterie.errors import CoterieError, check_choice
 from coterie.model.family import detect, lookup, num_layers
 from coterie.model.layer import LAYER, Model, MoE, is_mtp
@@ -87,6 +89,7 @@ def guarded(where: object, what: str, advice: str = "") -> Iterator[None]:
 def load(path: str | Path, *, dtype: str = "auto") -> Any:
     """The causal language model in a folder or on the hub, on the GPU if there is one.
 
+    Packed weights stay packed in memory: those of our own format, and of compressed-tensors' integers in groups.
     Never runs code that comes with the checkpoint, never unpickles.
     Raises: CoterieError if it does not load, or any tensor is missing, unexpected or of another shape.
     """
@@ -94,8 +97,11 @@ def load(path: str | Path, *, dtype: str = "auto") -> Any:
 
     check_folder(path)
     folder = resolve(path)
-    check_whole(Checkpoint.open(folder))
-    model, faults = load_ours(folder, dtype) if is_ours(folder) else load_stock(folder, dtype)
+    checkpoint = Checkpoint.open(folder)
+    packed = not is_ours(folder) and opened_packed(checkpoint) is not None
+    check_whole(checkpoint, ours=packed)
+    how = {"config": stock_config(_ours(checkpoint.config))} if packed else {}
+    model, faults = load_ours(folder, dtype) if is_ours(folder) else load_stock(folder, dtype, **how)
     if faults:
         found = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in faults.items())
         raise CoterieError(f"{path}: the weights do not fit the config: {found}; expected every tensor exactly once")
@@ -118,7 +124,7 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
     config = checkpoint.config
     quantised = any(settings is not None for _, _, settings in lookup(config, ("quantization_config",)))
     with guarded(folder, "cannot load it"):
-        if dtype in ("float32", "float64") and (changed := _dequantised(config)):
+        if "config" not in how and dtype in ("float32", "float64") and (changed := _dequantised(config)):
             how["config"] = stock_config(changed)
         model, info = auto_class(config).from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -129,6 +135,11 @@ def load_stock(folder: Path, dtype: str, **how: Any) -> tuple[Any, dict[str, lis
     if quantised:
         _one_dtype(model, checkpoint)
     return model.eval(), {kind: keys for kind, keys in faults.items() if keys}
+
+
+def _ours(config: Mapping[str, object]) -> dict[str, object]:
+    """The config under which transformers leaves packed weights to us."""
+    return dict(config) | {"quantization_config": SETTINGS}
 
 
 def _dequantised(config: Mapping[str, object]) -> dict[str, object] | None:

@@ -29,14 +29,13 @@ from coterie.codecs.bits import (
     CLOSED,
     FORMAT,
     METHOD,
-    PARTS,
     Packed,
     check_settings,
     encode,
     joined,
     shrinks,
 )
-from coterie.codecs.open import coded, opened
+from coterie.codecs.open import coded, opened_packed
 from coterie.errors import CoterieError
 from coterie.kernels.integers import IntegerMatrix
 from coterie.kernels.memory import TORCH, Arena, Matrix, Stack, load
@@ -86,8 +85,10 @@ class CoterieQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CoterieError("a packed checkpoint is loaded from its folder; no files were given")
         self.checkpoint = Checkpoint.open(Path(checkpoint_files[0]).parent)
-        self.view = opened(self.checkpoint)
-        self.packed = coded(self.view)
+        view = opened_packed(self.checkpoint)
+        if view is None:
+            raise CoterieError(f"{self.checkpoint.path}: holds no packed matrices that can be multiplied as they are")
+        self.view, self.packed = view, coded(view)
         names = self._place_experts(model)
         self._place_linears(model, [name for name in self.packed if name not in names])
         enter(model)
@@ -95,7 +96,8 @@ class CoterieQuantizer(HfQuantizer):
         for module in found:
             module.coterie = stock  # until its packed experts are there, if it has any
         modules = "|".join(re.escape(p.name.removeprefix(f"{model.base_model_prefix}.")) for p in self.placed)
-        ignored = {rf"\.({'|'.join(PARTS)})$", rf"(^|\.)({modules})\.({'|'.join(WEIGHTS)})$"}
+        parts = {part.removeprefix(name) for name, found in self.packed.items() for part in found.parts}
+        ignored = {rf"({'|'.join(map(re.escape, sorted(parts)))})$", rf"(^|\.)({modules})\.({'|'.join(WEIGHTS)})$"}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
 
     def _place_experts(self, model: Any) -> set[str]:
@@ -183,13 +185,12 @@ class CoterieQuantizer(HfQuantizer):
         """Everything dense as it is, and the packed tensors under the names that they had on disk."""
         state = model.state_dict()
         for place in self.placed:
-            if place.block:
+            if place.block or any(isinstance(m, IntegerMatrix) for stack in _held(place) for m in stack.matrices):
+                why = "its layout in memory is not the one on disk" if place.block else "holds integers"
                 raise CoterieError(
-                    f"{place.name}: its layout in memory is not the one on disk, so that it cannot be saved; "
-                    f"copy {self.checkpoint.path} instead"
+                    f"{place.name}: {why}, so that it cannot be saved; copy {self.checkpoint.path} instead"
                 )
-            held = place.module.coterie
-            stacks = [held] if isinstance(held, Stack) else [*held.first, held.down]
+            stacks = _held(place)
             for names, stack in zip(place.stacks, stacks, strict=True):
                 share = len(stack.matrices) // len(names)
                 for i, name in enumerate(names):
@@ -205,6 +206,12 @@ class CoterieQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _held(place: Placed) -> list[Stack]:
+    """What fills it."""
+    held = place.module.coterie
+    return [held] if isinstance(held, Stack) else [*held.first, held.down]
 
 
 def _stacks(block: MoE) -> list[list[str]] | None:
