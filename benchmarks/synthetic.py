@@ -80,12 +80,15 @@ def attention(prefix: str, c: Config) -> Iterator[Spec]:
 
 
 def latent_attention(prefix: str, c: Config) -> Iterator[Spec]:
-    """DeepSeek's multi-head latent attention."""
+    """DeepSeek's multi-head latent attention; small models leave the queries' latent out."""
     hidden, heads, rope = c["hidden_size"], c["num_attention_heads"], c["qk_rope_head_dim"]
     queries, keys, nope, values = c["q_lora_rank"], c["kv_lora_rank"], c["qk_nope_head_dim"], c["v_head_dim"]
-    yield Spec(f"{prefix}q_a_proj.weight", (queries, hidden))
-    yield from norms(prefix, "q_a_layernorm", size=queries)
-    yield Spec(f"{prefix}q_b_proj.weight", (heads * (nope + rope), queries))
+    if queries is None:
+        yield Spec(f"{prefix}q_proj.weight", (heads * (nope + rope), hidden))
+    else:
+        yield Spec(f"{prefix}q_a_proj.weight", (queries, hidden))
+        yield from norms(prefix, "q_a_layernorm", size=queries)
+        yield Spec(f"{prefix}q_b_proj.weight", (heads * (nope + rope), queries))
     yield Spec(f"{prefix}kv_a_proj_with_mqa.weight", (keys + rope, hidden))
     yield from norms(prefix, "kv_a_layernorm", size=keys)
     yield Spec(f"{prefix}kv_b_proj.weight", (heads * (nope + values), keys))
@@ -129,7 +132,7 @@ def arctic(c: Config) -> Iterator[Spec]:
 def deepseek(c: Config) -> Iterator[Spec]:
     """Dense layers, layers with experts, and then those of multi-token prediction."""
     hidden, num_layers = c["hidden_size"], c["num_hidden_layers"]
-    for layer in range(num_layers + c["num_nextn_predict_layers"]):
+    for layer in range(num_layers + c.get("num_nextn_predict_layers", 0)):
         prefix = f"model.layers.{layer}."
         yield from latent_attention(f"{prefix}self_attn.", c)
         yield from norms(prefix, "input_layernorm", "post_attention_layernorm", size=hidden)
@@ -148,10 +151,33 @@ def deepseek(c: Config) -> Iterator[Spec]:
 def deepseek_experts(prefix: str, c: Config) -> Iterator[Spec]:
     hidden, width, count = c["hidden_size"], c["moe_intermediate_size"], c["n_routed_experts"]
     yield Spec(f"{prefix}gate.weight", (count, hidden), "router")
-    yield Spec(f"{prefix}gate.e_score_correction_bias", (count,), "bias", "F32")
+    if c["topk_method"] == "noaux_tc":
+        yield Spec(f"{prefix}gate.e_score_correction_bias", (count,), "bias", "F32")
     yield from mlp(f"{prefix}shared_experts", hidden, width * c["n_shared_experts"])
     for e in range(count):
         yield from mlp(f"{prefix}experts.{e}", hidden, width)
+
+
+def gpt_oss(c: Config) -> Iterator[Spec]:
+    """Attention with sinks and biases; experts in one tensor each, as MXFP4: 16 bytes and one scale for 32 weights."""
+    hidden, width, count = c["hidden_size"], c["intermediate_size"], c["num_local_experts"]
+    heads, keys, size = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+    for layer in range(c["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for name, rows in (("q", heads), ("k", keys), ("v", keys)):
+            yield Spec(f"{prefix}self_attn.{name}_proj.weight", (rows * size, hidden), "plain")
+            yield Spec(f"{prefix}self_attn.{name}_proj.bias", (rows * size,), "norm")
+        yield Spec(f"{prefix}self_attn.o_proj.weight", (hidden, heads * size), "plain")
+        yield Spec(f"{prefix}self_attn.o_proj.bias", (hidden,), "norm")
+        yield Spec(f"{prefix}self_attn.sinks", (heads,), "norm")
+        yield from norms(prefix, "input_layernorm", "post_attention_layernorm", size=hidden)
+        yield Spec(f"{prefix}mlp.router.weight", (count, hidden), "router")
+        yield Spec(f"{prefix}mlp.router.bias", (count,), "norm")
+        for name, rows, columns in (("gate_up_proj", 2 * width, hidden), ("down_proj", hidden, width)):
+            yield Spec(f"{prefix}mlp.experts.{name}_blocks", (count, rows, columns // 32, 16), dtype="U8")
+            yield Spec(f"{prefix}mlp.experts.{name}_scales", (count, rows, columns // 32), "scale", "U8")
+            yield Spec(f"{prefix}mlp.experts.{name}_bias", (count, rows), "plain")
+    yield from outside(c)
 
 
 def in_fp8(specs: Iterator[Spec]) -> Iterator[Spec]:
@@ -214,6 +240,35 @@ KIMI_K2: Config = DEEPSEEK_V3 | {
     "num_key_value_heads": 64, "num_nextn_predict_layers": 0, "routed_scaling_factor": 2.827, "rope_theta": 50000.0,
     "max_position_embeddings": 131072, "rope_scaling": YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
 }  # fmt: skip
+DEEPSEEK_V2_LITE: Config = COMMON | {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "attention_bias": False,
+    "bos_token_id": 100000, "eos_token_id": 100001, "vocab_size": 102400, "first_k_dense_replace": 1,
+    "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1,
+    "topk_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_method": "greedy", "num_attention_heads": 16,
+    "num_key_value_heads": 16, "num_hidden_layers": 27, "q_lora_rank": None, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000, "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}  # fmt: skip
+GPT_OSS_20B: Config = COMMON | {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "head_dim": 64,
+    "eos_token_id": 200002, "pad_token_id": 199999, "vocab_size": 201088, "hidden_size": 2880,
+    "intermediate_size": 2880, "initial_context_length": 4096, "max_position_embeddings": 131072,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 24, "num_local_experts": 32,
+    "num_experts_per_tok": 4, "experts_per_token": 4, "output_router_logits": False, "rms_norm_eps": 1e-5,
+    "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+        ],
+    },
+}  # fmt: skip
 FP8: Config = {
     "quantization_config": {
         "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
@@ -224,6 +279,8 @@ MODELS: dict[str, tuple[Config, Callable[[Config], Iterator[Spec]]]] = {
     "qwen3-30b-a3b": (QWEN3_30B, qwen3),
     "mixtral-8x7b": (MIXTRAL_8X7B, mixtral),
     "arctic": (ARCTIC, arctic),
+    "deepseek-v2-lite": (DEEPSEEK_V2_LITE, deepseek),
+    "gpt-oss-20b": (GPT_OSS_20B, gpt_oss),
     "deepseek-v3": (DEEPSEEK_V3 | FP8, lambda c: in_fp8(deepseek(c))),
     "deepseek-v3-bf16": (DEEPSEEK_V3, deepseek),
     "kimi-k2": (KIMI_K2 | FP8, lambda c: in_fp8(deepseek(c))),
@@ -244,6 +301,8 @@ def resized(
     c = dict(config)
     if layers:
         c["num_hidden_layers"] = layers
+        if "layer_types" in c:
+            c["layer_types"] = c["layer_types"][:layers]
         dependent = {"first_k_dense_replace": min(c.get("first_k_dense_replace", 0), layers - 1)}
         dependent["num_nextn_predict_layers"] = 0  # transformers knows it by the real model's layer number
         c |= {key: value for key, value in dependent.items() if key in c}
@@ -290,10 +349,12 @@ class Numbers:
             yield round_to_bf16(draw.standard_normal(spec.shape, dtype=np.float32) / math.sqrt(spec.shape[1]))
         elif spec.kind == "bias":
             yield draw.standard_normal(spec.shape, dtype=np.float32) * np.float32(0.01)
+        elif spec.kind == "scale" and spec.dtype == "U8":  # powers of two, from 2^-127 on
+            yield np.full(spec.shape, 127 - round(math.log2(6 * math.sqrt(32 * spec.shape[-1]))), np.uint8)
         elif spec.kind == "scale":  # codes that are all equally likely have a standard deviation near 110
             yield np.full(spec.shape, 1 / 110 / math.sqrt(128 * spec.shape[1]), np.float32)
         else:
-            block = self.codes if spec.dtype == "F8_E4M3" else self._normal(spec.shape[1])
+            block = self.codes if spec.dtype in ("F8_E4M3", "U8") else self._normal(spec.shape[1])
             yield from repeated(block, int(draw.integers(BLOCK)), math.prod(spec.shape))
 
     def _normal(self, fan_in: int) -> np.ndarray:

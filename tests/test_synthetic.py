@@ -24,6 +24,7 @@ PUBLISHED = {
     "mixtral-8x7b": 46_702_792_704,
     "arctic": 478_584_608_768,
     "deepseek-v3": 684_531_386_000,
+    "deepseek-v2-lite": 15_706_484_224,
 }
 
 
@@ -37,7 +38,7 @@ def test_every_model_is_recognised(model, sparse, tmp_path):
     """`inspect` knows family, layers and experts, and claims every tensor, with holes or without."""
     found = coterie.inspect(small(model, tmp_path, sparse=sparse))
     assert found["model_type"] == synthetic.MODELS[model][0]["model_type"]
-    dense = {"deepseek-v3": 3, "kimi-k2": 1}.get(model.removesuffix("-bf16"), 0)
+    dense = {"deepseek-v3": 3, "kimi-k2": 1, "deepseek-v2-lite": 1}.get(model.removesuffix("-bf16"), 0)
     assert found["experts"] == {str(i): 16 for i in range(dense, 4)}
 
 
@@ -48,7 +49,13 @@ def test_full_sizes_are_the_published_ones(model):
     assert sum(int(np.prod(spec.shape)) for spec in tensors(config)) == PUBLISHED[model]
 
 
-@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3-bf16"])
+def test_gpt_oss_has_the_published_bytes():
+    """Four bits a weight and a scale for 32: the index of the model's page gives this sum."""
+    config, tensors = synthetic.MODELS["gpt-oss-20b"]
+    assert sum(spec.num_bytes for spec in tensors(config)) == 13_761_264_768
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v2-lite", "deepseek-v3-bf16"])
 def test_a_full_one_loads_in_stock_transformers(model, tmp_path):
     """No key is missing or unexpected, and a forward pass stays finite and far from constant."""
     import torch

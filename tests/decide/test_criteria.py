@@ -348,7 +348,7 @@ def test_more_super_experts_than_stay_are_refused():
 
 
 def layer(rows):
-    return SimpleNamespace(key="0", router=np.array(rows, np.float32))
+    return SimpleNamespace(key="0", router=np.array(rows), norms=np.linalg.norm(rows, axis=1))
 
 
 def test_router_norm_change_by_hand():

@@ -379,15 +379,15 @@ class Vectors:
 def test_the_representative_is_nearest_to_the_mean():
     """Members (0, 0), (2, 1) and (4, 5): the mean is (2, 2), and the second member is nearest."""
     experts = Vectors((9, 9), (0, 0), (2, 1), (4, 5))
-    assert stun.representative([1, 2, 3], experts, np.zeros((4, 2))) == 2
+    assert stun.representative([1, 2, 3], experts, np.zeros(4)) == 2
     assert sorted(experts.reads) == [1, 1, 2, 2, 3, 3]
 
 
 def test_members_equally_near_leave_the_lower_id():
     """A square's corners are equally near to its middle."""
     experts = Vectors((1, 1), (1, -1), (-1, 1), (-1, -1))
-    assert stun.representative([0, 1, 2, 3], experts, np.zeros((4, 2))) == 0
-    assert stun.representative([3, 2, 1], Vectors(*experts.vectors[:1], (0, 0), (0, 0), (0, 0)), np.zeros((4, 2))) == 1
+    assert stun.representative([0, 1, 2, 3], experts, np.zeros(4)) == 0
+    assert stun.representative([3, 2, 1], Vectors(*experts.vectors[:1], (0, 0), (0, 0), (0, 0)), np.zeros(4)) == 1
 
 
 @given(st.integers(3, 6), st.integers(0, 2**32 - 1))
@@ -396,26 +396,25 @@ def test_the_representative_against_a_slow_definition(n, seed):
     vectors = np.random.default_rng(seed).normal(size=(n, 5)).astype(np.float32)
     mean = vectors.astype(np.float64).mean(0)
     expected = int(np.argmin([np.sqrt(((v - mean) ** 2).sum()) for v in vectors]))
-    assert stun.representative(range(n), Vectors(*vectors), np.zeros((n, 1))) == expected
+    assert stun.representative(range(n), Vectors(*vectors), np.zeros(n)) == expected
 
 
 def test_one_and_two_members_need_no_weights():
     """Alone, an expert stands for itself; of two, the tie rule decides, and no weight is read."""
     experts = Vectors((0, 0), (1, 1))
-    router = np.array([[1, 0], [0, 2]], np.float32)
-    assert stun.representative([1], experts, router) == 1
-    assert stun.representative([0, 1], experts, router) == 1
+    assert stun.representative([1], experts, np.array([1, 2])) == 1
+    assert stun.representative([0, 1], experts, np.array([1, 2])) == 1
     assert experts.reads == []
 
 
 def test_of_a_pair_stays_the_one_more_used_then_longer_then_lower():
     """More routed tokens first; else the longer router row; else the lower id."""
-    router = np.array([[3, 4], [0, 4], [0, 5]], np.float32)  # norms 5, 4, 5
-    assert stun.pair_winner([0, 1], router, np.array([1, 2, 2])) == 1
-    assert stun.pair_winner([1, 2], router, np.array([1, 2, 2])) == 2
-    assert stun.pair_winner([1, 0], router) == 0
-    assert stun.pair_winner([2, 0], router) == 0
-    assert stun.representative([0, 1], Vectors(), router, np.array([1, 2, 2])) == 1
+    norms = np.array([5, 4, 5])
+    assert stun.pair_winner([0, 1], norms, np.array([1, 2, 2])) == 1
+    assert stun.pair_winner([1, 2], norms, np.array([1, 2, 2])) == 2
+    assert stun.pair_winner([1, 0], norms) == 0
+    assert stun.pair_winner([2, 0], norms) == 0
+    assert stun.representative([0, 1], Vectors(), norms, np.array([1, 2, 2])) == 1
 
 
 def test_means_accumulate_in_float64():

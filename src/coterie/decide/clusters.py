@@ -131,7 +131,8 @@ class Clusterer:
             distances = partial(stun.official_distances, dtype=layer.experts.checkpoint.tensors[block.router].dtype)
         lambda1, lambda2 = (1.0, 0.0) if pairs is None else (self.how.lambda1, self.how.lambda2)
         normalise = self.how.distance == "frobenius"
-        matrix = distances(layer.router, coactivation=pairs, lambda1=lambda1, lambda2=lambda2, normalise=normalise)
+        rows, _ = layer.router, layer.norms  # which of two stays depends on those: read while the rows are in memory
+        matrix = distances(rows, coactivation=pairs, lambda1=lambda1, lambda2=lambda2, normalise=normalise)
         if not (guarded := self.guarded.get(block)):
             return matrix
         result = matrix.copy()
@@ -159,7 +160,7 @@ class Clusterer:
                 if guarded & set(cluster):
                     kept.append(min(guarded & set(cluster)))
                 elif by_ties or len(cluster) < 3:  # a dry run reads no weights: the tie rule stands in
-                    kept.append(stun.pair_winner(cluster, layer.router, tokens.get(block)))
+                    kept.append(stun.pair_winner(cluster, layer.norms, tokens.get(block)))
                 else:
                     kept.append(nearest(layer, tuple(cluster)))
             kappa = 0 if any(guarded & set(c) and len(c) > 1 for c in found) else self.how.kappa
@@ -181,7 +182,7 @@ def unreadable(layer: Layer) -> str:
 
 def nearest(layer: Layer, members: tuple[int, ...]) -> int:
     """The member, of three or more, that is nearest to the mean of their weights."""
-    return stun.representative(members, layer.experts, layer.router)
+    return stun.representative(members, layer.experts, layer.norms)
 
 
 def _cost(heights: dict[MoE, list[float]], counts: dict[MoE, int], num_groups: int) -> float:

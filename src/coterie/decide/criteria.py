@@ -14,7 +14,6 @@ from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
 from coterie.forward.samples import Calibration, compute_dtype, read_samples
 from coterie.methods import prune as methods
-from coterie.methods.prune import router_norm
 from coterie.model.experts import Layer, read_layer
 from coterie.model.layer import Model, MoE
 from coterie.model.stats import KNOWN, Stats, stability
@@ -163,7 +162,7 @@ def by_stats(task: Task, method: str, stats: Stats) -> Scores:
             tokens_of(stats, block, task.weights)
             found[block] = module.score(*(total(stats, block, name, task.weights) for name in module.SUMS))
         else:
-            found[block] = router_norm.norms(layer)
+            found[block] = layer.norms
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -70,6 +70,11 @@ class Layer:
     def router(self) -> np.ndarray:
         """(E, D) float32. Raises: CoterieError for NaN or infinite rows."""
         return _router(self)
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """||row||_2 of every router row, (E,) float64; they stay in memory, as rows do not."""
+        return np.linalg.norm(self.router.astype(np.float64), axis=1)
 
 
 @lru_cache(maxsize=1)  # methods go layer by layer; of all layers at once, routers alone can be a gigabyte

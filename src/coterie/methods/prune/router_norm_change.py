@@ -10,7 +10,6 @@ is `--removed null`, in our own layout; by default they go, and their tokens cho
 import numpy as np
 
 from coterie.errors import CoterieError
-from coterie.methods.prune.router_norm import norms
 from coterie.model.experts import Layer
 
 NEEDS = "base"
@@ -23,7 +22,7 @@ def score(layer: Layer, base: Layer) -> np.ndarray:
             f"layer {layer.key}: its router has shape {layer.router.shape}, in --base {base.router.shape}; expected "
             "the checkpoint before fine-tuning"
         )
-    change = norms(layer) - norms(base)
+    change = layer.norms - base.norms
     if not change.any():
         raise CoterieError(
             f"layer {layer.key}: no router row's norm differs from --base: the router did not train (as with most "

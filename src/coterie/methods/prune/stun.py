@@ -133,22 +133,24 @@ def pairwise(rows: np.ndarray) -> np.ndarray:
     return np.sqrt(np.minimum(gaps, gaps.T))
 
 
-def pair_winner(members: Sequence[int], router: np.ndarray, tokens: np.ndarray | None = None) -> int:
-    """Who stays of experts that tie: more routed tokens if counted, else the longer router row, else the lower id."""
-    norms = dict(zip(members, np.linalg.norm(router[list(members)].astype(np.float64), axis=1), strict=True))
-    usage = np.zeros(len(router)) if tokens is None else tokens
+def pair_winner(members: Sequence[int], norms: np.ndarray, tokens: np.ndarray | None = None) -> int:
+    """Who stays of experts that tie: more routed tokens if counted, else the longer router row, else the lower id.
+
+    norms: lengths of the router's rows (E,).
+    """
+    usage = np.zeros(len(norms)) if tokens is None else tokens
     return min(members, key=lambda e: (-usage[e], -norms[e], e))
 
 
 def representative(
-    members: Sequence[int], experts: Experts, router: np.ndarray, tokens: np.ndarray | None = None
+    members: Sequence[int], experts: Experts, norms: np.ndarray, tokens: np.ndarray | None = None
 ) -> int:
     """The member nearest to the mean of the members' weights: argmin_e ||theta_e - mean||_2.
 
     Streams: one expert and one mean in memory. Two members are equally near by construction: see `pair_winner`.
     """
     if len(members) < 3:
-        return pair_winner(members, router, tokens)
+        return pair_winner(members, norms, tokens)
     mean = mean_of(experts.flat(e) for e in members)
     return min((float(np.linalg.norm(experts.flat(e) - mean)), e) for e in members)[1]
 
