@@ -32,7 +32,8 @@ COMMANDS = (
 def dry_run(command: str, model: Path, folder: Path) -> int | str:
     """Bytes that the command would write, or why it would refuse."""
     verb, *words = shlex.split(command)
-    options = {name.removeprefix("--").replace("-", "_"): _value(text) for name, text in zip(*[iter(words)] * 2)}
+    pairs = zip(words[::2], words[1::2], strict=True)
+    options = {name.removeprefix("--").replace("-", "_"): _value(text) for name, text in pairs}
     if verb == "stun":
         options["data"] = {"ids": str(folder / "ids.jsonl")}
     try:
