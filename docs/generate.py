@@ -51,6 +51,7 @@ def family_table() -> str:
         layout = family.layouts[0]
         notes = [f"rows: `{r}`" for r in layout.rows] + [f"table: `{t}`" for t in layout.tables]
         notes += ["attention experts"] if family.attention else []
+        notes += [f"a second stack of experts: `{family.side}N` in plans"] if family.side else []
         loads = "yes" if family.stock else "no class"
         rows.append(f"| `{model_type}` | `{layout.router}` | `{layout.experts}N.` | {loads} | {'; '.join(notes)} |")
     head = "| model type | router | experts | stock transformers | beside the router |\n|---|---|---|---|---|\n"

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from coterie.cli import main
+from coterie.model.families import UNABLE
+from coterie.model.family import registry
 from coterie.reference_model import HELD_OUT, MODEL
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +52,17 @@ def test_every_page_the_readme_names_is_there():
     """Links to files lead somewhere."""
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_numbers_of_model_types_are_those_of_the_registry():
+    """README and CHANGELOG count the families there are, and README names every type that is not calibrated."""
+    stock, all_types = sum(family.stock for family in registry().values()), len(registry())
+    assert re.findall(r"(\d+) model types", README) == [str(stock), str(all_types)]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"for {stock} model types of transformers 5 (and by files alone for {all_types - stock} more)" in changes
+    followed = README.split("follows all that transformers computes but")[1].split("\n\n")[0]
+    whole = {t for t in UNABLE["stream"] if not t.endswith("_text")}
+    assert set(re.findall(r"`(\w+)`", followed)) == whole
 
 
 def test_generated_pages_are_fresh():

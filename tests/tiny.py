@@ -77,6 +77,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"topk_method": "greedy", "mlp_layer_types": ["dense", *["sparse"] * 3]},
     "unlimited_ocr_text": {"topk_method": "greedy"},
     "longcat_flash": {**LATENT_ATTENTION, "num_layers": 2, "zero_expert_num": NUM_ZERO},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [EXPERT_HIDDEN, 8],
+        "rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]},
+    },
     "glm4v_moe_text": {"rope_parameters": MROPE},
     "glm5_next_text": {**LATENT_ATTENTION, "qk_rope_head_dim": 0, "linear_num_heads": 4, "linear_head_dim": 8},
     "muse_spark_text": {"moe_hidden_size": HIDDEN},
@@ -244,6 +248,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("llama4_text", {**VISION, **PROJECTOR, "image_size": 28}),
     "qwen3_5_moe": ("qwen3_5_moe_text", {"hidden_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN}),
     "deepseek_ocr2": ("deepseek_ocr2_text", OCR_VISION),
+    "ernie4_5_vl_moe": ("ernie4_5_vl_moe_text", {**QWEN_VISION, "patch_size": 4}),
     "glm4v_moe": ("glm4v_moe_text", GLM_VISION),
     "glm5_next": ("glm5_next_text", {**GLM_VISION, "projection_intermediate_size": 16}),
     "inkling2": ("inkling2_text", {**VISION, "text_hidden_size": HIDDEN}),
@@ -398,6 +403,23 @@ def _omni() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return thinker | talker, inner
 
 
+def _ernie() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Two stacks of experts in one list, each with a router of columns, and of lists in the config one entry each."""
+    tensors, _ = _third_party("mlp")
+    draw = _normal(3)
+    for layer in (1, 2):
+        mlp = f"model.layers.{layer}.mlp"
+        tensors |= {f"{mlp}.{name}": draw(HIDDEN, NUM_EXPERTS) for name in ("gate.weight", "gate.weight_1")}
+        tensors[f"{mlp}.moe_statics.e_score_correction_bias"] = draw(2, NUM_EXPERTS)
+        for e in range(NUM_EXPERTS, 2 * NUM_EXPERTS):
+            image = expert(f"{mlp}.experts.{e}", draw)
+            tensors |= {name: np.ascontiguousarray(v[: len(v) // 2]) for name, v in image.items() if "down" not in name}
+            tensors |= {name: np.ascontiguousarray(v[:, ::2]) for name, v in image.items() if "down" in name}
+    sizes = {"num_hidden_layers": 3, "moe_num_experts": [NUM_EXPERTS] * 2, "moe_k": TOP_K}
+    sizes |= {"moe_intermediate_size": [EXPERT_HIDDEN, EXPERT_HIDDEN // 2]}
+    return tensors, sizes | {"moe_layer_start_index": [1, 1], "moe_layer_end_index": [2, 2]}
+
+
 SMALL = ("w1", "w3", "w2")
 LATENT = {
     "gate.e_score_correction_bias": (NUM_EXPERTS,),
@@ -413,6 +435,7 @@ HAND_MADE: dict[str, Any] = {
     "deepseek_vl_v2": lambda: _within(
         "language_config", _third_party("mlp", count="n_routed_experts", stack="language.model."), "deepseek_v2"
     ),
+    "ernie4_5_moe_vl": _ernie,
     "hunyuan": lambda: _third_party("mlp", router="gate.wg.weight", shared="shared_mlp", moe_topk=TOP_K),
     "kimi_k2": lambda: _deepseek(bias=True),
     "kimi_k3": lambda: _within(

@@ -12,9 +12,9 @@ import pytest
 
 import tiny
 from coterie.errors import CoterieError
-from coterie.model.experts import Experts, expert_biases, expert_shapes
+from coterie.model.experts import Experts, expert_biases, expert_shapes, read_rows
 from coterie.model.family import detect, registry
-from coterie.model.layer import ROLES, expert_axis, find_blocks
+from coterie.model.layer import ROLES, expert_axis, find_blocks, shared_by
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.prune import prune
 from coterie.verbs.sparsify import sparsify
@@ -68,13 +68,13 @@ def test_every_tensor_has_one_plausible_role(tiny_checkpoint, model_type, fused)
         if role == "expert":
             assert re.search(r"expert|_linear|[.]moe[.]", name), name
             assert "shared" not in name, name
-        if re.search(r"embed|lm_head|norm|self_attn|vision", name):
+        if re.search(r"embed|lm_head|norm|self_attn|vision_(model|tower)", name):
             assert role in ("other", "shared"), name
     for block in blocks.moe:
         num_rows = tiny.NUM_EXPERTS + block.num_zero
-        assert checkpoint.tensors[block.router].shape == (num_rows, tiny.HIDDEN)
+        assert read_rows(checkpoint, block, block.router).shape == (num_rows, tiny.HIDDEN)
         for name in block.rows:
-            assert expert_axis(checkpoint.tensors[name].shape, num_rows) is not None
+            assert expert_axis(block, name, checkpoint.tensors[name].shape) is not None
 
 
 @every_spelling
@@ -149,7 +149,10 @@ def test_kept_experts_keep_their_bytes(tiny_checkpoint, tmp_path, model_type, fu
         assert new.num_experts == len(kept) == tiny.NUM_EXPERTS * 3 // 4
         for i, e in enumerate(kept):
             assert expert_bytes(out, new, i) == expert_bytes(source, old, e)
-        np.testing.assert_array_equal(out.read(new.router), source.read(old.router)[[*kept, *old.zero_rows]])
+        for name, before_it in zip((new.router, *new.rows), (old.router, *old.rows), strict=True):
+            found, expected = read_rows(out, new, name), read_rows(source, old, before_it)
+            axis = expected.shape.index(old.num_rows)
+            np.testing.assert_array_equal(found, expected.take([*kept, *old.zero_rows], axis))
 
 
 @every_stock_family
@@ -161,10 +164,14 @@ def test_order_of_experts_means_nothing(tiny_checkpoint, tmp_path, model_type):
     swap = np.arange(tiny.NUM_EXPERTS).reshape(-1, 2)[:, ::-1].ravel()  # within every routing group
     for block in blocks.moe:
         for name in (*block.fused, block.router, *block.rows):
-            axis = 0 if name in block.fused else expert_axis(tensors[name].shape, block.num_rows)
-            shape = tensors[name].shape
-            parts = tensors[name].reshape(*shape[:axis], block.num_rows, -1)
-            tensors[name] = np.ascontiguousarray(parts.take([*swap, *block.zero_rows], axis).reshape(shape))
+            tensors[name] = tensors[name].copy()
+            held, axis = tensors[name], 0
+            if shared_by(block, name) > 1:
+                held = held[block.layout.segment[0]]
+            elif name not in block.fused:
+                axis = expert_axis(block, name, held.shape)
+            parts = held.reshape(*held.shape[:axis], block.num_rows, -1)
+            held[:] = parts.take([*swap, *block.zero_rows], axis).reshape(held.shape)
         for name in block.tables:
             tensors[name] = swap[tensors[name]].astype(tensors[name].dtype)
         for e in range(0, tiny.NUM_EXPERTS if block.experts else 0, 2):

@@ -64,7 +64,7 @@ def decided(
     if options.drop_mtp and not mtp_names(model):
         raise CoterieError("--drop-mtp: the model has no multi-token-prediction layers to leave out")
     family, config, cut = model.family, model.checkpoint.config, options.fate == "remove"
-    blocks = [b for b in model.moe if not (b.mtp and options.drop_mtp)] if cut else model.main
+    blocks = [b for b in model.moe if not (b.predicts and options.drop_mtp)] if cut else model.main
     kept = count_kept(model, options.remaining, blocks, routers_cut=cut)
     num_groups = family.groups(config).num_groups if cut else 1
     task = Task({b: read_layer(model.checkpoint, b) for b in blocks}, kept, num_groups, options.weights)
@@ -75,10 +75,11 @@ def decided(
     notes = [*said, *found.notes, *([f"no super expert is guarded: {unknown}"] if unknown else [])]
     if cut and kept % 8 and kept != family.num_experts(config):
         notes.insert(0, f"{kept} experts is not a multiple of 8: some serving kernels and expert parallelism want that")
-    if any(b.mtp for b in model.moe):
-        fate = f"cut to {kept} experts by the same rule" if cut else "kept whole"
-        what = "a second model's layers" if any(b.aside for b in model.moe) else "multi-token-prediction layers"
-        notes.append(f"{what} are {'left out' if options.drop_mtp else fate}")
+    fate = f"cut to {kept} experts by the same rule" if cut else "kept whole"
+    if any(b.aside for b in model.moe):
+        notes.append(f"a second model's layers ({family.side}N) are {fate}")
+    if any(b.predicts for b in model.moe):
+        notes.append(f"multi-token-prediction layers are {'left out' if options.drop_mtp else fate}")
     choices = found.choices if cut else _routed(found.choices, options.fate)
     plan = Plan(
         layers={b.key: c for b, c in choices.items() if not b.attention},

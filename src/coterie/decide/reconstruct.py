@@ -162,9 +162,9 @@ class Sets:
             raise CoterieError(f"{block.name}: a table names its experts, so there is no routing to try sets with")
         self._stream, self._block, self._halves, self._token_weights = stream, block, halves, weights
         self._experts = moe.experts_modules(layer)[0]
-        self._router = twin(stream.model, stream.checkpoint, block.router)
+        self._router = twin(stream.model, stream.checkpoint, block, block.router)
         biases = [name for name in block.rows if "bias" in name.rpartition(".")[2]]
-        self._biases = [twin(stream.model, stream.checkpoint, name) for name in biases]
+        self._biases = [twin(stream.model, stream.checkpoint, block, name) for name in biases]
         self._module = _holder(layer, self._experts, self._router)
         _remember(self._module, self._experts, [self._router, *self._biases])
         self._calls: list[tuple[tuple, dict[str, Any]]] = []

@@ -180,7 +180,7 @@ def _on_tokens(stream: Stream, pruner: Pruner, block: MoE, expert: int, tokens: 
     with safe_open(inputs, "pt") as file:
         rows, gates = (file.get_slice(name)[first:last] for name in ("1", "2"))
         x = file.get_tensor("0")[rows]
-    (module,) = moe.experts_modules(stream.layers[int(block.key)])
+    module = moe.experts_modules(stream.layers[int(block.key)])[0]
     routed = Routed(block, module, x, torch.full((len(rows), 1), expert), gates[:, None])
     total = routed.zeros()
     pruner.visit(routed, Visitors(expert, torch.arange(len(rows)), gates), total)

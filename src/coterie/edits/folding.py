@@ -14,7 +14,7 @@ import numpy as np
 
 from coterie.edits.plan import Condensed
 from coterie.errors import CoterieError
-from coterie.model.experts import expert_matrices, expert_shapes
+from coterie.model.experts import expert_matrices, expert_shapes, hidden_size
 from coterie.model.family import GATED
 from coterie.model.layer import MoE, expert_names
 from coterie.storage.checkpoint import FLOATS, Checkpoint
@@ -73,7 +73,7 @@ def parts(checkpoint: Checkpoint, block: MoE, condensed: Condensed) -> Iterator[
 
 def folded(checkpoint: Checkpoint, block: MoE, condensed: Condensed, width: int, which: int) -> np.ndarray:
     """One matrix of the folded MLP, float32: gate or up (width, D), or down (D, width). Nothing is rounded here."""
-    hidden = checkpoint.tensors[block.router].shape[-1]
+    hidden = hidden_size(checkpoint, block)
     rows = np.zeros((width, hidden), np.float32)  # of down: its columns
     position = 0
     for constant, matrices in parts(checkpoint, block, condensed):

@@ -19,7 +19,8 @@ from coterie.edits.kinds.keep import renumbered
 from coterie.edits.kinds.route import constants_name, is_routed, routed_blocks, routes_of
 from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
-from coterie.model.layer import LAYER, Model
+from coterie.model.experts import read_rows
+from coterie.model.layer import LAYER, Model, MoE
 from coterie.model.routed import install
 from coterie.storage.checkpoint import Checkpoint
 
@@ -86,27 +87,27 @@ def mask_experts(model: Any, source: Model, plan: Plan) -> MaskedRouting:
         choice = plan.choice(block)
         if block.mtp or choice is None or len(choice.kept) == block.num_experts or is_routed(choice, block):
             continue
-        routing.hide(block.name, twin(model, checkpoint, block.router), (*choice.kept, *block.zero_rows))
+        routing.hide(block.name, twin(model, checkpoint, block, block.router), (*choice.kept, *block.zero_rows))
         dropped = sorted(set(range(block.num_experts)) - set(choice.kept))
         with torch.no_grad():
             for name in block.rows:
                 if "bias" in name.rpartition(".")[2]:  # others, such as scales, choose nothing
-                    twin(model, checkpoint, name)[..., dropped] = -torch.inf
+                    twin(model, checkpoint, block, name)[..., dropped] = -torch.inf
             for name in block.tables:  # of token -> expert, with original ids: the dropped ones' stand-ins
                 table = np.array(choice.kept)[renumbered(checkpoint, block, choice, name)]
-                loaded = twin(model, checkpoint, name)
+                loaded = twin(model, checkpoint, block, name)
                 loaded.copy_(torch.from_numpy(table).reshape(loaded.shape))
     return routing
 
 
-def twin(model: Any, checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """The loaded parameter or buffer that a tensor on disk became, found by layer, size and values.
+def twin(model: Any, checkpoint: Checkpoint, block: MoE, name: str) -> torch.Tensor:
+    """The loaded parameter or buffer that a block's router, row or table became, found by layer, size and values.
 
     Names in memory differ from those on disk by family and by version of transformers; values do not.
     """
     match = LAYER.fullmatch(name)
     assert match, f"{name} is in no layer"
-    values = torch.from_numpy(checkpoint.read(name).copy()).reshape(-1)
+    values = torch.from_numpy(read_rows(checkpoint, block, name).copy()).reshape(-1)
     found = {}
     for other, tensor in (*model.named_parameters(), *model.named_buffers()):
         place = LAYER.fullmatch(other)

@@ -58,7 +58,7 @@ class Renumbering:
     @cached_property
     def stacks(self) -> dict[frozenset[str], str]:
         """What tells a stack of layers with experts -> what stands before the number in those layers' keys."""
-        return {words(block.stack): block.key.rpartition(".")[0] for block in self.model.moe}
+        return {words(block.stack): block.key.rpartition(".")[0] for block in reversed(self.model.moe)}
 
     @cached_property
     def others(self) -> set[frozenset[str]]:
@@ -145,7 +145,7 @@ class Renumbering:
     def numbers(self, old: Numbers) -> Numbers | None:
         """New numbers; None where there is no such thing any more. Raises: LookupError where that depends on layers."""
         if old.layer is None:
-            keys = {block.key for block in self.model.moe if not block.attention}
+            keys = {block.key for block in self.model.moe if not block.attention and not block.layout.segment[0]}
             numbers = [self.numbers(Numbers(key, old.expert)) for key in keys]
             experts = {new.expert if new else None for new in numbers}
             if len(experts) > 1:

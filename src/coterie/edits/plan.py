@@ -101,7 +101,7 @@ class Plan:
         """The blocks with a choice, but for those that go whole with their prediction layer."""
         for block in model.moe:
             choice = self.choice(block)
-            if choice and not (block.mtp and self.drop_mtp):
+            if choice and not (block.predicts and self.drop_mtp):
                 yield block, choice
 
     def at(self, key: str) -> Any:

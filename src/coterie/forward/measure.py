@@ -93,8 +93,7 @@ class Routers:
         self._num_seen: dict[str, int] = {}
         for block in stream.source.main:
             index = int(block.key)
-            name = next((p for p, stored in stream.stored(index).items() if stored == block.router), None)
-            if name is not None:
+            if name := stream.router(index):
                 router = stream.layers[index].get_submodule(name.rpartition(".")[0])
                 router.register_forward_hook(self._hook(block))
 

@@ -54,17 +54,19 @@ class Skeleton:
         self._names = self._group_names()
 
     def _check_layers(self, source: Model) -> dict[int, MoE]:
-        """Layer index -> its MoE block. Raises: CoterieError unless exactly the MoE layers have experts, once."""
+        """Layer index -> the MoE block that text sees. Raises: CoterieError unless exactly the MoE layers have experts,
+        once, or in as many stacks as the family says."""
+        stacks = 1 + bool(source.family.within)
         blocks = {int(b.key): b for b in source.moe if not b.mtp and not b.attention}
         for block in source.moe:
             if not block.mtp and int(block.key) < len(self.layers):
                 moe.refuse_undecorated(self.layers[int(block.key)], block.name)
         for index, layer in enumerate(self.layers):
             found = len(moe.experts_modules(layer))
-            if found != (index in blocks):
+            if found != stacks * (index in blocks):
                 raise CoterieError(
                     f"{self.checkpoint.path}: layer {index} has {found} experts modules in transformers, but "
-                    f"{int(index in blocks)} in the checkpoint; expected the same, one at most: {NO_DATA}"
+                    f"{stacks * (index in blocks)} in the checkpoint; expected the same, {stacks} at most: {NO_DATA}"
                 )
         return blocks
 
@@ -108,6 +110,11 @@ class Skeleton:
             if alone and parameter is not None and self.checkpoint.tensors[name].shape == tuple(parameter.shape):
                 found[target.removeprefix(prefix)] = name
         return found
+
+    def router(self, index: int) -> str | None:
+        """The parameter of a layer that its router became, transposed or not; None where it is none of the layer's."""
+        place = self._targets[self.blocks[index].router].name.removeprefix(f"{self._root}.{index}.")
+        return place if place in dict(self.layers[index].named_parameters()) else None
 
     def load(self, index: int) -> None:
         """Fills one layer. Raises: CoterieError when something stays empty."""

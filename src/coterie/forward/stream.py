@@ -46,7 +46,7 @@ class Stream:
         self.source, self.checkpoint, self.dtype = source, source.checkpoint, dtype
         self._skeleton = skeleton = Skeleton(source, dtype)
         self.model, self.decoder, self.layers = skeleton.model, skeleton.decoder, skeleton.layers
-        self.stored, self._blocks = skeleton.stored, skeleton.blocks
+        self.stored, self.router, self._blocks = skeleton.stored, skeleton.router, skeleton.blocks
 
     @torch.no_grad()
     def embed(

@@ -65,7 +65,7 @@ def limits(source: Model, layers: Sequence[Found]) -> list[str]:
     """Notes: what was left out, and what was done on less than all."""
     notes = []
     if len(source.main) < len(source.moe):
-        notes.append("multi-token-prediction layers and attention experts are not analyzed")
+        notes.append("multi-token-prediction layers, attention experts and second models are not analyzed")
     probed = max(at(entry, "probe tokens") for entry in layers)
     notes.append(f"outputs of all experts are compared on {probed:,} tokens per layer, spread evenly over all")
     aligned = [len(at(entry, "alignment experts") or ()) for entry in layers]

@@ -31,6 +31,7 @@ from coterie.judge.numbers import Found, correlation, listed, number, pairs, rat
 from coterie.judge.rounding import BITS, GROUP, rounded_expert
 from coterie.methods.condense import least_squares
 from coterie.model import moe
+from coterie.model.experts import hidden_size
 from coterie.model.layer import Model, MoE
 from coterie.model.loading import quiet_transformers
 from coterie.storage.checkpoint import load_json
@@ -117,7 +118,7 @@ def tokens_of(batches: list[Batch], by_domain: dict[str, list[tuple[int, ...]]])
 
 def probed_rows(model: Model, num_tokens: int) -> torch.Tensor:
     """Rows spread evenly over all tokens: at most `PROBED`, fewer where outputs would be too many numbers."""
-    width = max(model.checkpoint.tensors[b.router].shape[-1] * b.num_experts for b in model.main)
+    width = max(hidden_size(model.checkpoint, b) * b.num_experts for b in model.main)
     count = max(1, min(PROBED, num_tokens, MOST_OUTPUTS // width))
     return torch.from_numpy(np.unique(np.linspace(0, num_tokens - 1, count).round().astype(np.int64)))
 

@@ -182,7 +182,8 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
     for block in model.moe if model else ():
         names = set(expert_names(block))
         top_k = min(model.family.num_experts_per_token(checkpoint.config), block.num_experts) if model else 0
-        total += sum(sizes[n] for n in names - skipped) * top_k / block.num_experts
+        if not block.aside:
+            total += sum(sizes[n] for n in names - skipped) * top_k / block.num_experts
         skipped |= names
     return round(total) + sum(size for name, size in sizes.items() if name not in skipped)
 

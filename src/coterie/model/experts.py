@@ -15,7 +15,7 @@ from coterie.codecs import Coded, Place
 from coterie.codecs.open import matrices_at
 from coterie.errors import CoterieError
 from coterie.model.family import lookup
-from coterie.model.layer import MoE
+from coterie.model.layer import MoE, is_columns, shared_by
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.numerics import encode
 
@@ -80,7 +80,7 @@ class Layer:
 @lru_cache(maxsize=1)  # methods go layer by layer; of all layers at once, routers alone can be a gigabyte
 def _router(layer: Layer) -> np.ndarray:
     checkpoint, block = layer.experts.checkpoint, layer.experts.block
-    values = checkpoint.read(block.router).astype(np.float32, copy=False)
+    values = read_rows(checkpoint, block, block.router).astype(np.float32, copy=False)
     num_rows = block.zero_rows.stop
     if values.size == 0 or values.size != num_rows * values.shape[-1]:
         raise CoterieError(
@@ -96,6 +96,20 @@ def _router(layer: Layer) -> np.ndarray:
 def read_layer(checkpoint: Checkpoint, block: MoE) -> Layer:
     """The block as methods see it; nothing is read yet."""
     return Layer(Experts(checkpoint, block))
+
+
+def read_rows(checkpoint: Checkpoint, block: MoE, name: str) -> np.ndarray:
+    """The router (rows, D), or what one of `rows` or `tables` has of this block, as computation wants it."""
+    values = checkpoint.read(name)
+    if is_columns(block, name):
+        return values.T
+    return values[block.layout.segment[0]] if shared_by(block, name) > 1 else values
+
+
+def hidden_size(checkpoint: Checkpoint, block: MoE) -> int:
+    """D, of what the block's router sees."""
+    shape = checkpoint.tensors[block.router].shape
+    return shape[0] if is_columns(block, block.router) else shape[-1]
 
 
 def expert_matrices(checkpoint: Checkpoint, block: MoE, e: int) -> Matrices:
@@ -170,7 +184,7 @@ def expert_storage(checkpoint: Checkpoint, block: MoE, e: int) -> list[Coded]:
         raise CoterieError(f"{block.name}: expected fused weights {', '.join(block.layout.fused)}; dequantise first")
     part = next(part for part, matrix in found.items() if not matrix)
     known = ", ".join(sorted(block.experts[e]))
-    where = f"{block.prefix}{block.layout.experts}{e}"
+    where = f"{block.prefix}{block.layout.experts}{block.first + e}"
     raise CoterieError(f"{where} ({known}): no {part!r} weight in a form that we know; dequantise the checkpoint first")
 
 
@@ -197,7 +211,7 @@ def _place(checkpoint: Checkpoint, block: MoE, e: int, key: str) -> Place:
     """What a codec has to know of a tensor: `key` is its name below the expert's, or below the layer's."""
     layout, settings = block.layout, quantisation(checkpoint)
     if block.experts:
-        name = block.prefix + layout.expert(e, key)
+        name = block.prefix + layout.expert(block.first + e, key)
         return Place(name, key, 0, block.experts[e], layout.parts, settings=settings)
     beside = {name.removeprefix(block.prefix): name for name in block.fused}
     weights = tuple(name.removesuffix(".weight") for name in layout.fused)

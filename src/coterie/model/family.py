@@ -52,6 +52,8 @@ class Layout:
     transposed_down: bool = False  # of three fused matrices, down is (F, D) as gate and up are
     lists: tuple[str, ...] = ()  # of gate and up in one, and of down, each expert's by number: `experts.LIST.3.weight`
     interleaved: bool = False  # gate and up alternate along the output axis instead of standing side by side
+    columns: bool = False  # the router is (in, out): an expert is a column
+    segment: tuple[int, int] = (0, 1)  # of stacks that share one list of experts, and `rows`: which, of how many
 
     @classmethod
     def under(cls, block: str, **changes: Any) -> Layout:
@@ -78,7 +80,7 @@ class Layout:
         return self.lists or tuple(part for part in (self.gate, self.up, self.down) if part)
 
     def expert(self, e: int, key: str) -> str:
-        """The name of expert e's tensor that is called `key` of each."""
+        """The name of a tensor of the expert that files number e, called `key` of each."""
         part, _, rest = key.partition(".")
         return f"{self.experts}{part}.{e}.{rest}" if part in self.lists else f"{self.experts}{e}.{key}"
 
@@ -163,6 +165,7 @@ class Family:
     mtp_count: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
     per_layer: bool = False  # counts and top-k may differ from layer to layer
     side: str = ""  # where a second model with experts stands: "talker."; layer 3 of it is "talker.3" in plans
+    within: tuple[Layout, ...] = ()  # where that second model's experts stand in the same layers
     stock: bool = True  # transformers has a class for it
     layers: PerLayer = PerLayer()
     dense: Dense | None = None  # None: its config cannot say that some layers are dense

@@ -59,6 +59,16 @@ class MoE:
         return not self.key.isdecimal() and not self.key.startswith("mtp.")
 
     @property
+    def predicts(self) -> bool:
+        """Whether the block is of a multi-token-prediction layer."""
+        return self.mtp and not self.aside
+
+    @property
+    def first(self) -> int:
+        """The number that files give the first expert."""
+        return self.layout.segment[0] * self.num_experts
+
+    @property
     def zero_rows(self) -> range:
         """The rows of the router that lead to the identity, which stay whatever goes."""
         return range(self.num_experts, self.num_experts + self.num_zero)
@@ -113,7 +123,7 @@ def find_blocks(checkpoint: Checkpoint, family: Family) -> Model:
     roles: dict[str, str] = {}
     for prefix, names in _by_layer(checkpoint).items():
         blocks = []
-        for attention, layouts in ((False, family.layouts), (True, family.attention)):
+        for attention, layouts in ((False, family.layouts), (True, family.attention), (False, family.within)):
             layout = _layout(layouts, names) if prefix else None
             if layout:
                 settled = _settled(checkpoint, layout, names)
@@ -202,7 +212,7 @@ def _block(
 ) -> MoE:
     """Sorts a layer's tensors (`names`: relative -> full) into the block's roles."""
     index = int(LAYER.fullmatch(prefix + "x")["index"])  # type: ignore[index]
-    aside = bool(family.side) and prefix.startswith(family.side)
+    aside = bool(family.side) and (prefix.startswith(family.side) or layout in family.within)
     key = f"{family.side if aside else 'mtp.' if MTP.search(prefix) else ''}{index}"
     num_experts = own.counts.get(key) or family.num_experts(checkpoint.config, index)
     num_zero = whole_number(checkpoint.config, (family.zero_count,), 0)
@@ -237,17 +247,20 @@ def _block(
 def _numbered(layout: Layout, names: dict[str, str], num_experts: int) -> tuple[dict[str, str], ...]:
     """The tensors of each expert that is stored under its number; () where none is.
 
-    Raises: CoterieError for a number beyond the last.
+    Raises: CoterieError for a number beyond the last, of all stacks that share the list.
     """
+    which, stacks = layout.segment
     lists = "|".join(re.escape(name) for name in layout.lists)
     pattern = re.compile(re.escape(layout.experts) + rf"((?:{lists})\.)?(\d{{1,6}})\.(.+)", re.DOTALL)
     experts: list[dict[str, str]] = [{} for _ in range(num_experts)]
     for rest, name in names.items():
         if match := pattern.fullmatch(rest):
-            number = int(match[2])
-            if number >= num_experts or match[2] != str(number):
-                raise CoterieError(f"tensor {name!r}: expert {match[2]}, but the config counts {num_experts} experts")
-            experts[number][(match[1] or "") + match[3]] = name
+            stack, number = divmod(int(match[2]), num_experts)
+            if stack >= stacks or match[2] != str(int(match[2])):
+                counted = f"{num_experts} experts" + (f" in each of {stacks} stacks" if stacks > 1 else "")
+                raise CoterieError(f"tensor {name!r}: expert {match[2]}, but the config counts {counted}")
+            if stack == which:
+                experts[number][(match[1] or "") + match[3]] = name
     return tuple(experts) if any(experts) else ()
 
 
@@ -306,7 +319,7 @@ def _check_block(checkpoint: Checkpoint, block: MoE) -> None:
             raise CoterieError(f"{where}: {name!r} has {tensors[name].num_bytes:,} bytes; expected 1 to {MAX_ROUTER:,}")
     for name in (block.router, *block.rows):
         shape = tensors[name].shape
-        if expert_axis(shape, block.num_rows) is None:
+        if expert_axis(block, name, shape) is None:
             raise CoterieError(f"{where}: {name!r} has shape {list(shape)}; the config counts {block.num_rows} experts")
     if block.constants and tensors[block.constants].shape[:1] != (block.routes.count(-1),):
         found, gone = list(tensors[block.constants].shape), block.routes.count(-1)
@@ -350,11 +363,28 @@ def is_mtp(name: str, config: Config) -> bool:
     return match is not None and 0 < whole_number(config, NUM_LAYERS, 0) <= int(match["index"])
 
 
-def expert_axis(shape: tuple[int, ...], num_rows: int) -> int | None:
-    """The axis that counts experts, if everything before it has length 1 (so that rows are byte ranges)."""
+def expert_axis(block: MoE, name: str, shape: tuple[int, ...]) -> int | None:
+    """The axis that counts experts, of the router or one of `rows`.
+
+    Everything before it has length 1 (so that rows are byte ranges), but in routers that are (in, out), and in rows
+    that stacks share: (stacks, experts).
+    """
+    if is_columns(block, name) or shared_by(block, name) > 1:
+        expected = (shape[0] if is_columns(block, name) else shared_by(block, name), block.num_rows) if shape else ()
+        return 1 if shape == expected else None
     for axis, length in enumerate(shape):
-        if length == num_rows:
+        if length == block.num_rows:
             return axis
         if length != 1:
             return None
     return None
+
+
+def is_columns(block: MoE, name: str) -> bool:
+    """Whether a tensor is a router with a column for each expert."""
+    return block.layout.columns and name == block.router
+
+
+def shared_by(block: MoE, name: str) -> int:
+    """Of how many stacks a tensor of `rows` has a row; 1 for all others."""
+    return block.layout.segment[1] if name in block.rows else 1

@@ -211,7 +211,10 @@ def answering(modules: Sequence[Any], answer: Answer) -> Iterator[None]:
 
 
 def experts_modules(layer: torch.nn.Module) -> list[torch.nn.Module]:
-    """The decorated experts modules of a decoder layer, known by the flags that transformers sets on them."""
+    """The decorated experts modules of a decoder layer, known by the flags that transformers sets on them.
+
+    Of two stacks, the one that text sees comes first.
+    """
     return [m for m in layer.modules() if hasattr(m, "is_concatenated") and hasattr(m, "has_gate")]
 
 

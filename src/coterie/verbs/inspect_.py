@@ -46,7 +46,7 @@ def inspect(model: ModelPath) -> dict[str, Any]:
         "model_type": checkpoint.config.get("model_type"),
         "stock": family.stock,
         "moe_layers": len(main),
-        "mtp_layers": sum(b.mtp and not b.aside for b in source.moe),
+        "mtp_layers": sum(b.predicts for b in source.moe),
         "experts": {b.key: b.num_experts for b in main},
         "experts_per_token": family.num_experts_per_token(checkpoint.config),
         "groups": groups.num_groups,

@@ -18,6 +18,7 @@ from coterie.edits.folding import DOWN, UP, check_condensed, folded, is_inside, 
 from coterie.edits.outputs import experts_left
 from coterie.edits.plan import CONDENSED, Condensed, Keys, Kind, Left, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
+from coterie.model.experts import hidden_size
 from coterie.model.family import GATED, NUM_LAYERS, Dense, lookup, num_layers
 from coterie.model.layer import Model, MoE, expert_names
 from coterie.model.own import is_own, own_layout, own_section
@@ -111,7 +112,7 @@ def _mlp(
 ) -> tuple[Output, ...]:
     """The three tensors of the folded MLP, of the routed experts' dtype, computed when their turn comes."""
     place, names = (stock.mlp, stock.names) if stock else (block.layout.blocks[0], GATED)
-    hidden, like = checkpoint.tensors[block.router].shape[-1], checkpoint.tensors[weights(block)[-1]]
+    hidden, like = hidden_size(checkpoint, block), checkpoint.tensors[weights(block)[-1]]
 
     def make(which: int, name: str) -> bytes:
         return encode(folded(checkpoint, block, condensed, width, which), like.dtype, name)

@@ -87,16 +87,17 @@ def _check_kinds(model: Model, plan: Plan) -> None:
 
 
 def agree(blocks: tuple[MoE, ...], plan: Plan) -> None:
-    left = [block.name for block in blocks if block.mtp and plan.drop_mtp]
+    left = [block.name for block in blocks if block.predicts and plan.drop_mtp]
     if left:
         raise CoterieError(f"{left[0]} is a multi-token-prediction layer; the plan in coterie.json drops those")
 
 
 def leave(plan: Plan, left: dict[MoE, Left]) -> None:
+    stacks = {block.stack for block in left if not block.mtp}
     for block, experts in list(left.items()):
-        if block.mtp and plan.drop_mtp:
+        if block.predicts and plan.drop_mtp:
             del left[block]
-        elif not block.mtp and int(block.key) in plan.dropped:
+        elif block.stack in stacks and int(block.key.rpartition(".")[2]) in plan.dropped:
             left[block] = replace(experts, stored=0)
 
 
@@ -124,20 +125,28 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
     if not dropped:
         return
     layers = family.layers
-    entries = (*layers.entries, *family.count, *family.top_k)
-    _check_known(config, {*entries, *layers.numbers, *layers.ordinals}, total)
+    counts = (*family.count, *family.top_k)
+    entries = layers.entries if family.within else (*layers.entries, *counts)  # there, lists of them are of stacks
+    _check_known(config, {*entries, *counts, *layers.numbers, *layers.ordinals, *layers.leading, *layers.last}, total)
     say: list[tuple[tuple[str, ...], Callable[[str, Any], Any]]] = [
         (NUM_LAYERS, lambda key, n: n - len(dropped) if type(n) is int else n),
         (entries, lambda key, value: _entries(key, value, dropped, total)),
         (layers.numbers, lambda key, value: _numbers(key, value, dropped, first=0)),
         (layers.ordinals, lambda key, value: _numbers(key, value, dropped, first=1)),
-        (layers.leading, lambda key, n: n - sum(d < n for d in dropped) if type(n) is int else n),
-        (layers.last, lambda key, n: n - sum(d <= n for d in dropped) if type(n) is int else n),
+        (layers.leading, lambda key, value: _each(value, lambda n: n - sum(d < n for d in dropped))),
+        (layers.last, lambda key, value: _each(value, lambda n: n - sum(d <= n for d in dropped))),
     ]
     for keys, after in say:
         for key, holder, value in list(lookup(config, keys)):
             holder[key.rpartition(".")[2]] = after(key, value)
     renumber(config, dropped)
+
+
+def _each(value: Any, after: Callable[[int], int]) -> Any:
+    """A number changed, or those of a list (of stacks, such as text's and images')."""
+    if isinstance(value, list):
+        return [_each(n, after) for n in value]
+    return after(value) if type(value) is int else value
 
 
 def _entries(key: str, value: Any, dropped: tuple[int, ...], total: int) -> Any:
@@ -184,7 +193,7 @@ def _check_known(config: dict[str, Any], known: set[str], total: int) -> None:
 def numbers(model: Model, plan: Plan, old: Numbers) -> Numbers | None:
     if not plan.dropped and not plan.drop_mtp:
         return old
-    gone = {str(index) for index in plan.dropped} | {b.key for b in model.moe if b.mtp and plan.drop_mtp}
+    gone = {str(index) for index in plan.dropped} | {b.key for b in model.moe if b.predicts and plan.drop_mtp}
     return None if old.layer in gone else replace(old, layer=moved(old.layer or "", plan.dropped))
 
 

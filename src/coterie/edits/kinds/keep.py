@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 from coterie.edits.outputs import experts_left
 from coterie.edits.plan import KEPT, Choice, Keys, Kind, Left, Numbers, Outcome, Outputs, Plan, are_ids
 from coterie.errors import CoterieError
+from coterie.model.experts import read_rows
 from coterie.model.family import RoutingGroups, lookup
-from coterie.model.layer import Model, MoE, expert_axis, stacked
+from coterie.model.layer import Model, MoE, expert_axis, is_columns, shared_by, stacked
 from coterie.model.own import OWN, is_own, own_layout, own_section
 from coterie.storage.checkpoint import Checkpoint, Tensor
 from coterie.storage.shards import Output, Run, computed, whole
@@ -58,6 +60,11 @@ def check(model: Model, plan: Plan) -> None:
             f"plan: layers keep different numbers of experts ({min(counts)} to {max(counts)}), "
             'which no stock config can say; make them equal, or set "layout": "coterie" in the plan\'s budget '
             "(--non-uniform coterie)"
+        )
+    if own and family.within:
+        raise CoterieError(
+            f"plan: each layer has two stacks of experts (the other is {family.side}N), which our own layout cannot "
+            "say; keep equally many everywhere"
         )
 
 
@@ -118,6 +125,8 @@ def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
     for block, choice in plan.chosen(model):
         if len(choice.kept) < block.num_experts:
             result |= _of_experts(model.checkpoint, block, choice.kept)
+            for name in (block.router, *block.rows):
+                result[name] = (_of_rows(model.checkpoint, block, choice.kept, name, result.get(name, ())),)
             result |= {name: (_table(model.checkpoint, block, choice, name),) for name in block.tables}
     return result
 
@@ -125,21 +134,41 @@ def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
 def _of_experts(checkpoint: Checkpoint, block: MoE, kept: tuple[int, ...]) -> Outputs:
     """The kept experts under their new numbers, and what all experts share cut to theirs."""
     tensors, index = checkpoint.tensors, {e: i for i, e in enumerate(kept)}
+    first = block.layout.segment[0] * len(kept)  # all stacks keep equally many
     result: Outputs = {}
     for e, names in enumerate(block.experts):
         for key, name in names.items():
-            renamed = block.prefix + block.layout.expert(index.get(e, 0), key)
+            renamed = block.prefix + block.layout.expert(first + index.get(e, 0), key)
             result[name] = (whole(tensors[name], renamed),) if e in index else ()
     for e, names in enumerate(block.unused):
         for key, name in names.items():
             result[name] = (whole(tensors[name], block.prefix + block.layout.expert(len(kept) + e, key)),)
     for name in stacked(checkpoint, block):
         result[name] = (_cut(tensors[name], kept, block.num_experts, 0),)
-    for name in (block.router, *block.rows):
-        axis = expert_axis(tensors[name].shape, block.zero_rows.stop)
-        assert axis is not None
-        result[name] = (_cut(tensors[name], (*kept, *block.zero_rows), block.zero_rows.stop, axis),)
     return result
+
+
+def _of_rows(checkpoint: Checkpoint, block: MoE, kept: tuple[int, ...], name: str, above: tuple[Output, ...]) -> Output:
+    """The router, or one of `rows`, cut to the kept experts. above: what stacks before this one left, if they share."""
+    tensor, rows = checkpoint.tensors[name], (*kept, *block.zero_rows)
+    if is_columns(block, name):
+        shape = (tensor.shape[0], len(rows))
+        return computed(name, tensor.dtype, shape, lambda: _columns(checkpoint, tensor, rows))
+    if (stacks := shared_by(block, name)) > 1:
+        which, size = block.layout.segment[0], tensor.num_bytes // stacks
+        start = tensor.start + which * size
+        cut = _cut(replace(tensor, shape=tensor.shape[1:], start=start, end=start + size), rows, block.num_experts, 0)
+        return replace(cut, shape=(which + 1, len(rows)), parts=(*(p for o in above for p in o.parts), *cut.parts))
+    axis = expert_axis(block, name, tensor.shape)
+    assert axis is not None
+    return _cut(tensor, rows, block.zero_rows.stop, axis)
+
+
+def _columns(checkpoint: Checkpoint, tensor: Tensor, columns: tuple[int, ...]) -> bytes:
+    """Some columns of a matrix, as stored."""
+    raw = checkpoint.raw(tensor.name)
+    values = np.frombuffer(raw, f"V{len(raw) // tensor.num_parameters}").reshape(tensor.shape)
+    return values[:, list(columns)].tobytes()
 
 
 def _cut(tensor: Tensor, kept: tuple[int, ...], num_experts: int, axis: int) -> Output:
@@ -169,7 +198,7 @@ def renumbered(checkpoint: Checkpoint, block: MoE, choice: Choice, name: str) ->
     if ids.size and (ids.min() < 0 or ids.max() >= block.num_experts):
         raise CoterieError(f"tensor {name!r}: names expert {ids.max()}, but {block.num_experts} exist")
     index = choice.stand_ins(block.num_experts)
-    router = checkpoint.read(block.router).astype(np.float64)
+    router = read_rows(checkpoint, block, block.router).astype(np.float64)
     for e in set(range(block.num_experts)) - set(index):
         index[e] = int(np.linalg.norm(router[list(choice.kept)] - router[e], axis=1).argmin())
     return np.array([index[e] for e in range(block.num_experts)], dtype=ids.dtype)[ids]
@@ -180,8 +209,7 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
     rows = {block.key: left.rows for block, left in experts_left(model, plan).items() if not block.attention}
     for key, holder, value in list(lookup(config, model.family.count)):
         if value is not None and rows:
-            each = [rows.get(str(i), n) for i, n in enumerate(value)] if isinstance(value, list) else None
-            holder[key.rpartition(".")[2]] = each or max(rows.values())
+            holder[key.rpartition(".")[2]] = _counted(value, rows, model.family.per_layer)
     own, differ = own_layout(config), len(set(rows.values())) > 1 and not model.family.lists(config, model.family.count)
     if differ or own.dense or own.routes:
         own_section(config, num_experts=rows)
@@ -190,11 +218,22 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
         del config[OWN]
 
 
+def _counted(value: object, rows: Mapping[str, int], per_layer: bool) -> object:
+    """One count; or a list as long as before, of each layer's where these may differ."""
+    if not isinstance(value, list):
+        return max(rows.values())
+    return [rows.get(str(i), n) if per_layer else max(rows.values()) for i, n in enumerate(value)]
+
+
 def numbers(model: Model, plan: Plan, old: Numbers) -> Numbers | None:
-    choice = plan.layers.get(old.layer or "")
-    if choice is None or old.expert is None:
+    keys = {old.layer, f"{model.family.side}{old.layer}" if model.family.within else None}  # of one list of experts
+    choices = [(b, choice) for b, choice in plan.chosen(model) if b.key in keys and not b.attention]
+    if not choices or old.expert is None:
         return old
-    return replace(old, expert=choice.kept.index(old.expert)) if old.expert in choice.kept else None
+    for block, choice in choices:
+        if (expert := old.expert - block.first) in choice.kept:
+            return replace(old, expert=block.layout.segment[0] * len(choice.kept) + choice.kept.index(expert))
+    return None
 
 
 def trace(plan: Plan, before: Outcome) -> Outcome:

@@ -19,11 +19,11 @@ from coterie.edits.plan import MERGED, Choice, Keys, Kind, Outcome, Outputs, Pla
 from coterie.errors import CoterieError
 from coterie.methods import align
 from coterie.methods.prune.stun import mean_of
-from coterie.model.experts import expert_biases, expert_matrices
-from coterie.model.layer import Model, MoE, expert_names, stacked
+from coterie.model.experts import expert_biases, expert_matrices, read_rows
+from coterie.model.layer import Model, MoE, expert_names, is_columns, shared_by, stacked
 from coterie.storage.checkpoint import FLOATS, Checkpoint
 from coterie.storage.numerics import decode, encode
-from coterie.storage.shards import Made, Output
+from coterie.storage.shards import Made, Output, computed
 
 
 def read(at: str, value: Any) -> dict[str, object]:
@@ -73,9 +73,10 @@ def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
         for i in indices if block.experts else ():
             for key, name in block.experts[choice.kept[i]].items():
                 result[name] = (_averaged(made[name], name, choice, {i: partial(members.numbered, i, key)}, first=i),)
-        for name in (*stacked(model.checkpoint, block), block.router, *block.rows) if indices else ():
-            of = members.fused if name in block.fused else members.rows
-            result[name] = (_averaged(made[name], name, choice, {i: partial(of, i, name) for i in indices}),)
+        for name in stacked(model.checkpoint, block) if indices else ():
+            result[name] = (_averaged(made[name], name, choice, {i: partial(members.fused, i, name) for i in indices}),)
+        for name in (block.router, *block.rows) if indices else ():
+            result[name] = (_rows(members, result.get(name, made[name]), name),)
     return result
 
 
@@ -95,6 +96,22 @@ def _averaged(made: tuple[Output, ...], name: str, choice: Choice, values: dict[
         for i, part in enumerate(output.parts, first)
     ]
     return replace(output, parts=tuple(parts))
+
+
+def _rows(members: Members, made: tuple[Output, ...], name: str) -> Output:
+    """The router, or one of `rows`, with means in place of what was copied."""
+    block, choice, (output,) = members.block, members.choice, made
+    values: dict[int, Values] = {i: partial(members.rows, i, name) for i in averaged(choice)}
+    if not is_columns(block, name):
+        above = len(choice.kept) * block.layout.segment[0] if shared_by(block, name) > 1 else 0
+        return _averaged(made, name, choice, values, first=-above)
+
+    def columns() -> bytes:
+        rows, shares = read_rows(members.checkpoint, block, name), choice.shares or [()] * len(choice.kept)
+        found = [mean(values[i](), shares[i]) if i in values else rows[e] for i, e in enumerate(choice.kept)]
+        return encode(np.stack(found, axis=1), output.dtype, name)
+
+    return computed(name, output.dtype, output.shape, columns)
 
 
 def mean(values: Iterable[np.ndarray], shares: tuple[float, ...]) -> np.ndarray:
@@ -134,10 +151,13 @@ class Members:
 
     def rows(self, i: int, name: str) -> Iterator[np.ndarray]:
         """Every member's row of the router, or of what stands beside it, of cluster i."""
-        tensor = self.checkpoint.tensors[name]
-        size = tensor.num_bytes // self.block.zero_rows.stop
+        tensor, stacks = self.checkpoint.tensors[name], shared_by(self.block, name)
+        if is_columns(self.block, name):
+            yield from read_rows(self.checkpoint, self.block, name)[list(self.choice.clusters[i])]
+            return
+        first, size = (self.block.first if stacks > 1 else 0), tensor.num_bytes // (stacks * self.block.zero_rows.stop)
         for e in self.choice.clusters[i]:
-            yield decode(self.checkpoint.raw(name, e * size, size), tensor.dtype, name)
+            yield decode(self.checkpoint.raw(name, (first + e) * size, size), tensor.dtype, name)
 
     def _arranged(self, i: int, e: int, values: np.ndarray, axis: int | None, kind: str) -> np.ndarray:
         """The values with expert e's neurons in the order of the cluster's kept expert."""

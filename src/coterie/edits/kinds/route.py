@@ -23,6 +23,7 @@ import numpy as np
 from coterie.edits.outputs import experts_left
 from coterie.edits.plan import Choice, Keys, Kind, Left, Outcome, Outputs, Plan, Verified, Written
 from coterie.errors import CoterieError, check_choice
+from coterie.model.experts import hidden_size
 from coterie.model.family import lookup
 from coterie.model.layer import CONSTANTS, Model, MoE, expert_names
 from coterie.model.own import own_section
@@ -161,7 +162,8 @@ def constants(model: Model, plan: Plan) -> Iterator[tuple[MoE, Choice, Output]]:
     """The blocks with constants, and the tensor (R, D) of each, computed from the statistics when its turn comes."""
     for block, choice in routed_blocks(model, plan):
         if choice.removed == "constant":
-            dtype, shape = _dtype(model.checkpoint, block), (len(gone(choice, block.num_experts)), _width(model, block))
+            dtype = _dtype(model.checkpoint, block)
+            shape = (len(gone(choice, block.num_experts)), hidden_size(model.checkpoint, block))
             make = partial(constant_bytes, model, block, choice, plan)
             yield block, choice, computed(constants_name(block), dtype, shape, make)
 
@@ -188,7 +190,7 @@ def mean_outputs(model: Model, block: MoE, source: Mapping[str, Any]) -> np.ndar
     stats = Stats.load(path, only=("tokens", "outputs"), layers=(block.key,))
     stats.check_model(model.checkpoint.hash, path)
     tokens, outputs = (stats.get(block.key, name, weights) for name in ("tokens", "outputs"))
-    expected = (block.num_experts, _width(model, block))
+    expected = (block.num_experts, hidden_size(model.checkpoint, block))
     if tokens.shape != expected[:1] or outputs.shape != expected:
         raise CoterieError(
             f"{path}: {block.name}: mean outputs have shape {outputs.shape}, expected {expected}; collect them again"
@@ -229,11 +231,6 @@ def _dtype(checkpoint: Checkpoint, block: MoE) -> str:
     """That of the experts, or of the router where they are quantised."""
     found = [checkpoint.tensors[name].dtype for name in (*expert_names(block)[:1], block.router)]
     return next((dtype for dtype in found if dtype in FLOATS), "BF16")
-
-
-def _width(model: Model, block: MoE) -> int:
-    """D, of what an expert takes and gives."""
-    return model.checkpoint.tensors[block.router].shape[-1]
 
 
 KIND = Kind(

@@ -9,8 +9,8 @@ finds out by itself, from what is computed; this says so before anything is.
 UNABLE = {
     # Their layers pass each other what attention chose: no layer runs alone.
     "stream": ("glm5_next", "glm_moe_dsa", "hy_v4", "inkling2", "inkling2_text", "mistral_large4"),
-    # Their blocks do more than add a shared expert to the weighted sum: no dense MLP stands for them.
-    "fold": ("axk1", "beam", "longcat_flash"),
+    # Their blocks do more than add a shared expert to one weighted sum: no dense MLP stands for them.
+    "fold": ("axk1", "beam", "ernie4_5_moe_vl", "ernie4_5_vl_moe", "longcat_flash"),
     # A layer norms or scales what its block gives, or mixes several streams: its output is not what goes with it.
     "add": (
         "afmoe", "beam", "cohere2_moe", "dbrx", "deepseek_v4", "flex_olmo", "granitemoe_swa", "granitemoehybrid",
@@ -24,7 +24,6 @@ NO_FAMILY = {
     "diffusion_gemma": "writes by denoising blocks of tokens with an encoder and a decoder; nothing here runs that",
     "doge": "its experts are rows of two tables on a grid of product keys, from which no single one can go",
     "dots3_note": "its vision tower has experts of its own; the text model alone is `dots3_note_text`",
-    "ernie4_5_vl_moe": "text and vision experts are one numbered list under one count; routers are stored (in, out)",
     "inkling_mm_model": "its router weighs the shared experts in one softmax with the routed ones, by rows of its own",
     "inkling_text": "its router weighs the shared experts in one softmax with the routed ones, by rows of its own",
     "nllb-moe": "translates; its encoder and its decoder have experts, and one count rules both",

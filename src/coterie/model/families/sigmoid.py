@@ -2,12 +2,29 @@
 
 from dataclasses import replace
 
-from coterie.model.family import Dense, Family, Layout
+from coterie.model.family import Dense, Family, Layout, PerLayer
 
 AFMOE = Layout.under("mlp.", router="router.gate.weight", rows=("expert_bias",))
 HY_V3 = replace(AFMOE, shared=("mlp.shared_mlp.",))
 HY_V3_SAVED = Layout.under("mlp.", rows=("gate.e_score_correction_bias", "e_score_correction_bias"))
 ERNIE = Layout.under("mlp.", rows=("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"))
+# Of each layer, text tokens see one stack of experts and image tokens another. Published, both are one list with two
+# routers of columns and a matrix of biases; transformers saves each by itself.
+TEXT = Layout.under(
+    "mlp.", router="gate.weight", rows=("moe_statics.e_score_correction_bias",), fused=(), columns=True, segment=(0, 2)
+)
+IMAGE = replace(TEXT, router="mlp.gate.weight_1", shared=(), segment=(1, 2))
+TEXT_SAVED, IMAGE_SAVED = (
+    replace(Layout.under(f"mlp.{kind}_moe.", rows=("gate.moe_statics.e_score_correction_bias",)), shared=shared)
+    for kind, shared in (("text", ("mlp.shared_experts.",)), ("vision", ()))
+)
+ERNIE_VL = Family(
+    ("ernie4_5_vl_moe",),
+    layouts=(TEXT, TEXT_SAVED),
+    side="vision.",
+    within=(IMAGE, IMAGE_SAVED),
+    layers=PerLayer(entries=("mlp_layer_types",)),  # lists of sizes are of stacks
+)
 # One bias stands outside the block.
 KOLIBRI = replace(
     Layout.under("mlp."),
@@ -36,6 +53,8 @@ FAMILIES = (
     Family(("afmoe",), layouts=(AFMOE,), dense=Dense("prefix", FIRST)),
     Family(("hy_v3",), layouts=(HY_V3, HY_V3_SAVED), dense=Dense("types", "mlp_layer_types")),
     Family(("ernie4_5_moe",), layouts=(ERNIE,)),
+    ERNIE_VL,
+    replace(ERNIE_VL, model_types=("ernie4_5_moe_vl",), stock=False),  # as its remote code spells the config
     Family(("inkling2", "inkling2_text"), layouts=(INKLING, INKLING_SAVED)),
     Family(("muse_spark",), layouts=(MUSE,), dense=Dense("types", "mlp_layer_types")),
     Family(("kolibri1",), layouts=(KOLIBRI,)),
