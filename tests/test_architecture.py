@@ -111,6 +111,13 @@ def test_light_modules_import_neither_torch_nor_transformers(modules):
     assert not loaded & {"torch", "transformers", "scipy", "safetensors", "huggingface_hub", "accelerate"}
 
 
+def test_llvmlite_is_loaded_where_kernels_run_alone():
+    """Not by what loads models, packed ones included, nor by what computes with the others."""
+    modules = "model.quantizer model.sparse model.loading judge.quality judge.speed forward.stream train.loop".split()
+    code = f"import sys, {', '.join(f'coterie.{m}' for m in modules)}; assert 'llvmlite' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_public_names_are_functions_whatever_was_imported_before():
     """`coterie.apply` stays the function when something imports the module of the same name."""
     code = (

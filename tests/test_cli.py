@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,31 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, says
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "nowhere"], ["prune", "--no-such-flag"], ["frobnicate"]])
+def test_with_json_a_refusal_is_an_object(capsys, arguments):
+    """{"error": ...} on standard output, and nothing on standard error; the exit code stays."""
+    code, out, err = coterie(*arguments, "--json", capsys=capsys)
+    assert (code, err, list(json.loads(out))) == (2, "", ["error"])
+
+
+def test_the_version_is_told(capsys):
+    """`coterie --version`."""
+    assert coterie("--version", capsys=capsys) == (0, f"coterie {package.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "proposed"),
+    [("coterie pru", "prune"), ("coterie prune --thr", "--threshold"), ("coterie --ver", "--version")],
+)
+def test_a_shell_completes_commands_and_their_options(typed, proposed):
+    """As the script of `coterie --show-completion bash` asks: all words, the number of the last, the mode."""
+    asked = {"COMP_WORDS": typed.replace(" ", "\n"), "COMP_CWORD": str(typed.count(" "))}
+    env = os.environ | asked | {"_COTERIE_COMPLETE": "complete_bash"}
+    argv = [sys.executable, "-m", "coterie"]
+    found = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [proposed]
 
 
 def test_dry_run_decides_and_writes_nothing(tmp_path, capsys):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +26,14 @@ from coterie.errors import CoterieError, printable
 from coterie.options import Help, flag_of, help_of
 from coterie.pages.terminal import sized
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        _say(f"coterie {coterie.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 ORDER = """
@@ -40,14 +48,18 @@ def application(asked: str | None) -> typer.Typer:
         name="coterie",
         help="Makes mixture-of-experts language models small and cheap to run: checkpoint in, smaller checkpoint out.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    app.callback()(_options)
     for name in commands():
         app.command(name, help=_docstring(coterie.VERBS[name]))(_callback(name) if name == asked else _nothing)
     return app
+
+
+def _options(version: Version = False) -> None:
+    """What is asked of no command."""
 
 
 def commands() -> list[str]:
@@ -170,17 +182,18 @@ def _amount(stage: str, done: int, total: int, seconds: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command and exits with its code; every refusal is one line on standard error."""
+    """Runs the command and exits with its code; a refusal is one line on standard error, or JSON on standard output."""
     logging.basicConfig(format="note: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in words
     try:
-        words = sys.argv[1:] if arguments is None else arguments
-        app = application(next((word for word in words if not word.startswith("-")), None))
+        app = application(next((word for word in words or _completed() if not word.startswith("-")), None))
         code = typer.main.get_command(app).main(words, prog_name="coterie", standalone_mode=False)
         if code == 130:  # what some versions of typer make of Ctrl-C, and others an Abort
             _interrupted()
         sys.exit(code if isinstance(code, int) else 0)
     except CoterieError as error:
-        _refuse(error)
+        _refuse(error, as_json)
     except KeyboardInterrupt:
         _interrupted()
     except Exception as error:
@@ -192,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(error.format_message())
             sys.exit(2)
-        _refuse(error.format_message())
+        _refuse(error.format_message(), as_json)
 
 
 def _interrupted() -> None:
@@ -200,7 +213,15 @@ def _interrupted() -> None:
     sys.exit(130)
 
 
-def _refuse(error: object) -> None:
+def _completed() -> list[str]:
+    """The words after `coterie` that a shell wants to complete, as typer's scripts hand them over; else none."""
+    return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "").split()[1:]
+
+
+def _refuse(error: object, as_json: bool) -> None:
     line = " ".join(str(error).split())
-    _say(f"error: {line}", err=True)
+    if as_json:
+        _print_json({"error": line})
+    else:
+        _say(f"error: {line}", err=True)
     sys.exit(2)
