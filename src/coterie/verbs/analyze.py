@@ -13,7 +13,7 @@ from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, 
 from coterie.model.layer import Model
 from coterie.model.layered import check_single
 from coterie.options import Help, ModelPath, public
-from coterie.pages.terminal import Asked, paragraphs
+from coterie.pages.terminal import Asked
 from coterie.storage.files import check_new_file, write_whole
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 
@@ -36,8 +36,8 @@ def analyze(
 
     data, samples, seq_len, seed, dtype: as in `collect`; the seed also draws random experts.
     Returns `{"model", "options", "domains", "layers", "advice", "notes", "versions", "seconds", "peak_rss_bytes"}`.
-    "advice" is a list of {"about", "text", "numbers"}. "layers" is a list, in order; None stands for what could not be
-    measured. E experts, K chosen per token; each entry holds
+    "advice" is a list of {"about", "verdict", "number" (in words), "text", "numbers", "command"}. "layers" is a list,
+    in order; None stands for what could not be measured. E experts, K chosen per token; each entry holds
 
     - "layer", "num_experts", "chosen": the layer's key, E, K.
     - "cosine": (E, E) matrices: "weights" (all matrices of an expert, flattened), "gate", "up", "down" (each alone),
@@ -75,16 +75,19 @@ def analyze(
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, calibration)
     spill = None if out is None else Path(out).parent
+    from coterie.decide.abilities import abilities
     from coterie.judge.advice import advise
     from coterie.judge.analysis import limits, measure
+    from coterie.judge.commands import Commands
 
     layers = measure(source, by_domain, chosen, calibration.seed, on_progress, spill)
+    commands = Commands(str(model), calibration.named, abilities(source))
     result = {
         "model": {"path": str(model), "hash": source.checkpoint.hash, "family": source.family.name},
         "options": calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")},
         "domains": counted(by_domain),
         "layers": layers,
-        "advice": [vars(advice) for advice in advise(layers)],
+        "advice": [vars(advice) for advice in advise(layers, commands)],
         "notes": [*notes, *limits(source, layers)],
         "versions": versions(),
         **clock.read(),
@@ -97,6 +100,8 @@ def analyze(
 
 
 def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
-    """The advice."""
+    """Verdicts, each with its number and the command to run next."""
     yield f"{asked['out'] or asked['model']}: done in {found['seconds']:.1f} s"
-    yield from paragraphs([(advice["about"], advice["text"]) for advice in found["advice"]])
+    for advice in found["advice"]:
+        yield from (f"{advice['about']}: {advice['verdict']}", f"  {advice['number']}")
+        yield from (f"  {line}" for line in advice["command"].splitlines())
