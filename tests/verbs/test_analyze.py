@@ -1,7 +1,9 @@
 """The instrument of `coterie analyze`, on models whose answer is planted and on hand-sized numbers."""
 
+import html
 import json
 import re
+import shlex
 import shutil
 from itertools import pairwise
 
@@ -27,6 +29,7 @@ from coterie.judge.similarity import compare_router, compare_weights
 from coterie.model.experts import Experts
 from coterie.model.layer import Model
 from coterie.model.loading import load_stock
+from coterie.pages.analysis import shown as shown_page
 
 E, D, N = tiny.NUM_EXPERTS, tiny.HIDDEN, tiny.EXPERT_HIDDEN
 LAYER, EXPERT = "model.layers.1.mlp", "model.layers.1.mlp.experts.{}.{}_proj.weight"
@@ -435,12 +438,49 @@ def test_the_page(tiny_checkpoint, data, tmp_path):
     assert carried["numbers"]["layers"] == result["layers"]
     assert f"Rounded to {rounding.LEVELS}, which makes 4 bits 4.5; those of coterie report are symmetric" in text
     kinds = [plot["kind"] for plot in carried["plots"]]
-    assert kinds.count("heatmap") == 5 and {"scatter", "bars"} < set(kinds)
+    assert kinds.count("heatmap") == 6 and {"scatter", "lines"} < set(kinds)
+    for advice in result["advice"]:
+        said = (advice["verdict"], advice["number"], advice["command"])
+        assert all(said) and all(html.escape(part) in text for part in said), advice["about"]
     assert len(carried["plots"][0]["views"]) == len(result["layers"])
     with pytest.raises(CoterieError, match=r"page\.html: exists already"):
         analyze(folder, data=data, samples=4, seq_len=32, out=out)
     analyze(folder, data=data, samples=4, seq_len=32, out=out, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder.name, "page.html"]
+
+
+def test_commands_can_be_pasted(tiny_checkpoint, data, tmp_path, monkeypatch):
+    """Every command of every finding runs, in a shell's words, on a folder whose name needs quotes."""
+    folder = tmp_path / "it's; a model"
+    shutil.copytree(tiny_checkpoint("qwen2_moe"), folder)
+    monkeypatch.chdir(tmp_path)
+    advice = analyze(folder.name, data=data, samples=4, seq_len=32)["advice"]
+    lines = list(dict.fromkeys(line for item in advice for line in item["command"].splitlines()))
+    assert {shlex.split(line)[1] for line in lines if line[0] != "#"} >= {"collect", "compare", "prune", "condense"}
+    assert "# coterie quantize cannot be used here: " in "\n".join(lines)  # its rows are too short for a group
+    for line in lines:
+        if line[0] != "#":
+            with pytest.raises(SystemExit) as stop:
+                main(shlex.split(line)[1:])
+            assert not stop.value.code, line
+
+
+def test_a_page_of_the_reference_models_size_is_below_a_megabyte():
+    """8 layers of 64 experts."""
+    draw, count = np.random.default_rng(0), 64
+    matrix = draw.uniform(-1, 1, (count, count)).round(4).tolist()
+    names = ("weights", "gate", "up", "down", "router", "outputs", "angular")
+    path = {"error": 0.5}
+    entry = {
+        "num_experts": count, "chosen": 4, "cosine": dict.fromkeys(names, matrix), "coactivation": matrix,
+        "alignment": {"experts": list(range(count)), "cosine": matrix, "kendall": matrix, "mean": 0.1, "chance": 0.0},
+        "norms": {"points": draw.uniform(0, 9, (400, 2)).round(4).tolist()}, "bits": {"4": {"layer": 0.1}},
+        "probe": {"counterfactual": {"next": path}}, "load": {"domains": {"a": [1 / count] * count}},
+    }  # fmt: skip
+    layers = [{"layer": str(i), **entry} for i in range(8)]
+    made = {"model": {"path": "m"}, "layers": layers, "domains": {"a": {"tokens": 9}}, "advice": [], "notes": []}
+    text = shown_page(made)
+    assert len(text.encode()) < 1_000_000 and "are not among the numbers that this page saves" in text
 
 
 def test_a_page_of_very_many_experts_leaves_matrices_out(monkeypatch, tiny_checkpoint, data, tmp_path):
@@ -479,6 +519,8 @@ def test_the_command(tiny_checkpoint, data, tmp_path, capsys):
     code, out, _ = run("--json", "-o", str(page))
     assert code == 0 and page.exists() and len(json.loads(out)["layers"][0]["cosine"]["weights"]) == E
     code, out, err = run()
-    assert code == 0 and "condense" in out and "stun" in out and "note: outputs of all experts" in err
+    assert code == 0 and "condense" in out and "note: outputs of all experts" in err
+    assert "stun: No expert is spare: whatever is removed has a cost to be measured\n" in out
+    assert f"\n  coterie condense {call[1]} condensed --layer-ids " in out
     code, out, err = run("--output", str(page))
     assert (code, out) == (2, "") and err.startswith("error:") and len(err.splitlines()) == 1

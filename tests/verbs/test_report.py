@@ -4,6 +4,8 @@ import html
 import json
 import os
 import re
+import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -16,13 +18,17 @@ from test_page import browser, opened  # noqa: F401 - fixtures
 import coterie
 import forms
 from coterie.cli import main
+from coterie.decide.abilities import abilities
 from coterie.errors import CoterieError
 from coterie.judge import speed
-from coterie.judge.facts import Facts, digest_of, overlaps
+from coterie.judge.commands import Commands
+from coterie.judge.facts import Facts, digest_of, named, overlaps, ways
 from coterie.judge.rounding import round_experts, rounded_bytes, symmetric
 from coterie.model import family
 from coterie.model.layer import Model
 from coterie.model.loading import load
+from coterie.pages.page import sized
+from coterie.reference_model import MODEL
 from coterie.storage.checkpoint import Checkpoint
 from coterie.verbs.report import report
 
@@ -55,7 +61,7 @@ def made(folders):
 def rows_of(page, number):
     """The cells of the page's table `number`, as text."""
     body = re.findall(r"<tbody>(.*?)</tbody>", page, flags=re.DOTALL)[number]
-    rows = re.findall(r"<tr>(.*?)</tr>", body, flags=re.DOTALL)
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", body, flags=re.DOTALL)
     return [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows]
 
 
@@ -74,10 +80,11 @@ def test_the_page_holds_what_is_returned(made):
     found, page = made
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert data["numbers"] == json.loads(json.dumps({k: v for k, v in found.items() if k != "out"}))
-    first = rows_of(page, 0)[1]
-    assert first[1] == f"{found['models'][1]['bytes']:,}"
-    mean = found["models"][1]["mean"]
-    assert first[5] == f"{mean['value']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
+    first, model = rows_of(page, 0)[1], found["models"][1]
+    assert first[1] == sized(model["bytes"]) and f'title="{model["bytes"]:,} bytes"' in page
+    for cell, mean, form in ((2, model["paired"]["mean"], "+.4f"), (4, model["mean"], ".3f")):
+        value, low, high = (format(mean[key], form) for key in ("value", "low", "high"))
+        assert first[cell] == f"{value} <small>[{low}, {high}]</small>"
 
 
 def test_models_are_judged_as_eval_judges_them(made, folders):
@@ -133,11 +140,11 @@ def test_the_page_works_in_a_browser(made, opened):  # noqa: F811
     """All plots are drawn, from disk, without an error in the console; the first table sorts by bytes."""
     tab = opened(made[1])
     figures = tab.query_selector_all("figure")
-    assert len(figures) >= 6
-    assert all(tab.evaluate("f => f.querySelector('svg[role=img]').children.length", f) > 3 for f in figures)
+    assert len(figures) >= 5
+    assert all(tab.evaluate("f => f.querySelector('svg[role=group]').children.length", f) > 3 for f in figures)
     tab.locator("table").first.locator("th button").nth(1).click()
-    cells = tab.locator("table").first.locator("tbody td:nth-child(2)").all_text_contents()
-    sizes = [int(cell.replace(",", "")) for cell in cells]
+    titles = tab.locator("table").first.locator("tbody td:nth-child(2)")
+    sizes = [int(cell.get_attribute("title").replace(",", "").split()[0]) for cell in titles.all()]
     assert len(sizes) == 3 and sizes == sorted(sizes)
 
 
@@ -209,7 +216,21 @@ def test_the_reference_is_judged_and_is_no_row_of_the_first_table(made):
     (reference,) = found["references"]
     assert reference["bytes"] < found["models"][0]["bytes"]
     assert reference["paired"]["difference"]["a"]["value"] != 0
-    assert [row[0] for row in rows_of(page, 1)] == [reference["name"]]
+    (row,) = rows_of(page, 1)
+    assert row[0] == reference["name"] and row[-1] == f"<code>{reference['makes']}</code>"
+
+
+def test_the_command_of_a_reference_runs_or_says_why_it_cannot(made, tmp_path, capsys):
+    """Where rows are long enough for a group of the format, as in the shipped model; the tiny model's are not."""
+    assert made[0]["references"][0]["makes"].startswith("# coterie quantize cannot be used here: ")
+    source = Model.open(MODEL)
+    commands = Commands(str(MODEL), can=abilities(source))
+    line = commands.line("quantize", str(tmp_path / "a b"), "--bits", 4, "--method", "round")
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(line)[1:], "--dry-run", "--json"])
+    assert not stop.value.code
+    stored = json.loads(capsys.readouterr().out)["report"]["after"]["bytes"]
+    assert stored == pytest.approx(rounded_bytes(source), rel=0.06)  # its groups are of 32, the reference's of 64
 
 
 # What is said, and what is refused
@@ -246,6 +267,47 @@ def test_every_model_has_a_kurtosis(folders, made):
         values = values[values != 0] - values[values != 0].mean()
         assert entry["kurtosis"] == {"as it is": pytest.approx((values**4).mean() / (values**2).mean() ** 2, rel=1e-4)}
     assert "Kurtosis of expert weights" in page
+
+
+def test_models_have_names_of_their_own(folders, tmp_path, monkeypatch):
+    """NAME=FOLDER, or a dictionary; a folder that is called so is none; names are all different."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a=b", "b"):
+        (tmp_path / name).mkdir()
+    assert named("x=a") == {"x": "a"} and named({"x": "a"}) == {"x": "a"}
+    assert named(["a", "b", "a=b", "a=b=b", "hub/id"]) == {"b": "b", "a=b": "a=b", "a": "b=b", "hub/id": "hub/id"} | {
+        "a (2)": "a"
+    }
+    assert list(named(["a", "a", "a"])) == ["a", "a (2)", "a (3)"] and list(named(["b=a", "b"])) == ["b", "b (2)"]
+    with pytest.raises(CoterieError, match=r"x=\.\.\.: two models are called so"):
+        named(["x=a", "x=b"])
+    found = report([f"<b>={folders / 'model'}"], tmp_path / "r.html", data={"a": folders / "a.txt"}, window=32)
+    assert found["models"][0]["name"] == "<b>" and "<b>" not in (tmp_path / "r.html").read_text()
+
+
+def test_ways_are_what_records_say(folders, tmp_path):
+    """Of all steps from the original on; of the last one where nothing leads back; none where nothing is recorded."""
+    original = Checkpoint.open(folders / "model").hash
+    coterie.prune(folders / "model", tmp_path / "one", method="first", ratio=0.5)
+    coterie.sparsify(tmp_path / "one", tmp_path / "both", method="magnitude", sparsity=0.5)
+    assert ways(tmp_path / "one", original) == ["pruned"] and ways(folders / "model", original) == []
+    assert ways(tmp_path / "both", original) == ["pruned", "zeros"]
+    assert ways(tmp_path / "both", "another") == ["zeros"]
+    record = json.loads((tmp_path / "both" / "coterie.json").read_text())
+    (tmp_path / "both" / "coterie.json").write_text(json.dumps(record | {"command": "recover"}))
+    assert ways(tmp_path / "both", original) == ["pruned", "recovered"]
+    (tmp_path / "both" / "coterie.json").write_text(json.dumps(record | {"plan": {"layers": 3}}))
+    assert ways(tmp_path / "both", original) == []
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_before_any_is_judged(folders, tmp_path, monkeypatch):
+    """Here one stored in a way that nothing reads."""
+    shutil.copytree(folders / "model", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "no"}}))
+    monkeypatch.setattr("coterie.judge.lineup.judge", lambda *_: pytest.fail("judged"))
+    with pytest.raises(CoterieError, match="quant_method 'no'"):
+        report([folders / "model", tmp_path / "m"], tmp_path / "r.html", data={"a": folders / "a.txt"})
 
 
 def test_records_are_not_trusted(folders, tmp_path):
@@ -286,7 +348,7 @@ def test_a_family_that_is_not_known_has_an_unknown_number_of_experts(folders, tm
     """Not none, and a note says why; a dense model has none."""
     monkeypatch.setattr(family, "registry", dict)
     found = report(folders / "model", tmp_path / "r.html", data={"a": folders / "a.txt"}, window=32, speed=False)
-    assert found["models"][0]["experts"] is None and rows_of((tmp_path / "r.html").read_text(), 0)[0][4] == "unknown"
+    assert found["models"][0]["experts"] is None and "unknown" in rows_of((tmp_path / "r.html").read_text(), 0)[0]
     assert any(
         "model: how many experts its layers have is unknown: config.json: 'qwen2_moe'" in n for n in found["notes"]
     )
@@ -325,6 +387,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(folders, out, says):
     ("models", "options", "says"),
     [
         ([], {}, "no model was given"),
+        (["model"], {"budget": "much"}, "--budget 'much': expected bytes, as in 20GB"),
         (["nowhere"], {}, "no such folder"),
         (["model"], {"data": ["x"]}, "expected NAME=FILE"),
         (["model"], {"window": 1}, "window is 1"),

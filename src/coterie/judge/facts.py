@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from coterie.codecs.open import opened
 from coterie.edits.kurtosis import of_experts
+from coterie.edits.lineage import plans_between
+from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError
 from coterie.forward.sources import MAX_DATA
 from coterie.model.family import names_experts
@@ -23,6 +26,15 @@ from coterie.storage.record import object_at, record_of, typed
 
 LONGEST = 400  # characters of a command that are shown
 Digest = tuple[int, str]  # bytes of a file, and their hash
+Models = str | Path | Sequence[str | Path] | Mapping[str, str | Path]  # NAME=FOLDER items, or a dictionary of them
+WAYS: dict[str, Callable[[Plan], bool]] = {  # of making a model smaller: whether a plan does it
+    "pruned": lambda plan: any(not choice.merged for choice in plan.choices.values()),
+    "merged": lambda plan: any(choice.merged for choice in plan.choices.values()),
+    "condensed": lambda plan: any(layer.experts for layer in plan.condensed.values()),
+    "layers dropped": lambda plan: bool(plan.dropped) or not all(layer.experts for layer in plan.condensed.values()),
+    "zeros": lambda plan: bool(plan.sparsity),
+    "quantised": lambda plan: bool(plan.at("bits")),
+}
 
 
 @dataclass(frozen=True)
@@ -90,11 +102,50 @@ def _number(value: object) -> float | None:
     return float(value) if abs(value) < 1e300 and math.isfinite(value) else None
 
 
-def names_of(paths: Sequence[str | Path]) -> list[str]:
-    """A name for each model, all different: its folder's; with what stands above it, or a number, where two agree."""
-    names = [Path(path).resolve().name if Path(path).is_dir() else str(path) for path in paths]
-    names = [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
-    return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
+def named(models: Models) -> dict[str, str | Path]:
+    """The models by name, all different, in their order: NAME=FOLDER has its own name; others have their folder's, or
+    what was typed, where two agree.
+
+    Raises: CoterieError where no model is given, or two have one label.
+    """
+    if isinstance(models, Mapping):
+        split = [(str(name), path) for name, path in models.items()]
+    else:
+        split = [_labelled(m) for m in ([models] if isinstance(models, str | Path) else models)]
+    if not split:
+        raise CoterieError("no model was given; expected the original first, then what was made of it")
+    labels = [label for label, _ in split if label]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise CoterieError(f"{twice}=...: two models are called so; give each a name of its own")
+    short = [label or (Path(path).resolve().name if Path(path).is_dir() else str(path)) for label, path in split]
+    found: dict[str, str | Path] = {}
+    for (label, path), name in zip(split, short, strict=True):
+        wanted = name if label or short.count(name) == 1 else str(path)
+        copies = (f"{wanted} ({i})" for i in count(2))
+        found[wanted if label or wanted not in {*found, *labels} else next(c for c in copies if c not in found)] = path
+    return found
+
+
+def _labelled(model: str | Path) -> tuple[str, str | Path]:
+    """(label, path) of NAME=FOLDER; no label where a folder is called so, equals sign and all."""
+    label, equals, path = str(model).partition("=")
+    return (label, path) if label and path and equals and not Path(model).exists() else ("", model)
+
+
+def ways(path: str | Path, original_hash: str) -> list[str]:
+    """What was done to the original, each of `WAYS` once, in order; as far back as records lead.
+
+    What cannot be read says nothing: the map of the experts, which needs the same records, says why.
+    """
+    try:
+        folder = resolve(path)
+        record = record_of(folder) or {}
+        plans = plans_between(folder, original_hash)
+        plans = [read_plan(record)] if plans is None and record else plans or []
+    except CoterieError:
+        return []
+    found = [way for plan in plans for way, was_done in WAYS.items() if was_done(plan)]
+    return list(dict.fromkeys(found + ["recovered"] * (record.get("command") == "recover")))
 
 
 def overlaps(name: str, calibrated: Mapping[str, object], digests: dict[str, Digest | None]) -> list[str]:

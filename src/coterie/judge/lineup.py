@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
+from coterie.decide.abilities import abilities
 from coterie.errors import CoterieError
 from coterie.forward.data import read_all
 from coterie.forward.documents import Document
 from coterie.judge import paired, rounding
-from coterie.judge.facts import Facts, digest_of, names_of, overlaps
+from coterie.judge.commands import Commands
+from coterie.judge.facts import Facts, digest_of, overlaps, ways
 from coterie.judge.judging import Judging
 from coterie.judge.paired import Interval, Kept
 from coterie.judge.quality import Judged, judge
@@ -25,7 +27,9 @@ from coterie.judge.speed import STEPS, Runner, Speeds, prompt_length
 from coterie.judge.speed import measure as measure_speeds
 from coterie.model import loading
 from coterie.model.layer import Model
+from coterie.model.loadable import check_whole
 from coterie.reference_model import HELD_OUT
+from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.record import Progress, Stopwatch, versions
 
 
@@ -44,6 +48,8 @@ class Measured(Judged, total=False):
 
     name: Required[str]
     what: str
+    makes: str  # the command that makes a reference, up to the groups and the dtype of scales
+    ways: list[str]  # what was done to the original, in order, of `facts.WAYS`
     bytes: Required[int]
     parameters: int
     experts: dict[str, int] | None
@@ -71,15 +77,20 @@ class Comparison(TypedDict):
 
 
 def side_by_side(
-    paths: list[str | Path], files: Mapping[str, str | Path], options: Judging, on_progress: Progress, *, speed: bool
+    named: Mapping[str, str | Path],
+    files: Mapping[str, str | Path],
+    options: Judging,
+    on_progress: Progress,
+    *,
+    speed: bool,
 ) -> Comparison:
-    """All that is measured of the models; on the held-out texts that ship where no files are given."""
+    """All that is measured of the models, by name; on the held-out texts that ship where no files are given."""
     clock = Stopwatch()
     documents, notes = read_all(files or HELD_OUT)
     if not files:
         files = HELD_OUT
         notes = [f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})"]
-    lineup = Lineup(paths, documents, options, on_progress, notes)
+    lineup = Lineup(dict(named), documents, options, on_progress, notes)
     with warnings_to(notes):
         models = lineup.models(files)
         references = lineup.references()
@@ -92,7 +103,7 @@ def side_by_side(
         "models": models,
         "references": references,
         "options": asked,
-        "notes": _grouped(notes, [f"{path}: {name}: " for path in paths for name in files]),
+        "notes": _grouped(notes, [f"{path}: {name}: " for path in lineup.paths for name in files]),
         "versions": versions(),
         **clock.read(),  # type: ignore[typeddict-item]
     }
@@ -102,7 +113,7 @@ def side_by_side(
 class Lineup:
     """The models to be measured, the first of which is the original; on what, how, and what has to be said about it."""
 
-    paths: list[str | Path]
+    named: dict[str, str | Path]
     documents: dict[str, list[Document]]
     options: Judging
     on_progress: Progress
@@ -110,16 +121,23 @@ class Lineup:
     original: Kept | None = None  # what its evaluation leaves to be compared
     parameters: int = 0  # of the original
 
+    @property
+    def paths(self) -> list[str | Path]:
+        return list(self.named.values())
+
     def models(self, files: Mapping[str, str | Path]) -> list[Measured]:
-        """All models in order. files: the data, by name."""
+        """All models in order, those that cannot be loaded refused before any is judged. files: the data, by name."""
         facts = [Facts.of(path) for path in self.paths]
+        for path in self.paths:
+            check_whole(Checkpoint.open(path))
         paired.check_tokens(self.paths[0], self.paths[1:], self.documents)
         self.parameters, digests = facts[0].parameters, {name: digest_of(file) for name, file in files.items()}
         found = []
-        for path, name, fact in zip(self.paths, names_of(self.paths), facts, strict=True):
+        for (name, path), fact in zip(self.named.items(), facts, strict=True):
             self.notes += [f"{name}: {note}" for note in fact.notes]
             self.notes += overlaps(name, fact.calibrated, digests)
-            found.append(self._measured(path, {"name": name, **fact.as_dict()}, fact.bytes))
+            known = {"name": name, "ways": ways(path, facts[0].hash), **fact.as_dict()}
+            found.append(self._measured(path, known, fact.bytes))
             if fate := self._fate(path, name) if len(found) > 1 else None:
                 found[-1]["fate"] = fate
         return found
@@ -165,7 +183,10 @@ class Lineup:
         except CoterieError as error:
             self.notes.append(f"no 4-bit reference: {error}")
             return []
-        known = {"name": "4-bit experts (simulated)", "what": rounding.DESCRIPTION, "bytes": num_bytes}
+        known: dict[str, object] = {"name": "4-bit experts (simulated)", "what": rounding.DESCRIPTION}
+        commands = Commands(str(path), can=abilities(source))
+        makes = commands.line("quantize", "OUT", "--bits", rounding.REFERENCE_BITS, "--method", "round")
+        known |= {"makes": makes, "ways": ["quantised"], "bytes": num_bytes}
         return [self._measured(path, known, num_bytes, model)]
 
     def add_speed(self, models: list[Measured]) -> None:

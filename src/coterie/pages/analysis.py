@@ -1,4 +1,4 @@
-"""The page of `coterie analyze`: advice first, then the same numbers as tables and plots with a layer to select.
+"""The page of `coterie analyze`: findings first, then the same numbers as tables and plots with a layer to select.
 
 Matrices of many experts are shown as means over groups of neighbours, and where all of them would make a page of
 many megabytes they are left out of the numbers that it carries; it says so, and `--json` has them whole.
@@ -14,11 +14,14 @@ import numpy as np
 from coterie.judge.numbers import Found, Layers, at
 from coterie.judge.rounding import LEVELS
 from coterie.pages.page import (
-    Bar,
-    Bars,
     Cell,
+    Finding,
+    Findings,
+    Fold,
     Grid,
     Heatmap,
+    Line,
+    Lines,
     Number,
     Part,
     Point,
@@ -30,7 +33,7 @@ from coterie.pages.page import (
 )
 
 MOST_ROWS = 64  # of a heatmap
-MOST_CELLS = 2**21  # numbers of all matrices that the page carries
+MOST_CELLS = 2**16  # numbers of all matrices that the page carries
 MATRICES = {  # what a heatmap is called: where its numbers are in each layer's entry
     "outputs of the same tokens": "cosine outputs",
     "weights as stored": "cosine weights",
@@ -93,12 +96,16 @@ def shown(result: Found) -> str:
         f"measured on {tokens:,} tokens of {', '.join(domains)}."
     )
     numbers, left_out = _carried(result, layers)
-    advice = Text(tuple(f"{item['about'].capitalize()}: {item['text']}" for item in at(result, "advice")))
+    findings = Findings(
+        tuple(Finding(a["verdict"], a["number"], a["text"], a["command"]) for a in at(result, "advice"))
+    )
     sections: dict[str, tuple[Part, ...]] = {
-        "Advice": (advice, Text((*at(result, "notes"), *left_out))),
+        "Findings": (findings, Text((*at(result, "notes"), *left_out))),
         "How alike experts are": _likeness(layers),
-        "Norms against gates": _norms(layers),
-        "What if others had run": (_table(layers, COUNTERFACTUAL, IF_OTHERS),),
+        "Norms against gates, and what if others had run": (
+            *_norms(layers),
+            _table(layers, COUNTERFACTUAL, IF_OTHERS, "Errors with others"),
+        ),
         "What compression could use": _compression(layers),
         "Who works when": _routing(layers),
     }
@@ -122,9 +129,9 @@ def _likeness(layers: Layers) -> tuple[Part, ...]:
     caption = (
         "Mean cosines between two experts of a layer. R²: how much of router rows' likeness mean gate neurons explain."
     )
-    titles = {name: f"Cosine of {name}, without the diagonal (0 and less: palest)" for name in MATRICES}
+    titles = {name: f"Cosine of {name}, without the diagonal" for name in MATRICES}
     maps = [_heatmap(titles[name], path, layers) for name, path in MATRICES.items()]
-    return _table(layers, LIKENESS, caption), *(part for part in maps if part.views)
+    return *(part for part in maps if part.views), _table(layers, LIKENESS, caption, "Likeness")
 
 
 def _heatmap(title: str, path: str, layers: Layers) -> Heatmap:
@@ -139,24 +146,25 @@ def _heatmap(title: str, path: str, layers: Layers) -> Heatmap:
 
 def _norms(layers: Layers) -> tuple[Part, ...]:
     def points(entry: Found) -> tuple[Point, ...]:
-        return tuple(Point("a chosen expert", gate, norm) for gate, norm in at(entry, "norms points"))
+        return tuple(Point("", gate, norm, kind="a chosen expert") for gate, norm in at(entry, "norms points"))
 
     caption = "Correlations, and the share of chosen experts whose outputs are among the largest of their token."
     plot = Scatter("Output norm against gate", "gate", "norm of the output", _views(layers, points))
-    return _table(layers, NORMS, caption), plot
+    return plot, _table(layers, NORMS, caption, "Correlations")
 
 
 def _compression(layers: Layers) -> tuple[Part, ...]:
     paths = {f"{bits} bits": f"bits {bits} layer" for bits in at(layers[0], "bits")}
-    bars = tuple(Bar(name, str(entry["layer"]), at(entry, path)) for entry in layers for name, path in paths.items())
+    keys = tuple(float(str(entry["layer"])) for entry in layers)
+    lines = tuple(Line(name, keys, tuple(at(entry, path) for entry in layers)) for name, path in paths.items())
     caption = (
         f"Error of a layer's sum with rounded experts, norm over norm. Rounded to {LEVELS}, which makes 4 bits "
         f"{at(layers[0], 'bits 4 stored')}; those of coterie report are symmetric about zero, and 4.25."
     )
     return (
-        _table(layers, COMPRESSION, "Shares of energy (squared norms)."),
-        _table(layers, paths, caption),
-        Bars("Error of rounded experts", "norm over norm", (View("all layers", bars),)),
+        Lines("Error of rounded experts", "layer", "norm over norm", (View("all layers", lines),)),
+        _table(layers, paths, caption, "Errors"),
+        _table(layers, COMPRESSION, "Shares of energy (squared norms).", "Energy"),
     )
 
 
@@ -168,28 +176,28 @@ def _routing(layers: Layers) -> tuple[Part, ...]:
         "Repeated: experts of a token that the next chose again. Cache: hit rates, and the share of experts it holds."
     )
     return (
-        _table(layers, ROUTING, caption),
-        Bars("Load by expert and domain", "share of a domain's choices", _views(layers, _load_bars)),
         Heatmap("Tokens that chose both", "expert", "expert", _views(layers, coactive)),
+        Heatmap("Share of a domain's choices", "expert", "domain", _views(layers, _load)),
+        _table(layers, ROUTING, caption, "Routing"),
     )
 
 
-def _load_bars(entry: Found) -> tuple[Bar, ...]:
+def _load(entry: Found) -> tuple[Grid]:
     """The share of choices by domain and expert; of many experts, sums over groups of neighbours."""
-    groups = _groups(range(at(entry, "num_experts")))
-    return tuple(
-        Bar(domain, name, round(float(np.array(shares)[group].sum()), 6))
-        for domain, shares in at(entry, "load domains").items()
-        for name, group in groups.items()
+    groups, domains = _groups(range(at(entry, "num_experts"))), at(entry, "load domains")
+    values = tuple(
+        tuple(round(float(np.array(shares)[group].sum()), 6) for group in groups.values())
+        for shares in domains.values()
     )
+    return (Grid(tuple(domains), tuple(groups), values),)
 
 
-def _table(layers: Layers, columns: Mapping[str, str], caption: str) -> Table:
-    """A row a layer: its key, then the values at the columns' places; a matrix shows as its mean over pairs."""
+def _table(layers: Layers, columns: Mapping[str, str], caption: str, what: str) -> Fold:
+    """A row a layer, folded: its key, then the values at the columns' places; a matrix shows as its mean over pairs."""
     keys = [str(entry["layer"]) for entry in layers]
     cells = [[_cell(at(entry, path)) for path in columns.values()] for entry in layers]
     rows = tuple((Number(int(key), key), *row) for key, row in zip(keys, cells, strict=True))
-    return Table(("layer", *columns), rows, caption)
+    return Fold(f"{what} layer by layer", (Table(("layer", *columns), rows, caption),))
 
 
 def _cell(value: Any) -> Cell:

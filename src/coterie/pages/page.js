@@ -1,14 +1,18 @@
 "use strict";
-// Draws the plots of the page from its block of JSON, and sorts its tables. Text is only ever set as text.
+// Draws the plots of the page from its block of JSON, sorts its tables, follows its budget. Text is only ever set as text.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
-const COLOURS = 8;
-const colours = new Map(); // name -> index: a name has one colour on the whole page
+const COLOURS = 8, SHADES = 16;
+const SHAPES = [ // about a circle of radius 1: disc, square, diamond, triangles, plus, star
+  "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z", "M-.9-.9h1.8v1.8h-1.8z", "M0-1.3 1.3 0 0 1.3-1.3 0z", "M0-1.2 1.2 .9h-2.4z",
+  "M0 1.2 1.2-.9h-2.4z", "M-.4-1.2h.8v.8h.8v.8h-.8v.8h-.8v-.8h-.8v-.8h.8z", "M0-1.5 .4-.4 1.5 0 .4.4 0 1.5-.4.4-1.5 0-.4-.4z",
+];
+const styles = new Map(); // name -> index: a name has one colour and one shape on the whole page
 
-function colourOf(name) {
-  if (!colours.has(name)) colours.set(name, colours.size);
-  return colours.get(name);
+function styleOf(name) {
+  if (!styles.has(name)) styles.set(name, styles.size);
+  return styles.get(name);
 }
 
 function make(parent, tag, attributes = {}, text = null) {
@@ -26,8 +30,16 @@ function html(parent, tag, text = null) {
   return node;
 }
 
-function show(value) {
+function sized(bytes) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  const power = Math.max(0, units.findIndex((unit, p) => bytes < 999.5 * 1000 ** p || p === units.length - 1));
+  const value = bytes / 1000 ** power;
+  return `${+value.toFixed(value >= 99.5 ? 0 : value >= 9.95 ? 1 : 2)} ${units[power]}`;
+}
+
+function show(value, what = "") {
   if (value === null || value === undefined) return "not measured";
+  if (what === "bytes") return sized(value);
   const size = Math.abs(value);
   if (size >= 1e9) return +(value / 1e9).toPrecision(3) + "G";
   if (size >= 1e6) return +(value / 1e6).toPrecision(3) + "M";
@@ -35,27 +47,41 @@ function show(value) {
   return String(+value.toPrecision(4));
 }
 
+const known = (mark) => mark.low !== undefined && mark.high !== undefined; // what is nothing is left out
+
 function interval(mark, value) {
-  const range = mark.low === null || mark.high === null ? "" : ` [${show(mark.low)}, ${show(mark.high)}]`;
-  return show(value) + range;
+  return show(value) + (known(mark) ? ` [${show(mark.low)}, ${show(mark.high)}]` : "");
 }
 
-// Tooltips
+const short = (text, most) => (text.length > most ? text.slice(0, Math.max(1, most - 1)) + "…" : text);
+
+// Tooltips, for pointers and for the keyboard
 
 const tip = document.getElementById("tip");
 
-function showTip(event, text) {
+function showTip(x, y, text) {
   tip.textContent = text;
   tip.hidden = false;
   const right = window.scrollX + document.documentElement.clientWidth - tip.offsetWidth - 8;
-  tip.style.left = Math.max(8, Math.min(event.pageX + 12, right)) + "px";
-  tip.style.top = Math.max(8, event.pageY - tip.offsetHeight - 12) + "px";
+  tip.style.left = Math.max(8, Math.min(x + 12, right)) + "px";
+  tip.style.top = Math.max(8, y - tip.offsetHeight - 12) + "px";
+}
+
+function hideTip() { tip.hidden = true; }
+
+function showBeside(node, text) {
+  const box = node.getBoundingClientRect();
+  showTip(box.left + box.width / 2 + window.scrollX, box.top + window.scrollY, text);
 }
 
 function explain(node, text) {
-  const read = typeof text === "function" ? text : () => text;
-  for (const kind of ["pointermove", "pointerdown"]) node.addEventListener(kind, (event) => showTip(event, read(event)));
-  node.addEventListener("pointerleave", () => { tip.hidden = true; });
+  for (const kind of ["pointermove", "pointerdown"]) node.addEventListener(kind, (event) => showTip(event.pageX, event.pageY, text));
+  node.addEventListener("pointerleave", hideTip);
+  node.setAttribute("tabindex", "0");
+  node.setAttribute("role", "img");
+  node.setAttribute("aria-label", text);
+  node.addEventListener("focus", () => { if (node.matches(":focus-visible")) showBeside(node, text); });
+  node.addEventListener("blur", hideTip);
 }
 
 // Axes
@@ -70,70 +96,74 @@ function ticks(low, high, count) {
 }
 
 function extent(values, withZero) {
-  const known = values.filter((value) => value !== null && value !== undefined);
-  if (withZero || !known.length) known.push(0);
-  let low = Math.min(...known), high = Math.max(...known);
+  const some = values.filter((value) => value !== null && value !== undefined);
+  if (withZero || !some.length) some.push(0);
+  let low = Math.min(...some), high = Math.max(...some);
   const room = (high - low) * 0.08 || Math.abs(high) * 0.08 || 1;
   if (!(withZero && low === 0)) low -= room;
   if (!(withZero && high === 0)) high += room;
   return [low, high];
 }
 
-function scale(low, high, from, to) {
+function scale([low, high], from, to) {
   return (value) => from + ((value - low) / (high - low)) * (to - from);
 }
 
-// A frame with a y axis (and an x axis where `x` is a range): {svg, X, Y, box}.
+function drawing(holder, width, height, plot) {
+  return make(holder, "svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": plot.title });
+}
+
+function xAxis(svg, plot, box, range) {
+  const X = scale(range, box.left, box.right);
+  make(svg, "line", { x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom, class: "axis" });
+  for (const value of ticks(range[0], range[1], (box.right - box.left) / 90)) {
+    make(svg, "line", { x1: X(value), x2: X(value), y1: box.bottom, y2: box.bottom + 5, class: "axis" });
+    make(svg, "text", { x: X(value), y: box.bottom + 18, "text-anchor": "middle", class: "soft" }, show(value, plot.x));
+  }
+  make(svg, "text", { x: box.right, y: box.bottom + 36, "text-anchor": "end", class: "soft" }, plot.x);
+  return X;
+}
+
+// A frame with two axes: {svg, X, Y, box}.
 function frame(holder, width, plot, yRange, xRange) {
-  const height = Math.min(400, Math.max(240, width * 0.5));
+  const height = Math.min(400, Math.max(220, width * 0.5));
   const box = { left: 54, right: width - 14, top: 26, bottom: height - 46 };
-  const svg = make(holder, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": plot.title });
-  const Y = scale(yRange[0], yRange[1], box.bottom, box.top);
+  const svg = drawing(holder, width, height, plot), Y = scale(yRange, box.bottom, box.top);
   make(svg, "text", { x: 0, y: 12, class: "soft" }, plot.y);
   for (const value of ticks(yRange[0], yRange[1], height / 60)) {
     make(svg, "line", { x1: box.left, x2: box.right, y1: Y(value), y2: Y(value), class: value === 0 ? "axis" : "grid" });
     make(svg, "text", { x: box.left - 6, y: Y(value) + 4, "text-anchor": "end", class: "soft" }, show(value));
   }
-  make(svg, "line", { x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom, class: "axis" });
-  if (!xRange) return { svg, Y, box };
-  const X = scale(xRange[0], xRange[1], box.left, box.right);
-  for (const value of ticks(xRange[0], xRange[1], width / 110)) {
-    make(svg, "line", { x1: X(value), x2: X(value), y1: box.bottom, y2: box.bottom + 5, class: "axis" });
-    make(svg, "text", { x: X(value), y: box.bottom + 18, "text-anchor": "middle", class: "soft" }, show(value));
+  return { svg, X: xAxis(svg, plot, box, xRange), Y, box };
+}
+
+// Marks
+
+function shape(parent, style, x, y, hollow, size = 6) {
+  const index = styleOf(style), look = hollow ? `hollow k${index % COLOURS}` : `f${index % COLOURS}`;
+  const where = `translate(${x} ${y}) scale(${size})`;
+  return make(parent, "path", { d: SHAPES[index % SHAPES.length], transform: where, class: `mark ${look}` });
+}
+
+function whisker(svg, style, [x1, y1], [x2, y2]) {
+  const look = { class: `whisker k${styleOf(style) % COLOURS}` }, across = y1 === y2 ? [0, 4] : [4, 0];
+  make(svg, "line", { x1, y1, x2, y2, ...look });
+  for (const [x, y] of [[x1, y1], [x2, y2]]) {
+    make(svg, "line", { x1: x - across[0], x2: x + across[0], y1: y - across[1], y2: y + across[1], ...look });
   }
-  make(svg, "text", { x: box.right, y: box.bottom + 36, "text-anchor": "end", class: "soft" }, plot.x);
-  return { svg, X, Y, box };
 }
 
-// Marks: colours repeat after eight names, shapes then differ.
-
-function shape(parent, name, x, y, hollow, size = 6) {
-  const index = colourOf(name), colour = index % COLOURS;
-  const look = { class: hollow ? `hollow k${colour}` : `f${colour}` };
-  const turn = Math.floor(index / COLOURS) % 3;
-  if (turn === 0) return make(parent, "circle", { cx: x, cy: y, r: size, ...look });
-  if (turn === 1) return make(parent, "rect", { x: x - size, y: y - size, width: 2 * size, height: 2 * size, ...look });
-  return make(parent, "path", { d: `M${x} ${y - size * 1.3}l${size * 1.3} ${size * 1.3}l${-size * 1.3} ${size * 1.3}l${-size * 1.3} ${-size * 1.3}z`, ...look });
-}
-
-function whisker(svg, x, low, high, stroke) {
-  if (low === null || high === null) return;
-  const look = { class: `whisker ${stroke}` };
-  make(svg, "line", { x1: x, x2: x, y1: low, y2: high, ...look });
-  for (const y of [low, high]) make(svg, "line", { x1: x - 4, x2: x + 4, y1: y, y2: y, ...look });
-}
-
+// What colours and shapes stand for; a reference, hollow, beside its kind.
 function legend(holder, entries) {
   const list = html(holder, "ul");
   list.className = "legend";
-  for (const { name, hollow } of entries) {
+  const named = new Map(entries.filter(([style]) => style).map(([style, hollow]) => [style + Boolean(hollow), [style, hollow]]));
+  for (const [style, hollow] of named.values()) {
     const item = html(list, "li");
-    shape(make(item, "svg", { viewBox: "0 0 14 14", "aria-hidden": "true" }), name, 7, 7, hollow, 5);
-    html(item, "span", name);
+    shape(make(item, "svg", { viewBox: "0 0 14 14", "aria-hidden": "true" }), style, 7, 7, hollow, 5);
+    html(item, "span", hollow ? `${style} (to compare with)` : style);
   }
 }
-
-const at = (Y, value) => (value === null ? null : Y(value));
 
 // Plots: each draws one view into `holder`, `width` pixels wide.
 
@@ -141,116 +171,159 @@ function scatter(holder, width, plot, points) {
   const xRange = extent(points.map((p) => p.x), true);
   const yRange = extent(points.flatMap((p) => [p.y, p.low, p.high]), false);
   const { svg, X, Y, box } = frame(holder, width, plot, yRange, xRange);
-  const taken = points.map((p) => ({ x: X(p.x) - 8, y: Y(p.y) - 8, w: 16, h: 16 }));
-  for (const p of points) if (p.high !== null) taken.push({ x: X(p.x) - 4, y: Y(p.high), w: 8, h: Y(p.low) - Y(p.high) });
-  for (const p of points) {
-    whisker(svg, X(p.x), at(Y, p.low), at(Y, p.high), `k${colourOf(p.name) % COLOURS}`);
-    const mark = shape(svg, p.name, X(p.x), Y(p.y), p.reference);
-    explain(mark, `${p.name}\n${plot.x}: ${show(p.x)}\n${plot.y}: ${interval(p, p.y)}${p.note ? "\n" + p.note : ""}`);
-    if (points.filter((q) => q.name === p.name).length === 1) label(svg, p.name, X(p.x), Y(p.y), box, taken);
+  const front = points.filter((p) => p.front).sort((a, b) => a.x - b.x);
+  if (front.length > 1) {
+    const steps = front.slice(1).map((p) => `H${X(p.x)}V${Y(p.y)}`).join("");
+    make(svg, "path", { d: `M${X(front[0].x)} ${Y(front[0].y)}${steps}`, class: "front" });
   }
-  const named = new Map(points.map((p) => [p.name, { name: p.name, hollow: p.reference }])); // many points may share one
-  legend(holder, [...named.values()]);
+  if (plot.x === "bytes" && budget !== null && budget <= xRange[1]) {
+    make(svg, "line", { x1: X(budget), x2: X(budget), y1: box.top, y2: box.bottom, class: "budget" });
+    const side = X(budget) > (box.left + box.right) / 2 ? ["end", -6] : ["start", 6];
+    make(svg, "text", { x: X(budget) + side[1], y: box.top + 4, "text-anchor": side[0], class: "soft" }, `budget ${sized(budget)}`);
+  }
+  const taken = points.map((p) => ({ x: X(p.x) - 8, y: Y(p.y) - 8, w: 16, h: 16 }));
+  for (const p of points.filter(known)) taken.push({ x: X(p.x) - 4, y: Y(p.high), w: 8, h: Y(p.low) - Y(p.high) });
+  for (const p of points) {
+    const style = p.kind || p.name;
+    if (known(p)) whisker(svg, style, [X(p.x), Y(p.low)], [X(p.x), Y(p.high)]);
+    const mark = shape(svg, style, X(p.x), Y(p.y), p.reference);
+    const values = [`${plot.x}: ${show(p.x, plot.x)}`, `${plot.y}: ${interval(p, p.y)}`];
+    explain(mark, [p.name, ...values, p.note].filter(Boolean).join("\n"));
+    if (p.name) label(svg, p.name, X(p.x), Y(p.y), box, taken);
+    else mark.removeAttribute("tabindex"); // one of a cloud
+  }
+  legend(holder, points.map((p) => [p.kind, p.reference]));
 }
 
-// Puts a label beside a point where it covers nothing; leaves it to the legend where there is no such place.
+// Puts a label near a point where it covers no other, with a line to it where that is not close; or leaves it out.
 function label(svg, name, x, y, box, taken) {
-  const text = make(svg, "text", {}, name.length > 28 ? name.slice(0, 27) + "…" : name);
+  const text = make(svg, "text", {}, short(name, 28));
   const w = text.getComputedTextLength(), h = 14;
-  const places = [[x + 11, y - 7], [x - 11 - w, y - 7], [x - w / 2, y - 25], [x - w / 2, y + 11]];
+  const around = (d) => [[x + d, y - 7], [x - d - w, y - 7], [x - w / 2, y - 14 - d], [x - w / 2, y + d], [x + d, y - 14 - d],
+    [x + d, y + d], [x - d - w, y - 14 - d], [x - d - w, y + d]];
   const free = (r) => r.x >= box.left && r.x + w <= box.right && r.y >= box.top && r.y + h <= box.bottom
     && taken.every((t) => r.x + w < t.x || t.x + t.w < r.x || r.y + h < t.y || t.y + t.h < r.y);
-  const place = places.map(([a, b]) => ({ x: a, y: b, w, h })).find(free);
+  const place = [11, 24, 40, 60].flatMap(around).map(([a, b]) => ({ x: a, y: b, w, h })).find(free);
   if (!place) return text.remove();
   text.setAttribute("x", place.x);
   text.setAttribute("y", place.y + 11);
   taken.push(place);
+  const end = { x2: Math.min(Math.max(x, place.x), place.x + w), y2: Math.min(Math.max(y, place.y), place.y + h) };
+  if (Math.hypot(x - end.x2, y - end.y2) > 16) make(svg, "line", { x1: x, y1: y, ...end, class: "leader" });
 }
 
-function bars(holder, width, plot, marks) {
-  const groups = [...new Set(marks.map((m) => m.group))], series = [...new Set(marks.map((m) => m.series))];
-  const yRange = extent(marks.flatMap((m) => [m.value, m.low, m.high]), !plot.dots);
-  const { svg, Y, box } = frame(holder, width, plot, yRange, null);
-  const band = (box.right - box.left) / groups.length, step = (band * 0.84) / series.length;
-  const rows = band < 60 ? 2 : 1; // neighbouring names on two lines where they are close
-  groups.forEach((group, g) => {
-    const fits = Math.max(4, Math.floor((band * rows) / 7)), name = group.length > fits ? group.slice(0, fits - 1) + "…" : group;
-    const where = { x: box.left + band * (g + 0.5), y: box.bottom + 18 + 14 * (g % rows), "text-anchor": "middle", class: "soft" };
-    explain(make(svg, "text", where, name), group);
+function rows(holder, width, plot, marks) {
+  const tall = width < 480 ? 20 : 24, left = Math.min(width * 0.36, 14 + 7 * Math.max(...marks.map((m) => m.name.length)));
+  const box = { left, right: width - 64, top: 4, bottom: 8 + tall * marks.length };
+  const svg = drawing(holder, width, box.bottom + 42, plot);
+  const range = extent(marks.flatMap((m) => [m.value, m.low, m.high]), false), X = xAxis(svg, plot, box, range);
+  if (range[0] < 0 && range[1] > 0) make(svg, "line", { x1: X(0), x2: X(0), y1: box.top, y2: box.bottom, class: "axis" });
+  marks.forEach((m, i) => {
+    const y = box.top + tall * (i + 0.5), style = m.kind || plot.title;
+    make(svg, "line", { x1: box.left, x2: box.right, y1: y, y2: y, class: "grid" });
+    make(svg, "text", { x: 0, y: y + 4 }, short(m.name, Math.floor((left - 8) / 7)));
+    make(svg, "text", { x: width, y: y + 4, "text-anchor": "end" }, m.value === undefined ? "–" : show(+m.value.toPrecision(3)));
+    if (m.value === undefined) return;
+    if (known(m)) whisker(svg, style, [X(m.low), y], [X(m.high), y]);
+    explain(shape(svg, style, X(m.value), y, m.reference), [m.name, `${plot.x}: ${interval(m, m.value)}`, m.note].filter(Boolean).join("\n"));
   });
-  for (const m of marks) {
-    if (m.value === null) continue;
-    const colour = colourOf(m.series) % COLOURS;
-    const x = box.left + band * (groups.indexOf(m.group) + 0.08) + step * series.indexOf(m.series);
-    const top = Math.min(Y(m.value), plot.dots ? Y(m.value) : Y(0)), bottom = plot.dots ? top : Math.max(Y(m.value), Y(0));
-    const bar = { x: x + step * 0.08, y: top, width: step * 0.84, height: Math.max(1, bottom - top), class: `bar f${colour}` };
-    const mark = plot.dots ? shape(svg, m.series, x + step / 2, top, false, Math.min(5, Math.max(2, step / 3))) : make(svg, "rect", bar);
-    whisker(svg, x + step / 2, at(Y, m.low), at(Y, m.high), plot.dots ? `k${colour}` : "plain");
-    const cover = make(svg, "rect", { x, y: box.top, width: step, height: box.bottom - box.top, class: "cover" });
-    for (const node of [mark, cover]) explain(node, `${m.series}\n${m.group}: ${interval(m, m.value)}${m.note ? "\n" + m.note : ""}`);
-  }
-  legend(holder, series.map((name) => ({ name, hollow: false })));
 }
 
 function lines(holder, width, plot, marks) {
   const xRange = extent(marks.flatMap((m) => m.xs), false), yRange = extent(marks.flatMap((m) => m.ys), false);
   const { svg, X, Y } = frame(holder, width, plot, yRange, xRange);
   for (const m of marks) {
-    const colour = colourOf(m.name) % COLOURS;
     let path = "", joined = false;
     m.xs.forEach((x, i) => {
       if (m.ys[i] !== null) path += `${joined ? "L" : "M"}${X(x)} ${Y(m.ys[i])}`;
       joined = m.ys[i] !== null;
     });
-    make(svg, "path", { d: path, class: `line k${colour}` });
-    m.xs.forEach((x, i) => {
-      if (m.ys[i] === null) return;
-      explain(shape(svg, m.name, X(x), Y(m.ys[i]), false, 4), `${m.name}\n${plot.x} ${show(x)}: ${show(m.ys[i])}`);
-    });
+    const line = make(svg, "path", { d: path, class: `line k${styleOf(m.name) % COLOURS}` });
+    explain(line, `${m.name}\n${m.xs.map((x, i) => `${show(x)}: ${show(m.ys[i])}`).join("\n")}`);
+    m.xs.forEach((x, i) => { if (m.ys[i] !== null) shape(svg, m.name, X(x), Y(m.ys[i]), false, 4); });
   }
-  legend(holder, marks.map((m) => ({ name: m.name, hollow: false })));
+  legend(holder, marks.map((m) => [m.name, false]));
 }
 
+// A grid of shades: its values are bytes, of which 0 is nothing.
 function heatmap(holder, width, plot, [grid]) {
-  const left = 54, cell = (width - left - 4) / grid.columns.length, tall = Math.min(26, Math.max(10, cell));
-  const top = 26, height = top + tall * grid.rows.length + 24;
-  const svg = make(holder, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": plot.title });
+  const codes = Uint8Array.from(atob(grid.codes), (c) => c.charCodeAt(0));
+  const top = 26, [high, wide] = [grid.rows.length, grid.columns.length];
+  const most = Math.max(...grid.rows.map((name) => name.length)), left = Math.min(width * 0.3, Math.max(54, 10 + 7 * most));
+  const cell = Math.min(40, (width - left - 4) / wide), tall = Math.min(20, Math.max(5, Math.min(cell, 360 / high)));
+  const svg = drawing(holder, width, top + tall * high + 24, plot);
   make(svg, "text", { x: 0, y: 12, class: "soft" }, plot.y);
-  make(svg, "text", { x: width - 4, y: height - 4, "text-anchor": "end", class: "soft" }, plot.x);
-  const most = Math.max(...grid.values.flat().filter((v) => v !== null), 0) || 1, gap = cell > 6 ? 1 : 0;
-  const every = Math.ceil(14 / tall);
-  grid.values.forEach((row, r) => {
-    if (r % every === 0) make(svg, "text", { x: left - 6, y: top + tall * (r + 0.5) + 4, "text-anchor": "end", class: "soft" }, grid.rows[r]);
-    row.forEach((value, c) => {
-      if (value === null) return;
-      const look = plot.levels.length ? { class: `v${value % 4}` } : { class: "shade", "fill-opacity": 0.08 + (0.92 * value) / most };
-      make(svg, "rect", { x: left + cell * c, y: top + tall * r, width: cell - gap, height: tall - 1, ...look });
-    });
+  make(svg, "text", { x: left + cell * wide, y: top + tall * high + 18, "text-anchor": "end", class: "soft" }, plot.x);
+  make(svg, "text", { x: left, y: top + tall * high + 18, class: "soft" }, `${grid.columns[0]} to ${grid.columns[wide - 1]}`);
+  grid.rows.forEach((name, r) => {
+    if (r % Math.ceil(14 / tall) === 0) make(svg, "text", { x: left - 6, y: top + tall * (r + 0.5) + 4, "text-anchor": "end", class: "soft" }, short(name, Math.floor((left - 6) / 7)));
   });
-  make(svg, "text", { x: left, y: height - 4, class: "soft" }, `${grid.columns[0]} to ${grid.columns[grid.columns.length - 1]}`);
-  const cover = make(svg, "rect", { x: left, y: top, width: cell * grid.columns.length, height: tall * grid.rows.length, class: "cover" });
-  explain(cover, (event) => {
-    const box = cover.getBoundingClientRect();
-    const r = Math.min(grid.rows.length - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * grid.rows.length)));
-    const c = Math.min(grid.columns.length - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * grid.columns.length)));
-    const value = grid.values[r][c];
-    const said = value === null ? "nothing" : plot.levels.length ? plot.levels[value] : show(value);
-    return `${plot.y} ${grid.rows[r]}, ${plot.x} ${grid.columns[c]}: ${said}`;
+  const gap = cell > 8 ? 1 : 0, paths = new Map();
+  codes.forEach((code, i) => {
+    const level = plot.levels.length ? code - 1 : Math.floor(((code - 1) / 255) * SHADES);
+    const square = `M${(left + cell * (i % wide)).toFixed(1)} ${(top + tall * Math.floor(i / wide)).toFixed(1)}h${(cell - gap).toFixed(1)}v${(tall - gap).toFixed(1)}h${(gap - cell).toFixed(1)}z`;
+    if (code) paths.set(level, (paths.get(level) || "") + square);
   });
-  if (plot.levels.length) levelLegend(holder, plot.levels);
+  for (const [level, d] of paths) make(svg, "path", { d, ...shade(plot, level) });
+  const said = (code) => (code === 0 ? "nothing" : plot.levels.length ? plot.levels[code - 1] : show(+(plot.low + (code - 1) * plot.step).toPrecision(3)));
+  const words = (r, c) => `${plot.y} ${grid.rows[r]}, ${plot.x} ${grid.columns[c]}: ${said(codes[r * wide + c])}`;
+  follow(make(svg, "rect", { x: left, y: top, width: cell * wide, height: tall * high, class: "cover" }), high, wide, words);
+  colourScale(holder, plot);
 }
 
-function levelLegend(holder, levels) {
+function shade(plot, level) {
+  return plot.levels.length ? { class: `v${level % 4}` } : { class: "shade", "fill-opacity": (0.04 + (0.96 * level) / (SHADES - 1)).toFixed(3) };
+}
+
+// Says the cell of a grid under the pointer, or the one that arrow keys lead to.
+function follow(cover, high, wide, words) {
+  let row = 0, column = 0;
+  const between = (value, most) => Math.min(most - 1, Math.max(0, Math.floor(value)));
+  const point = (event) => {
+    const box = cover.getBoundingClientRect();
+    row = between(((event.clientY - box.top) / box.height) * high, high);
+    column = between(((event.clientX - box.left) / box.width) * wide, wide);
+    showTip(event.pageX, event.pageY, words(row, column));
+  };
+  const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  for (const kind of ["pointermove", "pointerdown"]) cover.addEventListener(kind, point);
+  cover.addEventListener("pointerleave", hideTip);
+  cover.addEventListener("blur", hideTip);
+  cover.setAttribute("tabindex", "0");
+  cover.setAttribute("role", "img");
+  cover.setAttribute("aria-label", "A grid; arrow keys read its cells");
+  cover.addEventListener("keydown", (event) => {
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    row = between(row + steps[event.key][0], high);
+    column = between(column + steps[event.key][1], wide);
+    showBeside(cover, words(row, column));
+  });
+}
+
+// What the colours of a grid mean: a box for each level, or the shades between the lowest and the highest value.
+function colourScale(holder, plot) {
   const list = html(holder, "ul");
   list.className = "legend";
-  levels.forEach((name, level) => {
+  const box = (item, wide, levels) => {
+    const svg = make(item, "svg", { viewBox: `0 0 ${wide} 14`, "aria-hidden": "true" });
+    levels.forEach((level, i) => make(svg, "rect", { x: (i * wide) / levels.length, width: wide / levels.length, height: 14, ...shade(plot, level) }));
+    return svg;
+  };
+  plot.levels.forEach((name, level) => {
     const item = html(list, "li");
-    make(make(item, "svg", { viewBox: "0 0 14 14", "aria-hidden": "true" }), "rect", { width: 14, height: 14, class: `v${level % 4}` });
+    box(item, 14, [level]);
     html(item, "span", name);
   });
+  if (plot.levels.length) return;
+  const item = html(list, "li");
+  html(item, "span", show(+plot.low.toPrecision(3)));
+  box(item, 140, [...Array(SHADES).keys()]).classList.add("wide");
+  html(item, "span", show(+(plot.low + 254 * plot.step).toPrecision(3)));
 }
 
-const DRAW = new Map(Object.entries({ scatter, bars, lines, heatmap }));
+const DRAW = new Map(Object.entries({ scatter, rows, lines, heatmap }));
+const redraws = []; // of plots along bytes
 
 function place(figure) {
   const plot = data.plots[Number(figure.dataset.plot)];
@@ -260,7 +333,7 @@ function place(figure) {
   const draw = () => {
     drawn = holder.clientWidth;
     holder.replaceChildren();
-    tip.hidden = true;
+    hideTip();
     if (drawn > 0 && plot.views.length) DRAW.get(plot.kind)(holder, drawn, plot, plot.views[shown].marks);
   };
   if (select) {
@@ -269,8 +342,21 @@ function place(figure) {
     select.addEventListener("change", () => { shown = Number(select.value); draw(); });
   }
   draw();
+  if (plot.x === "bytes") redraws.push(draw);
   new ResizeObserver(() => { if (holder.clientWidth !== drawn) draw(); }).observe(holder);
 }
+
+// The budget: the last sentence whose bytes fit holds.
+
+const ceiling = document.getElementById("budget");
+let budget = ceiling ? Number(ceiling.dataset.budget) : null;
+if (ceiling) ceiling.querySelector("input").addEventListener("input", (event) => {
+  budget = Number(event.target.value);
+  ceiling.querySelector("output").textContent = sized(budget);
+  const fitting = JSON.parse(ceiling.dataset.steps).filter(([bytes]) => bytes <= budget);
+  ceiling.querySelector("strong").textContent = fitting[fitting.length - 1][1];
+  for (const draw of redraws) draw();
+});
 
 // Tables: a click on a head sorts by its column, a second one the other way; what was not measured stays last.
 
@@ -297,6 +383,8 @@ for (const table of document.querySelectorAll("table")) {
   [...table.tHead.rows[0].cells].forEach((cell, column) => cell.addEventListener("click", () => sortBy(table, column)));
 }
 for (const figure of document.querySelectorAll("figure[data-plot]")) place(figure);
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
+window.addEventListener("beforeprint", () => { for (const fold of document.querySelectorAll("details")) fold.open = true; });
 
 const save = document.getElementById("save");
 if (save) save.addEventListener("click", () => {

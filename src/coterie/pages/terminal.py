@@ -30,20 +30,6 @@ def known(value: float | None, unit: float = 1) -> str:
     return "unknown" if value is None else f"{value / unit:,.0f}"
 
 
-def paragraphs(rows: Rows) -> Iterator[str]:
-    """Names beside texts that are wrapped to the terminal's width."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    grid, console = Table.grid(padding=(0, 2, 1, 2)), Console()
-    for name, text in rows:
-        grid.add_row(Text(name), Text(text))
-    with console.capture() as capture:
-        console.print(grid)
-    yield from capture.get().removesuffix("\n").split("\n")
-
-
 def sized(num_bytes: float) -> str:
     """Bytes in the largest unit of which there is one."""
     found = next((unit for unit in UNITS if num_bytes >= UNITS[unit]), None)

@@ -15,7 +15,7 @@ from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, 
 from coterie.model.layer import Model
 from coterie.model.layered import check_single
 from coterie.options import Help, ModelPath, Resume, public
-from coterie.pages.terminal import Asked, paragraphs
+from coterie.pages.terminal import Asked
 from coterie.storage.folders import check_file
 from coterie.storage.record import Progress, Stopwatch, no_progress, versions
 from coterie.storage.resumable import Resumable
@@ -41,8 +41,8 @@ def analyze(
     data, samples, seq_len, seed, dtype: as in `collect`; the seed also draws random experts.
     resume: with `out`, what is finished is kept in FILE.html.partial, layer by layer, from which the same call goes on.
     Returns `{"model", "options", "domains", "layers", "advice", "notes", "versions", "seconds", "peak_rss_bytes"}`.
-    "advice" is a list of {"about", "text", "numbers"}. "layers" is a list, in order; None stands for what could not be
-    measured. E experts, K chosen per token; each entry holds
+    "advice" is a list of {"about", "verdict", "number" (in words), "text", "numbers", "command"}. "layers" is a list,
+    in order; None stands for what could not be measured. E experts, K chosen per token; each entry holds
 
     - "layer", "num_experts", "chosen": the layer's key, E, K.
     - "cosine": (E, E) matrices: "weights" (all matrices of an expert, flattened), "gate", "up", "down" (each alone),
@@ -81,10 +81,13 @@ def analyze(
     check_single(source)
     chosen = compute_dtype(source, dtype)
     by_domain, notes = read_samples(source, calibration)
+    from coterie.decide.abilities import abilities
     from coterie.judge.advice import advise
     from coterie.judge.analysis import limits, measure
+    from coterie.judge.commands import Commands
     from coterie.pages.analysis import shown
 
+    commands = Commands(str(model), calibration.named, abilities(source))
     options = calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")}
     asked = {"command": "analyze", "options": options | {"data": calibration.named}, "source": source.checkpoint.hash}
     with Resumable(page, asked, resume=resume, replace=overwrite) if page else nullcontext() as run:
@@ -95,7 +98,7 @@ def analyze(
             "options": options,
             "domains": counted(by_domain),
             "layers": layers,
-            "advice": [vars(advice) for advice in advise(layers)],
+            "advice": [vars(advice) for advice in advise(layers, commands)],
             "notes": [*notes, *limits(source, layers)],
             "versions": versions(),
             **clock.read(),
@@ -106,6 +109,8 @@ def analyze(
 
 
 def show(found: dict[str, Any], asked: Asked) -> Iterator[str]:
-    """The advice."""
+    """Verdicts, each with its number and the command to run next."""
     yield f"{asked['out'] or asked['model']}: done in {found['seconds']:.1f} s"
-    yield from paragraphs([(advice["about"], advice["text"]) for advice in found["advice"]])
+    for advice in found["advice"]:
+        yield from (f"{advice['about']}: {advice['verdict']}", f"  {advice['number']}")
+        yield from (f"  {line}" for line in advice["command"].splitlines())
