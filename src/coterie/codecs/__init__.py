@@ -80,6 +80,24 @@ class Codec:
         return self.parts[0] if self.parts[0].startswith(".") else f".weight{self.parts[0]}"
 
 
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A matrix (O, I) of integers, as kernels multiply it: values (u - 2^(bits - 1)) * scale.
+
+    bits: 2, 3, 4 or 8, or 0 of zeros that are not stored. codes: (O, I bits / 32) uint32, a row's codes u end to end
+    from the lowest bit of its first word on. scales: (O, G) of `scale_type`, as float32 or as 16 bits each.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    codes: np.ndarray
+    scales: np.ndarray
+    scale_type: str
+
+
+MULTIPLIED = ((2, 3, 4, 8), (32, 64, 128), ("BF16", "F16", "F32"))  # bits, columns per scale and its types, in `Codes`
+
+
 def found_parts(checkpoint: Checkpoint, stem: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
     """Which of a matrix's parts, STEM + part, there are."""
     return {part: tensor for part in parts if (tensor := checkpoint.tensors.get(stem + part))}
