@@ -107,9 +107,9 @@ def test_a_mask_that_keeps_more_columns_than_there_are_is_refused():
         fmt.check(wrong, fmt.checksum(wrong), "w")
 
 
-@pytest.mark.parametrize("found", [{"format": 2}, {"format": "1"}, {"format": True}, {}, None, [1]])
+@pytest.mark.parametrize("found", [{"format": 3}, {"format": "1"}, {"format": True}, {}, None, [1]])
 def test_another_format_version_is_refused(found):
-    """Only format 1, spelled as a number."""
+    """Only formats 1 and 2, spelled as numbers."""
     with pytest.raises(CoterieError, match="expected 1"):
         fmt.check_settings(found, "config.json")
     fmt.check_settings(fmt.SETTINGS, "config.json")

@@ -31,6 +31,7 @@ from coterie.storage.numerics import decode as values_of
 from coterie.storage.shards import Hole, Made, Output
 
 FORMAT = 1
+FORMATS = (FORMAT, 2)  # that we read: the second has integers too (`integers.py`)
 METHOD = "coterie"  # quant_method in config.json
 SETTINGS = {"quant_method": METHOD, "format": FORMAT}  # the entry quantization_config of config.json
 PARTS = ("layout", "mask", "scales", "rows", "values")  # in the order in which they stand in a file
@@ -332,20 +333,16 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
 
 
 def check_all(checkpoint: Checkpoint) -> None:
-    """Raises: CoterieError for another version of the format, and for parts without a layout."""
+    """Raises: CoterieError for another version of the format."""
     check_settings(checkpoint.config.get("quantization_config"), f"{checkpoint.path / 'config.json'}")
-    for name in checkpoint.tensors:
-        stem, _, part = name.rpartition(".")
-        if part in PARTS and f"{stem}.layout" not in checkpoint.tensors:
-            raise CoterieError(f"{checkpoint.path}: tensor {name!r} has no {stem + '.layout'!r} beside it; {DAMAGED}")
 
 
 def check_settings(found: object, where: str) -> None:
     """Raises: CoterieError for settings of a version that we cannot read."""
     version = found.get("format") if isinstance(found, dict) else None
-    if type(version) is not int or version != FORMAT:
+    if type(version) is not int or version not in FORMATS:
         raise CoterieError(
-            f"{where}: sparse format {version!r:.40}, expected {FORMAT}; "
+            f"{where}: packed format {version!r:.40}, expected {' or '.join(map(str, FORMATS))}; "
             "it was written by another version of coterie: use that one, or pack the dense checkpoint again"
         )
 

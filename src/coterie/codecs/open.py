@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 
 from coterie.codecs import Codec, Coded, Place, codecs, pack_quantized
+from coterie.codecs.bits import DAMAGED
+from coterie.errors import CoterieError
 from coterie.storage.checkpoint import BITS, Checkpoint
 from coterie.storage.planned import Planned, Shards, resolved, view
 from coterie.storage.shards import Made, Output, whole
@@ -19,7 +21,8 @@ def matrices_at(checkpoint: Checkpoint, place: Place) -> Coded | None:
 
 
 def codec_of(checkpoint: Checkpoint) -> Codec | None:
-    """The codec that config.json names, under which tensors stand for others; None where they stand for themselves."""
+    """The codec that config.json names, under which tensors stand for others; None where they stand for themselves. Of
+    several of one name, whose parts tell which tensor is stored which way, the first."""
     settings = checkpoint.config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     return next((codec for codec in codecs() if codec.method and codec.method == method), None)
@@ -32,14 +35,16 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
     and the last one is kept, because readers come piece by piece.
     Raises: CoterieError for parts that are missing, or do not fit each other.
     """
-    codec = codec_of(checkpoint)
-    if codec is None:
+    named = codec_of(checkpoint)
+    if named is None:
         return checkpoint
-    codec.check(checkpoint)
-    first, coded = codec.parts[0], dict[str, Coded]()
-    for name in (n.removesuffix(first) for n in checkpoint.tensors if n.endswith(first)):
-        if found := codec.read(checkpoint, Place(name)):
-            coded[name] = found
+    coded, alike = dict[str, Coded](), [codec for codec in codecs() if codec.method == named.method]
+    for codec in alike:
+        codec.check(checkpoint)
+        first = codec.parts[0]
+        stems = [name.removesuffix(first) for name in checkpoint.tensors if name.endswith(first)]
+        coded |= {stem: matrices for stem in stems if (matrices := codec.read(checkpoint, Place(stem)))}
+    _check_claimed(checkpoint, alike, coded)
     return _stood_for(checkpoint, coded)
 
 
@@ -62,6 +67,15 @@ def opened_packed(checkpoint: Checkpoint) -> Checkpoint | None:
     }
     packed = [stem for stem, found in coded.items() if found.packed]
     return _stood_for(checkpoint, coded) if packed and len(packed) == len(coded) else None
+
+
+def _check_claimed(checkpoint: Checkpoint, alike: Iterable[Codec], coded: Mapping[str, Coded]) -> None:
+    """Raises: CoterieError for a tensor that is named like a part, and is none of any matrix."""
+    claimed = {name for matrices in coded.values() for name in matrices.parts}
+    parts = {part for codec in alike for part in codec.parts}
+    if left := next((n for n in checkpoint.tensors if n not in claimed and n.endswith(tuple(parts))), None):
+        marks = " or ".join(codec.parts[0] for codec in alike)
+        raise CoterieError(f"{checkpoint.path}: tensor {left!r} has no {marks} beside it; {DAMAGED}")
 
 
 def decoded(checkpoint: Checkpoint, coded: Mapping[str, Coded]) -> Shards:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.codecs import bits as fmt
+from coterie.codecs import codecs
 from coterie.codecs.open import check_coded, codec_of, inexact, opened
 from coterie.edits.coding import Coding, candidates, counted, fill, sizes
 from coterie.edits.execution import Writing, finish_record, finished, left_behind, write
@@ -101,7 +102,7 @@ def check_packed(checkpoint: Checkpoint, view: Checkpoint) -> None:
     if rounded := inexact(view):
         name = min(rounded)
         raise CoterieError(
-            f"{checkpoint.path}: {name!r} was packed as int8, which rounds: there is no dense original to restore"
+            f"{checkpoint.path}: {name!r} was rounded when it was packed: there is no dense original to restore"
         )
 
 
@@ -230,7 +231,8 @@ def check_dense(checkpoint: Checkpoint) -> None:
         raise CoterieError(
             f"{checkpoint.path}: is in our own layout (layers that no stock config describes), which cannot be packed"
         )
-    ours = next((n for n in checkpoint.tensors if n.rpartition(".")[2] in fmt.PARTS), None)
+    parts = tuple(part for codec in codecs() if codec.method == fmt.METHOD for part in codec.parts)
+    ours = next((name for name in checkpoint.tensors if name.endswith(parts)), None)
     if ours:
         raise CoterieError(f"{checkpoint.path}: tensor {ours!r} is named like a part of a packed one; cannot pack it")
 
