@@ -162,9 +162,9 @@ def test_analyze_finds_the_same(home, data, tmp_path):
 
 
 def cleaned(value):
-    """Without paths, fingerprints and times."""
+    """Without paths, the commands that name them, fingerprints and times."""
     if isinstance(value, dict):
-        left = {"path", "model", "out", "hash", "seconds", "peak_rss_bytes", "versions", "bytes", "stats"}
+        left = {"path", "model", "out", "command", "hash", "seconds", "peak_rss_bytes", "versions", "bytes", "stats"}
         return {key: cleaned(child) for key, child in value.items() if key not in left}
     return [cleaned(child) for child in value] if isinstance(value, list) else value
 
@@ -234,7 +234,7 @@ def test_int8_values_decode_to_their_products(home, tmp_path):
         assert model.raw(name, 4, 8) == model.raw(name)[4:12]
     coterie.prune(tmp_path / "int8", tmp_path / "out", ratio=0.25)
     assert coterie.verify(tmp_path / "out", against=tmp_path / "int8")["ok"]
-    with pytest.raises(CoterieError, match="packed as int8"):
+    with pytest.raises(CoterieError, match="was rounded when it was packed"):
         coterie.unpack(tmp_path / "int8", tmp_path / "dense")
 
 
