@@ -70,8 +70,8 @@ SERVED = re.compile(r"^\| (\w+)(?:, [^|]*)? \| \d+ to \d+ experts \| yes \|", re
 READ = ("deepseek_v2", "glm4_moe_lite")  # whose vLLM code was read: it takes the count of experts from the config
 # Not condensed, as only tensors say (biases, a fused shared expert, what is around a block), or a config around them.
 UNFOLDED = (
-    "aria", "glm4v_moe", "gpt_oss", "jetmoe", "minimax_m3_vl", "minimax_m3_vl_text", "muse_spark", "qwen3_5_moe",
-    "qwen4_exp",
+    "aria", "glm4v_moe", "gpt_oss", "jetmoe", "kimi_k25", "minimax_m3_vl", "minimax_m3_vl_text", "muse_spark",
+    "qwen3_5_moe", "qwen4_exp",
 )  # fmt: skip
 REFUSED = {"minimax_m2": "refused ([llama.cpp#19715](https://github.com/ggml-org/llama.cpp/issues/19715))"}
 ABOUT = """## What works

@@ -245,6 +245,7 @@ PROJECTOR = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_outp
 TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "aria": ("aria_text", {**VISION, "model_type": "idefics3_vision", "image_size": 28, "patch_size": 14}),
     "gemma4": ("gemma4_text", VISION),
+    "kimi_k25": ("deepseek_v3", {**VISION, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4}),
     "llama4": ("llama4_text", {**VISION, **PROJECTOR, "image_size": 28}),
     "qwen3_5_moe": ("qwen3_5_moe_text", {"hidden_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN}),
     "deepseek_ocr2": ("deepseek_ocr2_text", OCR_VISION),

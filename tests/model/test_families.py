@@ -10,12 +10,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import forms
 import tiny
 from coterie.errors import CoterieError
 from coterie.model.experts import Experts, expert_biases, expert_shapes, read_rows
 from coterie.model.family import detect, registry
 from coterie.model.layer import ROLES, expert_axis, find_blocks, shared_by
 from coterie.storage.checkpoint import Checkpoint
+from coterie.verbs.inspect_ import inspect
 from coterie.verbs.prune import prune
 from coterie.verbs.sparsify import sparsify
 from coterie.verbs.verify import verify
@@ -223,6 +225,19 @@ def test_a_known_text_model_in_another_wrapper_is_pruned(tmp_path):
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
     prune(tmp_path / "model", tmp_path / "out", ratio=0.25)
     details(verify(tmp_path / "out", against=tmp_path / "model"))
+
+
+def test_kimi_k25_as_published_is_cut_and_calibrated(tiny_checkpoint, tmp_path):
+    """Its text model calls itself kimi_k2, which transformers has no class for, and its experts are in int4."""
+    model = forms.store(tiny_checkpoint("kimi_k25"), tmp_path / "model", "int4")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"] |= {"model_type": "kimi_k2", "quantization_config": config.pop("quantization_config")}
+    (model / "config.json").write_text(json.dumps(config))
+    assert inspect(model)["can"]["collect"] is True
+    data = tiny.id_lines(tmp_path / "a.jsonl", 4, 24)
+    prune(model, tmp_path / "out", ratio=0.25, method="reap", data=data, samples=4, seq_len=24)
+    details(verify(tmp_path / "out", against=model))
+    assert opened(tmp_path / "out")[2].main[0].num_experts == 6
 
 
 def test_one_linear_per_expert_is_read_and_cut_as_fused_ones(tiny_checkpoint, tmp_path):

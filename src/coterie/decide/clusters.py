@@ -18,7 +18,7 @@ from coterie.model.layer import MoE
 from coterie.model.stats import Stats
 from coterie.storage.record import Progress, no_progress
 
-UNMEASURED = "multi-token-prediction layers are never measured: router rows alone decide there"
+UNMEASURED = "prediction layers and second models are never measured: router rows alone decide there"
 UNREAD = "experts are stored in a way that we cannot compare: of three or more alike, the tie rule says who stays"
 Nearest = Callable[[Layer, tuple[int, ...]], int]  # of three or more members: who is nearest to their mean
 FAR = 1e3  # times the largest distance: of guarded experts

@@ -21,7 +21,7 @@ from coterie.storage.folders import existing
 from coterie.storage.record import Progress, no_progress
 
 UNMEASURED = (
-    "multi-token-prediction layers and attention experts are never measured: there the longest router rows stay"
+    "prediction layers, second models and attention experts are never measured: there the longest router rows stay"
 )
 
 

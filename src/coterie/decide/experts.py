@@ -77,7 +77,7 @@ def decided(
         notes.insert(0, f"{kept} experts is not a multiple of 8: some serving kernels and expert parallelism want that")
     fate = f"cut to {kept} experts by the same rule" if cut else "kept whole"
     if any(b.aside for b in model.moe):
-        notes.append(f"a second model's layers ({family.side}N) are {fate}")
+        notes.append(f"the second model's experts ({family.side}N) are {fate}")
     if any(b.predicts for b in model.moe):
         notes.append(f"multi-token-prediction layers are {'left out' if options.drop_mtp else fate}")
     choices = found.choices if cut else _routed(found.choices, options.fate)

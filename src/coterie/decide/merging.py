@@ -24,7 +24,7 @@ from coterie.model.stored import in_floats
 from coterie.options import Help, as_text, flag_of, flat
 from coterie.storage.record import Progress, no_progress
 
-UNMEASURED = "multi-token-prediction layers and attention experts are never measured, so nothing is merged there: "
+UNMEASURED = "prediction layers, second models and attention experts are never measured, so nothing is merged there: "
 LONGEST, WHOLE = "the longest router rows stay", "they stay whole"
 ROUTERS = ("mean", "alias")
 OURS = "--router alias: several router rows lead to one expert, which only `coterie.load` reads; stock software refuses"

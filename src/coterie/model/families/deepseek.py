@@ -45,7 +45,7 @@ FAMILIES = (
         group_switch=("topk_method", "group_limited_greedy"),
         dense=TYPES,
     ),
-    Family(("deepseek_v3", "dots1", "glm4_moe", "glm4v_moe", "mistral4"), layouts=(LAYOUT,), dense=FIRST),
+    Family(("deepseek_v3", "dots1", "glm4_moe", "glm4v_moe", "kimi_k25", "mistral4"), layouts=(LAYOUT,), dense=FIRST),
     Family(WITH_TYPES, layouts=(LAYOUT,), dense=TYPES),
     # A dense layer's norm is another one (axk2), its MLP is stored otherwise, or there is none.
     Family(("axk2", "minimax_m3_vl_text", "solar_open"), layouts=(LAYOUT,)),
