@@ -1,4 +1,4 @@
-"""`make demo`: prune the shipped reference model, verify the result, judge both, print one table.
+"""`make demo`: makes the shipped reference model smaller in two ways, verifies, judges, and prints one table.
 
 Every step is a command that a user could type; each is shown before it runs.
 """
@@ -8,26 +8,29 @@ import tempfile
 import time
 from pathlib import Path
 
-from coterie.reference_model import MODEL
+from coterie.reference_model import CALIBRATION, MODEL
+from coterie.storage.record import record_of
 from results import Row, judge, run, table
 
-RATIO = 0.25
-SOME_TEXT, SOME_PROBLEMS = 40_000, 200  # characters per domain: the whole held-out set takes several minutes
+RATIO, BITS = 0.25, 4
+DATA = [f"--data={name}={file}" for name, file in CALIBRATION.items()]
+SOME_TEXT, SOME_PROBLEMS = 20_000, 100  # characters per domain: the whole held-out set takes several minutes
 
 
 def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "pruned"
+        low, pruned = Path(folder) / "low", Path(folder) / "pruned"
         show("inspect", MODEL)
-        show("prune", MODEL, out, "--ratio", RATIO)
-        pruned = run("prune", MODEL, out, "--ratio", RATIO, "--overwrite")
-        show("verify", out, "--against", MODEL)
-        print("\ncoterie eval MODEL pruned --data ...   (40 KB of each held-out text, 200 word problems)")
-        rows = [
-            Row("reference model", judge(MODEL, SOME_TEXT, SOME_PROBLEMS)),
-            Row(f"stun, {RATIO:.0%} of experts", judge(out, SOME_TEXT, SOME_PROBLEMS), pruned),
-        ]
+        show("quantize", MODEL, low, "--bits", BITS)
+        show("prune", MODEL, pruned, "--ratio", RATIO, *DATA, "--samples", 64)
+        show("verify", pruned, "--against", MODEL)
+        print(
+            "\ncoterie eval MODEL low pruned --data ...   (20 KB of each held-out text, 100 word problems)", flush=True
+        )
+        rows = [Row("reference model", judge(MODEL, SOME_TEXT, SOME_PROBLEMS))]
+        for name, out in ((f"experts in {BITS} bits", low), (f"reap, {RATIO:.0%} of experts", pruned)):
+            rows.append(Row(name, judge(out, SOME_TEXT, SOME_PROBLEMS), record_of(out)))
     print("\nPerplexity per domain (lower is better); exact match on word problems (higher is better):\n")
     print(table(rows))
     print(f"\n{time.monotonic() - began:.0f} seconds in all.")

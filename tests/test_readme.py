@@ -1,44 +1,68 @@
 """What the README tells people to type works."""
 
+import contextlib
+import itertools
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
+import coterie
 from coterie.cli import main
 from coterie.model.families import UNABLE
 from coterie.model.family import registry
-from coterie.reference_model import HELD_OUT, MODEL
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from first_day import furnish, listed  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+WRITERS = ("quantize", "prune", "merge", "sparsify", "stun", "condense", "recover", "drop", "apply", "collect")
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with a short text; commands and code run in it."""
+    """A folder with what the list takes for granted; commands and code run in it."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "FILE").write_text(HELD_OUT["prose"].read_text(encoding="utf-8")[:3000])
+    furnish(tmp_path)
     return tmp_path
 
 
-def commands() -> list[list[str]]:
-    block = README.split("## Use it")[1].split("```")[1]
-    return [shlex.split(re.split(r"\s{8,}", line.strip())[0]) for line in block.strip().splitlines()]
+def made(words: list[str]) -> set[str]:
+    """The names that a command leaves behind."""
+    _, verb, *arguments = words
+    named = {after for flag, after in itertools.pairwise(arguments) if flag in ("-o", ">")}
+    if verb not in WRITERS or "--dry-run" in arguments:
+        return named
+    return named | {[word for word in arguments if word.isupper()][1]}  # after what is read
+
+
+def test_the_list_of_the_readme_uses_what_it_has_made():
+    """No OUT twice, and nothing is read before a line above has made it; all verbs that write are there."""
+    there = {"MODEL", "FILE"}
+    for line in listed(README):
+        words = shlex.split(line)
+        assert words[0] == "coterie" and words[1] in coterie.VERBS, line
+        found = made(words)
+        assert not found & there, line
+        read = set(re.findall(r"\b[A-Z]+(?:\.json)?\b", line)) - found
+        assert read - there <= ({"OTHER"} if "--dry-run" in words else set()), line
+        there |= found
+    assert set(WRITERS) <= {shlex.split(line)[1] for line in listed(README)}
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run_in_their_order(workplace):
-    """As printed, on the shipped model; what would write over an earlier result goes beside it."""
-    paths = {"MODEL": str(MODEL), "PLAN.json": "OUT/coterie.json"}
-    for _, verb, *arguments in sorted(commands(), key=lambda c: c[1] == "apply"):
-        argv = [paths.get(a, a) for a in arguments]
-        if verb in ("apply", "stun", "sparsify"):
-            argv[argv.index("OUT")] = verb
-        with pytest.raises(SystemExit) as stop:
-            main([verb, *argv])
-        assert not stop.value.code, (verb, stop.value.code)
+def test_the_list_of_the_readme_runs(workplace):
+    """As printed, in its order, on the shipped model."""
+    for line in listed(README):
+        command, _, file = line.partition(" > ")
+        with open(file or "printed", "w") as out, contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+            main(shlex.split(command)[1:])
+        assert not stop.value.code, (line, stop.value.code)
+        assert all(Path(name).exists() for name in made(shlex.split(line))), line
 
 
 @pytest.mark.slow
