@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -171,3 +172,26 @@ def test_bytes_are_shown_in_units_that_hold_them(num_bytes, says):
     """So that a bar never says "0.0 of 0.0 GB"."""
     assert sized(num_bytes) == says
     assert _amount("writing", 0, num_bytes, 0.0) == f"0 bytes of {says}"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ratio": "0.5"}, "--ratio '0.5': expected a number"),
+        ({"experts": 2.5}, "--experts 2.5: expected a whole number"),
+        ({"experts": True}, "--experts True: expected a whole number"),
+        ({"resume": 1}, "--resume 1: expected True or False"),
+        ({"method": 3}, "--method 3: expected text"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_like_a_wrong_one(tmp_path, options, says):
+    """Python callers meet what the command line refuses while it reads what was typed."""
+    with pytest.raises(package.CoterieError, match=says):
+        package.prune(tmp_path / "model", tmp_path / "out", **options)
+
+
+def test_numbers_of_other_libraries_are_numbers(tmp_path):
+    """numpy's, and whole ones where any number will do."""
+    model = qwen(tmp_path / "model")
+    package.prune(model, tmp_path / "out", ratio=np.float32(0.25), dry_run=True)
+    package.prune(model, tmp_path / "out", experts=np.int64(6), lambda1=1, dry_run=True)

@@ -9,12 +9,16 @@ those. Fields without a `Help` are no options.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from coterie.errors import CoterieError
 
 Result = TypeVar("Result")
 
@@ -129,8 +133,33 @@ def _built(hint: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _read(parameter: Parameter, value: Any) -> Any:
+    """What a record holds of what was given. Raises: CoterieError for a value of another type than the option's."""
     shown = help_of(parameter)
-    return shown.read(value) if shown and shown.read else value
+    if shown and shown.read:
+        return shown.read(value)
+    kinds = _kinds(_split(parameter.annotation, Help)[0]) if shown else ()
+    if kinds and value is not parameter.default and not any(_is_a(value, kind) for kind in kinds):
+        expected = " or ".join(dict.fromkeys(NOUNS[kind] for kind in kinds if kind in NOUNS))
+        raise CoterieError(f"{flag_of(parameter.name)} {value!r:.60}: expected {expected}")
+    return value
+
+
+NOUNS = {
+    bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path", NoneType: "None",
+    list: "a list", dict: "a dictionary", Sequence: "a sequence",
+}  # fmt: skip
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The classes that an annotation allows."""
+    union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(get_origin(kind) or kind for kind in union)
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Numbers may be of other libraries; a truth value is no number."""
+    number: Any = {int: Integral, float: Real}
+    return isinstance(value, number.get(kind, kind)) and isinstance(value, bool) == (kind is bool)
 
 
 def _split(hint: Any, kind: type) -> tuple[Any, Any]:

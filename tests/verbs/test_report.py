@@ -392,7 +392,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(folders, out, says):
         (["model"], {"data": ["x"]}, "expected NAME=FILE"),
         (["model"], {"window": 1}, "window is 1"),
         (["model"], {"window": 8, "stride": 8}, "stride is 8"),
-        (["model"], {"dtype": "int4"}, "dtype is"),
+        (["model"], {"dtype": "int4"}, "expected one of auto"),
     ],
 )
 def test_bad_input_is_refused(folders, tmp_path, models, options, says):
