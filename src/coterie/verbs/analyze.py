@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, dtype_name, read_samples
 from coterie.model.layer import Model
 from coterie.model.layered import check_single
 from coterie.options import Help, ModelPath, public
@@ -81,7 +81,7 @@ def analyze(
     layers = measure(source, by_domain, chosen, calibration.seed, on_progress, spill)
     result = {
         "model": {"path": str(model), "hash": source.checkpoint.hash, "family": source.family.name},
-        "options": calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")},
+        "options": calibration.sizes | {"dtype": dtype_name(chosen)},
         "domains": counted(by_domain),
         "layers": layers,
         "advice": [vars(advice) for advice in advise(layers)],

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.samples import DTYPE
 from coterie.judge.judging import Files, Judging, judged_files
 from coterie.options import Help, public
 from coterie.pages.terminal import Asked, interval, table
@@ -37,7 +36,7 @@ def report(
             default=(),
         ),
     ],
-    judging: Annotated[Judging, {"tasks": None, "task_path": None, "dtype": DTYPE}],
+    judging: Annotated[Judging, {"tasks": None, "task_path": None}],
     speed: Annotated[bool, Help("Do not measure tokens per second.")] = True,
     overwrite: Annotated[bool, Help("Replace FILE.")] = False,
     on_progress: Progress = no_progress,
