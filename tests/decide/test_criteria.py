@@ -562,7 +562,7 @@ def test_a_router_in_another_dtype_than_stored_is_refused(tmp_path):
     save_file({n: torch.from_numpy(v).bfloat16() for n, v in tensors.items()}, folder / "model.safetensors")
     how = {"method": "naee", "data": files(tmp_path / "data", sequences())}
     with pytest.raises(CoterieError, match=r"layer 1: its router computes in another dtype .*--dtype float32"):
-        prune(folder, tmp_path / "out", **how)
+        prune(folder, tmp_path / "out", dtype="bfloat16", **how)
     assert prune(folder, tmp_path / "out", dtype="float32", **how).report["after"]["experts"] == 6
 
 

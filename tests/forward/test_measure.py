@@ -479,10 +479,11 @@ def test_lengths_are_clamped_to_the_config(tiny_checkpoint, tmp_path):
     assert max_positions({"max_position_embeddings": None}) is None
 
 
-def test_the_dtype_is_that_of_the_experts(tiny_checkpoint, tmp_path):
-    """Where they are quantised, the config's, else bfloat16."""
+def test_the_dtype_is_that_of_the_experts(tiny_checkpoint, tmp_path, monkeypatch):
+    """Where they are quantised, the config's, else bfloat16; of a processor that computes in all of them."""
     from safetensors.torch import save_file
 
+    monkeypatch.setattr("coterie.model.arithmetic._computes", lambda name: True)
     source = tiny_checkpoint("qwen2_moe")
     tensors, config = tiny.read(source)
     assert compute_dtype(Model.open(source)) == torch.float32

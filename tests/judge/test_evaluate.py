@@ -346,7 +346,7 @@ def test_the_result_is_machine_readable(folder, tmp_path, capfd):
     )
     assert json.loads(json.dumps(result)) == result
     for model in result["models"]:
-        assert set(model) == {"path", "perplexity", "exact_match"}
+        assert set(model) == {"path", "dtype", "perplexity", "exact_match"}
         assert model["path"] == str(folder)
         assert set(model["perplexity"]["text"]) == {"value", "low", "high", "tokens"}
         assert set(model["exact_match"]["sums"]) == {"value", "low", "high", "count"}

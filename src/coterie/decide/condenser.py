@@ -17,7 +17,7 @@ from coterie.decide.sweep import BESIDE, Sweep, hidden_divergence, logit_diverge
 from coterie.edits.plan import Decision, Plan
 from coterie.forward.activations import Batch
 from coterie.forward.layerwise import Layerwise
-from coterie.forward.samples import compute_dtype
+from coterie.forward.samples import compute_dtype, dtype_name
 from coterie.methods import condense as methods
 from coterie.methods import layer_search
 from coterie.model.layer import Model
@@ -92,6 +92,7 @@ class Condenser:
         findings |= {
             "passes": {kind: round(work.passes, 4) for kind, work in self.work.items()},
             "search_seconds": {kind: round(seconds, 3) for kind, seconds in self.seconds.items()},
+            "dtype": dtype_name(self.blocks.dtype),
             "calibration": {"samples": {name: len(given) for name, given in self.by_domain.items()}},
         }
         plan = Plan({}, condensed={str(i): fits[i].condensed for i in sorted(order)}, converted=target)

@@ -19,7 +19,7 @@ from coterie.edits.kinds.drop import check as check_dropped
 from coterie.edits.plan import Condensed, Decision, Plan
 from coterie.errors import CoterieError, check_choice
 from coterie.forward.layerwise import Layerwise
-from coterie.forward.samples import Calibration, Dtype, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, dtype_name, read_samples
 from coterie.model.family import num_layers, unable
 from coterie.model.layer import Model
 from coterie.options import Help
@@ -130,6 +130,7 @@ def ranked(model: Model, options: Dropping, candidates: list[int], target: str |
         "similarity": {str(i): value for i, value in found.items()},
         "passes": {"experts": 0.0, "layers": round(work.passes, 4)},
         "search_seconds": {"experts": 0.0, "layers": round(time.monotonic() - began, 3)},
+        "dtype": dtype_name(blocks.dtype),
         "calibration": {"samples": {name: len(given) for name, given in by_domain.items()}},
     }
     return Decision(plan, tuple(notes), findings, begun=True)

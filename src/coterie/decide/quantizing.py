@@ -12,7 +12,7 @@ from coterie.edits.kinds.bits import FORMAT, GROUPS, WIDTHS, Scheme, quantised_b
 from coterie.edits.plan import Decision, Plan
 from coterie.errors import CoterieError
 from coterie.forward.layerwise import Calibrated, Layerwise
-from coterie.forward.samples import DATA, Calibration, Dtype, counted, unsampled
+from coterie.forward.samples import DATA, Calibration, Dtype, unsampled
 from coterie.methods import quantize as methods
 from coterie.model.experts import expert_shapes
 from coterie.model.layer import Model
@@ -106,7 +106,7 @@ def prepared(model: Model, options: Quantising, plan: Plan, request: Request) ->
         return None
 
     def prepare(view: Model) -> Filling:
-        calibration = Calibrated(model, options.calibration, options.dtype, request.out.parent)
+        calibration = Calibrated(model, options.calibration, options.dtype, request.out.parent, request.begun)
         return Filling(partial(_fill, options.bits, scheme, request, calibration))
 
     return prepare
@@ -126,5 +126,5 @@ def _fill(bits: int, scheme: Scheme, request: Request, calibration: Calibrated, 
     layers = stream.run(batches, quantizer.walk, run.first(batches, len(stream.layers)))
     progress = partial(request.on_progress, "quantising layers")
     run.run(batches, layers, len(stream.layers), lambda _: quantizer.state(), progress)
-    report = {**quantizer.state(), "calibration": counted(calibration.by_domain)}
+    report = {**quantizer.state(), **calibration.measured}
     return Filled({}, {}, report, calibration.notes)

@@ -27,7 +27,7 @@ from coterie.edits.masked import MaskedRouting, twin
 from coterie.edits.plan import Choice
 from coterie.errors import CoterieError
 from coterie.forward.activations import Batch, Routed, dense_weights, plain_walk, samples_of
-from coterie.forward.samples import Calibration, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, compute_dtype, dtype_name, read_samples
 from coterie.forward.stream import Stream, advance
 from coterie.forward.suspended import ExpertsCall, asked_by
 from coterie.model import moe
@@ -60,13 +60,19 @@ def decide(
         trial.method.check([size] * task.num_groups, [kept] * task.num_groups)
     rest = keep(task, by_weights(task, "router-norm", 0), trial.guarded)
     samples, notes = read_samples(model, calibration)
-    measure(model, samples, trial, compute_dtype(model, dtype), on_progress, spill)
+    computed_in = compute_dtype(model, dtype)
+    measure(model, samples, trial, computed_in, on_progress, spill)
     notes += [UNMEASURED] if len(task.measured) < len(task.layers) else []
     budget: dict[str, object] = {
         "samples": {name: len(given) for name, given in samples.items()},
         "stability": agreement(*trial.halves),
     }
-    return Selected({**rest, **trial.choices}, budget, {"reconstruction_error": trial.errors}, tuple(notes))
+    return Selected(
+        {**rest, **trial.choices},
+        budget,
+        {"reconstruction_error": trial.errors, "dtype": dtype_name(computed_in)},
+        tuple(notes),
+    )
 
 
 @dataclass

@@ -21,7 +21,7 @@ from coterie.edits.outputs import prunable
 from coterie.edits.plan import Plan
 from coterie.errors import CoterieError
 from coterie.forward.layerwise import Calibrated, Layerwise
-from coterie.forward.samples import DATA, Calibration, Dtype, counted, unsampled
+from coterie.forward.samples import DATA, Calibration, Dtype, unsampled
 from coterie.methods import sparsify as methods
 from coterie.methods.masks import check_pattern
 from coterie.model.experts import Experts, expert_shapes, expert_storage, expert_weights
@@ -112,7 +112,7 @@ def prepared(options: Zeroing, source: Model, plan: Plan, request: Request) -> P
         if methods.load(options.method).NEEDS == "nothing":
             return Filling(run.without_data, run.foreseen())
         scoring, spill = options.scoring, request.out.parent
-        calibration = Calibrated(view, scoring.calibration, scoring.dtype, spill)
+        calibration = Calibrated(view, scoring.calibration, scoring.dtype, spill, request.begun)
         return Filling(partial(run.calibrated, calibration), run.foreseen())
 
     return prepare
@@ -248,7 +248,7 @@ class ZeroingRun:
         layers = workers.layers(stream, batches, run.first(batches, len(stream.layers)), walk)
         run.run(batches, layers, len(stream.layers), lambda _: workers.state(), partial(on_progress, "pruning layers"))
         notes = [*calibration.notes, *([ALSO_HERE] if engine.spread and also else [])]
-        return self._filled(workers, {"calibration": counted(calibration.by_domain)}, notes)
+        return self._filled(workers, calibration.measured, notes)
 
     def _spread(self, writer: Writer, workers: Workers) -> Spread:
         """What prunes experts on the engine's nodes, in place of the pruner."""

@@ -105,6 +105,11 @@ class Request:
         check_out(self.out, source.path, resume=self.writing.resume, overwrite=self.writing.overwrite)
 
     @property
+    def begun(self) -> Path | None:
+        """OUT of a run that may go on; None where it starts anew."""
+        return self.out if self.writing.resume else None
+
+    @property
     def is_complete(self) -> bool:
         """Whether a resume finds nothing left to do."""
         return self.writing.resume and self.out.exists() and not partial_of(self.out).exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, compute_dtype, read_samples
+from coterie.forward.samples import Calibration, compute_dtype, counted, dtype_name, read_samples
 from coterie.model.layer import Model
 from coterie.storage.folders import existing
 from coterie.storage.resumable import Resumable
@@ -26,19 +26,26 @@ Samples = Sequence[tuple[int, ...]]
 class Calibrated:
     """What a calibrated run needs before it writes: token sequences, and the model to stream them through."""
 
-    def __init__(self, model: Model, calibration: Calibration, dtype: str, spill: Path) -> None:
-        """spill: the folder for activations that are too large for memory.
+    def __init__(
+        self, model: Model, calibration: Calibration, dtype: str, spill: Path, begun: Path | None = None
+    ) -> None:
+        """spill: the folder for activations that are too large for memory. begun: as in `compute_dtype`.
 
         Raises: CoterieError for data or a model that cannot be streamed.
         """
         from coterie.forward.stream import Stream
 
-        self.model, self.dtype = model, compute_dtype(model, dtype)
+        self.model, self.dtype = model, compute_dtype(model, dtype, begun)
         self.by_domain, self.notes = read_samples(model, calibration)
         self.samples: Samples = [sample for found in self.by_domain.values() for sample in found]
         self.stream: Stream = Stream(model, self.dtype)
         self._spill = existing(spill)
         self._embedded: list[Batch] | None = self.embed(self.samples)  # now, since it refuses what cannot be streamed
+
+    @property
+    def measured(self) -> dict[str, object]:
+        """On what, and in which dtype, for the record."""
+        return {"calibration": counted(self.by_domain), "dtype": dtype_name(self.dtype)}
 
     def embed(self, samples: Samples) -> list[Batch]:
         return self.stream.embed(samples, spill=self._spill)
@@ -101,7 +108,8 @@ class Layerwise:
         for index in layers:
             if self._run:
                 save(batches, self._hidden(index))
-                note = {"pass": self._name, "layer": index, "samples": self._digest, **state(index)}
+                dtype = dtype_name(batches[0].hidden.dtype)
+                note = {"pass": self._name, "layer": index, "samples": self._digest, "dtype": dtype, **state(index)}
                 self._run.unit(note, num_layers)
                 self._hidden(index - 1).unlink(missing_ok=True)
             on_progress(index + 1, num_layers)

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from coterie.errors import check_choice
 from coterie.forward.data import SHIPPED, calibration_files, read_all
 from coterie.forward.tokens import draw
+from coterie.model.arithmetic import fast
 from coterie.model.family import lookup
 from coterie.model.layer import Model
 from coterie.model.loading import DTYPES, load_tokenizer
 from coterie.options import Help, flag_of, flat
 from coterie.reference_model import CALIBRATION
+from coterie.storage.folders import partial_of
+from coterie.storage.journal import read_journal
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +27,7 @@ DATA = Help(
     "NAME=FILE", given=list[str], read=calibration_files, default=(),
 )  # fmt: skip
 SAMPLES = Help("Calibration sequences in all, spread evenly over the names.", given=int)
-DTYPE = Help("To compute in: auto (as stored), float32, bfloat16 or float16.")
+DTYPE = Help("To compute in: auto (as stored, or float32 where that is faster), float32, bfloat16 or float16.")
 Dtype = Annotated[str, DTYPE]
 POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length")
 
@@ -89,10 +92,11 @@ def max_positions(config: dict[str, Any]) -> int | None:
     return next((v for _, _, v in lookup(config, POSITIONS) if type(v) is int and v > 0), None)
 
 
-def compute_dtype(model: Model, name: str = "auto") -> torch.dtype:
-    """The dtype to compute in: unless named, that of the experts on disk, or of the config where they are quantised.
+def compute_dtype(model: Model, name: str = "auto", begun: Path | None = None) -> torch.dtype:
+    """The dtype to compute in: unless named, that of the experts on disk, or of the config where they are quantised; or
+    float32, where the processor has no arithmetic in that.
 
-    Raises: CoterieError for another name.
+    begun: OUT of a run that goes on, in the dtype that it began in. Raises: CoterieError for another name.
     """
     import torch
 
@@ -102,5 +106,17 @@ def compute_dtype(model: Model, name: str = "auto") -> torch.dtype:
         tensors = [model.checkpoint.tensors[n] for n in (block.experts[0].values() if block.experts else block.fused)]
         largest = max(tensors, key=lambda t: t.num_parameters)
         said = next((v for _, _, v in lookup(model.checkpoint.config, ("dtype", "torch_dtype"))), None)
-        name = STORED.get(largest.dtype) or (said if said in DTYPES[1:] else "bfloat16")
+        stored = STORED.get(largest.dtype) or (said if said in DTYPES[1:] else "bfloat16")
+        name = (begun and begun_in(begun)) or fast(stored)
     return getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options have it, for the record."""
+    return str(dtype).removeprefix("torch.")
+
+
+def begun_in(out: Path) -> str | None:
+    """The dtype that an interrupted run which is to write OUT computed its first layer in; None if it finished none."""
+    units = (unit for entry in read_journal(partial_of(out)) if isinstance(unit := entry.get("unit"), dict))
+    return next((name for unit in units if (name := unit.get("dtype")) in DTYPES[1:]), None)

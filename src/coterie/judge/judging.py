@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from coterie.errors import CoterieError, check_choice
 from coterie.forward.data import parse_data
+from coterie.forward.samples import Dtype
 from coterie.model.loading import DTYPES
 from coterie.options import Help
 
@@ -38,7 +39,7 @@ class Judging:
     task_path: Annotated[str | Path | None, Help("A folder with task files of your own.", given=Path)] = None
     batch_size: Annotated[int, Help("Sequences per forward.")] = 32
     max_new_tokens: Annotated[int, Help("Longest generated answer.")] = 128
-    dtype: Annotated[str, Help("auto, float32, bfloat16 or float16.")] = "auto"
+    dtype: Dtype = "auto"
     seed: Annotated[int, Help("Of the bootstrap.")] = 0
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from coterie.errors import CoterieError
 from coterie.forward.documents import Document
+from coterie.forward.samples import dtype_name
 from coterie.forward.tokens import encode
 from coterie.judge import harness, paired
 from coterie.judge.judging import Judging, Load, check_stride
@@ -45,6 +46,7 @@ class Judged(TypedDict):
     """One model's entry in the result of `eval`; by data set, or task and metric."""
 
     path: str
+    dtype: str  # computed in
     perplexity: dict[str, Interval]
     exact_match: dict[str, Interval]
     tasks: NotRequired[dict[str, dict[str, float]]]
@@ -85,7 +87,7 @@ def judge(
     model = causal.without_router_loss(load(path).eval())
     needed = options.tasks or any(d.input_ids is None for entries in documents.values() for d in entries)
     tokenizer = loading.load_tokenizer(path) if needed else None
-    result: Judged = {"path": str(path), "perplexity": {}, "exact_match": {}}
+    result: Judged = {"path": str(path), "dtype": dtype_name(model.dtype), "perplexity": {}, "exact_match": {}}
     kept = Kept(routers=routers)
     for name, entries in documents.items():
         one = Measurement(name, f"{path}: {name}", options, report, kept)

@@ -21,11 +21,14 @@ from typing import Any
 from coterie.codecs.bits import SETTINGS
 from coterie.codecs.open import opened_packed
 from coterie.errors import CoterieError, check_choice
+from coterie.model.arithmetic import fast
 from coterie.model.family import detect, lookup, num_layers
 from coterie.model.layer import LAYER, Model, MoE, is_mtp
 from coterie.model.loadable import check_whole
 from coterie.model.own import OWN, OwnLayout, is_own, own_layout
 from coterie.storage.checkpoint import Checkpoint, load_json, resolve
+
+logger = logging.getLogger("coterie")
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")  # what a model can be loaded as
 DTYPES = ("auto", *FLOATS[1:])  # what verbs compute in
@@ -100,12 +103,29 @@ def load(path: str | Path, *, dtype: str = "auto") -> Any:
     checkpoint = Checkpoint.open(folder)
     packed = not is_ours(folder) and opened_packed(checkpoint) is not None
     check_whole(checkpoint, ours=packed)
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and on == "cpu":
+        dtype = _fast(checkpoint)
     how = {"config": stock_config(_ours(checkpoint.config))} if packed else {}
     model, faults = load_ours(folder, dtype) if is_ours(folder) else load_stock(folder, dtype, **how)
     if faults:
         found = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}, first {keys[0]}" for kind, keys in faults.items())
         raise CoterieError(f"{path}: the weights do not fit the config: {found}; expected every tensor exactly once")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(on)
+
+
+def _fast(checkpoint: Checkpoint) -> str:
+    """ "float32" for plain weights in a type that this processor has no arithmetic for, as far as memory goes; else
+    "auto"."""
+    said = {str(value) for _, _, value in lookup(checkpoint.config, ("dtype", "torch_dtype")) if value is not None}
+    packed = any(settings is not None for _, _, settings in lookup(checkpoint.config, ("quantization_config",)))
+    slow = next((name for name in sorted(said) if fast(name) != name), None)
+    if slow is None or packed:
+        return "auto"
+    if short := memory_short(4 * checkpoint.num_parameters):
+        logger.warning("%s: computed in %s, which is slow here: float32 %s", checkpoint.path, slow, short)
+        return "auto"
+    return "float32"
 
 
 def is_ours(folder: Path) -> bool:

@@ -25,7 +25,7 @@ from coterie.train import objectives, trainable
 from coterie.train.loop import Sample, State
 from coterie.train.refit import refit
 from coterie.train.trainable import Part
-from coterie.train.trainee import STAGES, Trainee, memory_bytes, peak_rate, stored_dtype
+from coterie.train.trainee import STAGES, Trainee, compute_dtype, memory_bytes, peak_rate
 
 HELD_OUT = 8  # one sample in so many is not trained on, but judges
 FIT_TOKENS = 32  # for every hidden unit: what a closed form is made from, at most
@@ -172,16 +172,6 @@ def check_samples(by_name: dict[str, list[Sample]], vocabulary: int) -> None:
 
 
 # --- models ----------------------------------------------------------------------------------------------------
-
-
-def compute_dtype(trainee: Trainee) -> str:
-    """The dtype to compute in: as stored where that is bfloat16 and the machine has it, unless named; else float32."""
-    if trainee.options.dtype != "auto":
-        return trainee.options.dtype
-    on_processor: Any = torch.ops.mkldnn
-    cuda = torch.cuda.is_available()
-    fast = torch.cuda.is_bf16_supported() if cuda else bool(on_processor._is_mkldnn_bf16_supported())
-    return "bfloat16" if stored_dtype(trainee) == "BF16" and fast else "float32"
 
 
 def load_models(trainee: Trainee) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ from coterie.edits.folding import shared_names
 from coterie.edits.plan import Plan, read_plan
 from coterie.errors import CoterieError, check_choice
 from coterie.forward.samples import DATA, Calibration
+from coterie.model.arithmetic import fast
 from coterie.model.experts import expert_weights
 from coterie.model.family import GATED, NUM_LAYERS, detect, lookup, registry
 from coterie.model.layer import LAYER, Model, MoE, find_blocks, has_routers
@@ -56,7 +57,9 @@ class Training:
     seq_len: Annotated[int, Help("Tokens of each sample.")] = 256
     samples: Annotated[int, Help("Samples in all, spread evenly over the names.")] = 2048
     seed: Annotated[int, Help("Which passages of the data are drawn.")] = 0
-    dtype: Annotated[str, Help("To compute in: auto (as stored), float32 or bfloat16.")] = "auto"
+    dtype: Annotated[
+        str, Help("To compute in: auto (as stored, or float32 where that is faster), float32 or bfloat16.")
+    ] = "auto"
 
     @property
     def calibration(self) -> Calibration:
@@ -232,8 +235,7 @@ def memory_bytes(trainee: Trainee) -> int:
     """About what training takes: both models, 16 bytes a trained weight, logits of one batch four times over, and, for
     the closed form, five float64 matrices between the hidden units of a layer."""
     config = trainee.model.checkpoint.config
-    dtype = trainee.options.dtype
-    size = 2 if dtype == "bfloat16" or (dtype == "auto" and stored_dtype(trainee) == "BF16") else 4
+    size = 2 if compute_dtype(trainee) == "bfloat16" else 4
     weights = sum(c.num_parameters for c in (trainee.model.checkpoint, trainee.teacher) if c)
     vocabulary = next((v for _, _, v in lookup(config, ("vocab_size",)) if type(v) is int), 0)
     tokens = trainee.options.batch_size * trainee.options.seq_len
@@ -242,6 +244,10 @@ def memory_bytes(trainee: Trainee) -> int:
     return size * weights + 16 * num_trained(trainee) + 16 * tokens * vocabulary + 40 * width**2
 
 
-def stored_dtype(trainee: Trainee) -> str:
-    """The dtype of the weights that are trained."""
-    return trainee.model.checkpoint.tensors[trainee.tensors[0]].dtype
+def compute_dtype(trainee: Trainee) -> str:
+    """The dtype to compute in: unless named, bfloat16 where the trained weights are stored so and the processor has
+    arithmetic for it, else float32."""
+    if trainee.options.dtype != "auto":
+        return trainee.options.dtype
+    stored = trainee.model.checkpoint.tensors[trainee.tensors[0]].dtype
+    return fast("bfloat16") if stored == "BF16" else "float32"

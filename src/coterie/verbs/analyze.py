@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.errors import CoterieError
-from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, dtype_name, read_samples
 from coterie.model.layer import Model
 from coterie.model.layered import check_single
 from coterie.options import Help, ModelPath, Resume, public
@@ -88,7 +88,7 @@ def analyze(
     from coterie.pages.analysis import shown
 
     commands = Commands(str(model), calibration.named, abilities(source))
-    options = calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")}
+    options = calibration.sizes | {"dtype": dtype_name(chosen)}
     asked = {"command": "analyze", "options": options | {"data": calibration.named}, "source": source.checkpoint.hash}
     with Resumable(page, asked, resume=resume, replace=overwrite) if page else nullcontext() as run:
         told = run.start(on_progress) if run else on_progress

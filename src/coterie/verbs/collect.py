@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, read_samples
+from coterie.forward.samples import Calibration, Dtype, compute_dtype, counted, dtype_name, read_samples
 from coterie.model.layer import Model
 from coterie.model.stats import MERGING
 from coterie.options import Help, ModelPath, Resume, public
@@ -35,7 +35,7 @@ def collect(
 
     data: NAME=FILE (a text, JSON lines, Parquet, a folder, or hub:OWNER/NAME); without it, texts that ship.
     samples: sequences in all, spread evenly over the names; seq_len: tokens of each; seed: which of them.
-    dtype: auto (as the experts are stored), float32, bfloat16 or float16.
+    dtype: auto (as the experts are stored, or float32 where that is faster), float32, bfloat16 or float16.
     merging: also what `merge` needs, for which every expert runs on every token: about E / K times the work.
     resume: what is finished is kept in STATS.partial, layer by layer, from which the same call goes on.
     Raises: CoterieError, before anything is measured.
@@ -45,9 +45,9 @@ def collect(
     clock, out = Stopwatch(), Path(stats)
     check_file(out, resume=resume, overwrite=overwrite)
     source = Model.open(model)
-    chosen = compute_dtype(source, dtype)
+    chosen = compute_dtype(source, dtype, out if resume else None)
     by_domain, notes = read_samples(source, calibration)
-    options = calibration.sizes | {"dtype": str(chosen).removeprefix("torch.")} | ({"merging": True} if merging else {})
+    options = calibration.sizes | {"dtype": dtype_name(chosen)} | ({"merging": True} if merging else {})
     asked = {"command": "collect", "options": options | {"data": calibration.named}, "source": source.checkpoint.hash}
     with Resumable(out, asked, resume=resume, replace=overwrite) as run:
         told, extra = run.start(on_progress), MERGING if merging else ()

@@ -43,7 +43,7 @@ def evaluate(
     `tasks`: names for lm-evaluation-harness, searched in the folder `task_path` as well. `load(path)` returns the
     model; by default `coterie.load`. `on_progress(what, done, total)` is called as work advances.
 
-    Returns `{"models": [{"path", "perplexity": {NAME: {"value", "low", "high", "tokens"}},
+    Returns `{"models": [{"path", "dtype", "perplexity": {NAME: {"value", "low", "high", "tokens"}},
     "exact_match": {NAME: {"value", "low", "high", "count"}}}]}`, with `"tasks": {TASK: {METRIC: value}}` if asked, and
     `"paired"`, as `paired.compare` has it, for each model but `against` if that is given.
     Resamples depend on `seed` and the number of blocks alone, so models are compared on the same ones.

@@ -17,7 +17,7 @@ from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.folders import left_over
 from coterie.storage.record import Progress, Report, no_progress, to_json, versions
 from coterie.storage.writer import Writer
-from coterie.train.trainee import Trainee, Training, check_options, memory_bytes, num_trained, trainee_of
+from coterie.train.trainee import Trainee, Training, check_options, compute_dtype, memory_bytes, num_trained, trainee_of
 
 __all__ = ["recover", "show"]
 
@@ -70,7 +70,7 @@ def recover(
     course = Course(trainee, save_every, on_progress)
     report.report["warnings"] += course.notes
     identity = {"command": "recover", "options": report.options, "plan": report.plan, "source": checkpoint.hash}
-    identity |= {"teacher": trainee.teacher.hash if trainee.teacher else ""}
+    identity |= {"teacher": trainee.teacher.hash if trainee.teacher else "", "dtype": compute_dtype(trainee)}
     with Writer(request.out, identity, resume=writing.resume, io=io, replace=writing.overwrite) as writer:
         write(writer, checkpoint, trainee.outputs, {"config.json": to_json(checkpoint.config)}, on_progress)
         report.plan.update(trainee.plan.as_dict())

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.forward.samples import DTYPE
 from coterie.judge.facts import Models, named
 from coterie.judge.judging import Files, Judging, judged_files
 from coterie.options import Help, public
@@ -43,7 +42,7 @@ def report(
             default=(),
         ),
     ],
-    judging: Annotated[Judging, {"tasks": None, "task_path": None, "dtype": DTYPE}],
+    judging: Annotated[Judging, {"tasks": None, "task_path": None}],
     budget: Annotated[
         str | int | None,
         Help("Bytes within which the verdict is, as 20GB [default: all smaller results].", "SIZE", given=str),

@@ -51,7 +51,8 @@ def sparsify(
     data: NAME=FILE (a text, JSON lines, Parquet, a folder, or hub:OWNER/NAME); without it, texts that ship.
     samples: sequences in all, spread evenly over the names; seq_len: tokens of each; seed: which of them.
     min_tokens: experts that fewer calibration tokens reach are pruned by magnitude and listed as cold.
-    outliers: OWL's M. dtype: to compute in: auto (as the experts are stored), float32, bfloat16 or float16.
+    outliers: OWL's M. dtype: to compute in: auto (as the experts are stored, or float32 where that is
+    faster), float32, bfloat16 or float16.
     save: dense, or sparse: zeros take one bit each (see `pack`).
     dry_run: headers and data are read, experts are not: zeros, and the bytes that packing makes of them, follow from
     their number.
