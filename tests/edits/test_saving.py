@@ -431,7 +431,7 @@ def changed(home, out, part):
     path = out / "model.safetensors"
     if part == "version":
         config = json.loads((out / "config.json").read_text())
-        config["quantization_config"]["format"] = 2
+        config["quantization_config"]["format"] = 9
         (out / "config.json").write_text(json.dumps(config))
     elif part == "truncated":
         path.write_bytes(path.read_bytes()[:-64])
@@ -449,7 +449,7 @@ def changed(home, out, part):
         ("mask", "keeps"),
         ("values", "checksum"),
         ("rows", "values"),
-        ("version", "format 2"),
+        ("version", "format 9"),
         ("truncated", "truncated"),
     ],
 )

@@ -547,8 +547,8 @@ def test_masking_logits_alone_is_not_removal(tiny_checkpoint, tmp_path, monkeypa
     original = masked.twin
     keep = []
 
-    def copied(model, checkpoint, name):
-        keep.append(original(model, checkpoint, name))
+    def copied(model, checkpoint, block, name):
+        keep.append(original(model, checkpoint, block, name))
         return keep[-1].clone() if name.endswith("bias") else keep[-1]
 
     monkeypatch.setattr(masked, "twin", copied)

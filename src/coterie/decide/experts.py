@@ -151,6 +151,8 @@ class Question:
 
 
 def _by_weights(asked: Question) -> Selected:
+    for layer in asked.task.layers.values():  # a router that computes nothing is refused, by methods that ignore it too
+        layer.check_router()
     scores = criteria.by_weights(asked.task, asked.options.criterion, asked.options.seed, asked.on_progress)
     return Selected(criteria.keep(asked.task, scores))
 

@@ -76,6 +76,10 @@ class Layer:
         """||row||_2 of every router row, (E,) float64; they stay in memory, as rows do not."""
         return np.linalg.norm(self.router.astype(np.float64), axis=1)
 
+    def check_router(self) -> None:
+        """Raises: CoterieError for NaN or infinite rows."""
+        _ = self.norms
+
 
 @lru_cache(maxsize=1)  # methods go layer by layer; of all layers at once, routers alone can be a gigabyte
 def _router(layer: Layer) -> np.ndarray:

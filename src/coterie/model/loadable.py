@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 
+from coterie.codecs.open import opened_packed
 from coterie.errors import CoterieError
 from coterie.model.experts import quantisation
 from coterie.model.family import lookup, registry
+from coterie.model.own import is_own
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.planned import root
 
@@ -39,16 +41,22 @@ def settings_of(checkpoint: Checkpoint) -> Mapping[str, object] | None:
     return found if isinstance(found, dict) and found else None
 
 
-def check_whole(checkpoint: Checkpoint, ours: bool = False) -> None:
+def stays_packed(checkpoint: Checkpoint) -> bool:
+    """Whether `coterie.load` multiplies the weights as they are stored, so that transformers need not read them."""
+    stored = root(checkpoint)
+    return not is_own(stored.config) and opened_packed(stored) is not None
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
     """Raises: CoterieError where transformers has no class for the family, or cannot read its weights here, which it
-    need not if we read them."""
+    need not if they stay packed."""
     path, types = checkpoint.path, [value for _, _, value in lookup(checkpoint.config, ("model_type",))]
     known = [registry()[found] for found in types if isinstance(found, str) and found in registry()]
     if known and not known[0].stock:
         raise CoterieError(f"{path}: transformers has no class for {known[0].name}")
     settings = settings_of(checkpoint)
     method = settings.get("quant_method") if settings else None
-    if not isinstance(method, str) or ours:
+    if not isinstance(method, str) or stays_packed(checkpoint):
         return
     if method not in PACKAGES:
         raise CoterieError(f"{path}: transformers does not read quant_method {method!r:.60}; dequantise it first")

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from coterie.codecs.bits import SETTINGS
-from coterie.codecs.open import opened_packed
 from coterie.errors import CoterieError, check_choice
 from coterie.model.arithmetic import fast
 from coterie.model.family import detect, lookup, num_layers
 from coterie.model.layer import LAYER, Model, MoE, is_mtp
-from coterie.model.loadable import check_whole
+from coterie.model.loadable import check_whole, stays_packed
 from coterie.model.own import OWN, OwnLayout, is_own, own_layout
 from coterie.storage.checkpoint import Checkpoint, load_json, resolve
 
@@ -101,8 +100,8 @@ def load(path: str | Path, *, dtype: str = "auto") -> Any:
     check_folder(path)
     folder = resolve(path)
     checkpoint = Checkpoint.open(folder)
-    packed = not is_ours(folder) and opened_packed(checkpoint) is not None
-    check_whole(checkpoint, ours=packed)
+    check_whole(checkpoint)
+    packed = stays_packed(checkpoint)
     on = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto" and on == "cpu":
         dtype = _fast(checkpoint)
