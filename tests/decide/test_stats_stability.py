@@ -259,7 +259,7 @@ def test_too_little_data_for_halves_is_said(tmp_path, model):
 
 
 def test_weights_are_read_once(tmp_path, model, monkeypatch):
-    """A cluster's nearest expert does not depend on statistics: halves with the same clusters read no weights again."""
+    """A cluster's nearest expert does not depend on statistics: halves with the same clusters read no experts again."""
     reads, original = [], Checkpoint.raw
     monkeypatch.setattr(Checkpoint, "raw", lambda self, *a, **k: reads.append(a[0]) or original(self, *a, **k))
     path = write(tmp_path / "x.stats", model)
@@ -267,7 +267,7 @@ def test_weights_are_read_once(tmp_path, model, monkeypatch):
     for name, options in (("without", {}), ("with", {"stats": path})):
         reads.clear()
         prune(model, tmp_path / name, method="stun", experts=4, kappa=0, **options)
-        numbers.append(len(reads))
+        numbers.append(sum(".experts." in name for name in reads))
     assert numbers[0] == numbers[1] > 2
 
 
