@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from coterie.reference_model.train import BALANCE, CONFIG, DOMAINS, balance_loss, batch_at, learning_rate, teach
+from coterie.reference_model import train, upcycle
+from coterie.reference_model.train import BALANCE, CONFIG, DOMAINS, balance_loss, batch_at, learning_rate, ready, teach
+from coterie.train.loop import Learner
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 NARROW = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "intermediate_size": 8}
@@ -88,3 +90,30 @@ def test_an_interrupted_recipe_goes_on(sequences, tmp_path, monkeypatch):
         teach(cut, sequences, tmp_path / "cut", steps=STEPS, save_every=5)
     teach(resumed, sequences, tmp_path / "cut", steps=STEPS)
     assert all(torch.equal(resumed.state_dict()[name], weights) for name, weights in whole.state_dict().items())
+
+
+def test_upcycled_experts_compute_what_the_dense_model_did():
+    """Eight copies under any router give the dense model's logits; experts are alike, and router rows are not."""
+    torch.manual_seed(0)
+    dense = ready(MixtralForCausalLM(upcycle.config(1, 1)))
+    model = ready(upcycle.upcycled(dense))
+    ids = torch.randint(0, CONFIG.vocab_size, (2, 16))
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits.float(), dense(ids).logits.float(), atol=1e-5)
+    for layer, original in zip(model.model.layers, dense.model.layers, strict=True):
+        assert (layer.mlp.experts.down_proj == original.mlp.experts.down_proj).all()
+        assert len(layer.mlp.gate.weight.unique(dim=0)) == upcycle.NUM_EXPERTS
+
+
+def test_a_later_part_of_the_course_takes_its_own_data_and_rate(sequences, tmp_path, monkeypatch):
+    """The second half of a course sees the second half's batches, and warms up before it follows the cosine."""
+    seen, rates = [], []
+    monkeypatch.setattr(train, "batch_at", lambda data, step, seed: seen.append(step) or batch_at(data, step, seed))
+    step = Learner.step
+    monkeypatch.setattr(
+        Learner, "step", lambda self, lesson, ids, rate: rates.append(rate) or step(self, lesson, ids, rate)
+    )
+    teach(tiny(), sequences, tmp_path, steps=1000, part=range(500, 503))
+    assert seen == [500, 501, 502]
+    assert rates == [train.LEARNING_RATE * (i + 1) / train.WARMUP for i in range(3)]
+    assert rates[2] < learning_rate(502, 1000)

@@ -3,8 +3,9 @@
     python -m coterie.reference_model.data CORPUS
     python -m coterie.reference_model.train CORPUS OUT      (interrupt and run again to resume)
 
-The steps are those of `train/loop.py`, which `recover` takes as well: bf16 weights compute, fp32 masters learn
-(`torch.autocast` casts on every call and is slower on CPUs).
+The steps are those of `train/loop.py`, which `recover` takes as well: bf16 weights compute where the processor has
+arithmetic for them, else float32 ones, and fp32 masters learn (`torch.autocast` casts on every call and is slower on
+CPUs).
 All experts of a layer run as one batched product over tiles of 128 tokens: a loop over experts would meet
 a new shape for each expert, and oneDNN compiles a kernel for every new shape.
 Export `MALLOC_TOP_PAD_=268435456 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184`:
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from coterie.model.arithmetic import fast
 from coterie.reference_model import DOMAINS
 from coterie.reference_model.data import END
 from coterie.train.loop import Learner, Schedule, State, run
@@ -184,14 +186,29 @@ def decaying_adam(masters: list[torch.Tensor]) -> torch.optim.AdamW:
 
 
 def teach(
-    model: Any, sequences: dict[str, np.ndarray], out: Path, *, steps: int, seed: int = 0, save_every: int = 100
+    model: Any,
+    sequences: dict[str, np.ndarray],
+    out: Path,
+    *,
+    steps: int,
+    part: range | None = None,
+    seed: int = 0,
+    save_every: int = 100,
 ) -> None:
     """Trains every weight of the model, from the state in `out` on if there is one, with a line in its log every 10
-    steps."""
+    steps.
+
+    part: those of all `steps` to take; without the first ones there is a warm-up of its own (default: all).
+    """
+    part = range(steps) if part is None else part
     parameters = dict(model.named_parameters())
     masters = {name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items()}
     learner, lesson = Learner([Part(parameters, masters, lambda _: iter(()))], decaying_adam), Lesson(model)
-    schedule = Schedule(steps, lambda step: learning_rate(step, steps), out / "state.safetensors", save_every)
+
+    def rate(done: int) -> float:
+        return min(learning_rate(part[done], steps), LEARNING_RATE * (done + 1) / WARMUP)
+
+    schedule = Schedule(len(part), rate, out / "state.safetensors", save_every)
     state = State.load(learner, schedule.place)
     state.curve.setdefault("all", [])
     began, first = time.time(), state.step
@@ -199,27 +216,47 @@ def teach(
     def log(done: int) -> None:
         if (done - 1) % 10 == 0:
             speed = (done - first) * BATCH * SEQ_LEN / (time.time() - began)
-            line = {"step": done - 1, **lesson.last, "norm": round(learner.norm, 3), "tokens_per_second": round(speed)}
+            line = {
+                "step": part[done - 1],
+                **lesson.last,
+                "norm": round(learner.norm, 3),
+                "tokens_per_second": round(speed),
+            }
             with (out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    run(learner, lesson, lambda step: [batch_at(sequences, step, seed)], schedule, state, "all", log)
+    run(learner, lesson, lambda step: [batch_at(sequences, part[step], seed)], schedule, state, "all", log)
     state.save(learner, schedule.place)
 
 
-def train(corpus: Path, out: Path, *, steps: int, seed: int = 0) -> None:
+def prepare(corpus: Path, out: Path, seed: int) -> dict[str, np.ndarray]:
+    """The tokenizer in `out`, made if it is not there, and the token sequences of each domain."""
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
         train_tokenizer(corpus).save_pretrained(out)
-    sequences = encode(corpus, PreTrainedTokenizerFast.from_pretrained(out))
+    return encode(corpus, PreTrainedTokenizerFast.from_pretrained(out))
+
+
+def ready(model: Any) -> Any:
+    """The model in the type that this processor trains fast in, its experts computed by `tiled_experts`."""
     ALL_EXPERTS_FUNCTIONS.register("tiled", tiled_experts)
-    model = Qwen2MoeForCausalLM(CONFIG).bfloat16()
     model.set_experts_implementation("tiled")
-    teach(model, sequences, out, steps=steps, seed=seed)
+    return model.to(getattr(torch, fast("bfloat16")))
+
+
+def finish(model: Any, out: Path) -> None:
+    """Writes the trained model in bf16, with its tokenizer, into `out/model`."""
     model.config.output_router_logits = False
-    model.save_pretrained(out / "model")
+    model.bfloat16().save_pretrained(out / "model")
     PreTrainedTokenizerFast.from_pretrained(out).save_pretrained(out / "model")
+
+
+def train(corpus: Path, out: Path, *, steps: int, seed: int = 0) -> None:
+    sequences = prepare(corpus, out, seed)
+    model = ready(Qwen2MoeForCausalLM(CONFIG))
+    teach(model, sequences, out, steps=steps, seed=seed)
+    finish(model, out)
 
 
 if __name__ == "__main__":
