@@ -238,10 +238,11 @@ def prepare(corpus: Path, out: Path, seed: int) -> dict[str, np.ndarray]:
     return encode(corpus, PreTrainedTokenizerFast.from_pretrained(out))
 
 
-def ready(model: Any) -> Any:
-    """The model in the type that this processor trains fast in, its experts computed by `tiled_experts`."""
+def ready(model: Any, experts: str = "tiled") -> Any:
+    """The model in the type that this processor trains fast in, its experts computed by `tiled_experts`, or by one of
+    transformers' own ways."""
     ALL_EXPERTS_FUNCTIONS.register("tiled", tiled_experts)
-    model.set_experts_implementation("tiled")
+    model.set_experts_implementation(experts)
     return model.to(getattr(torch, fast("bfloat16")))
 
 
