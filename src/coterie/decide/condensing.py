@@ -86,7 +86,7 @@ def target_type(model: Model, layers: int | None, layer_ids: list[int] | None = 
         obstacle = found.obstacle(config)
         if obstacle:
             raise CoterieError(
-                f"{model.checkpoint.path}: transformers has no class for {config['model_type']!r}, and it cannot be "
+                f"{model.checkpoint.path}: transformers has no causal language model for {config['model_type']!r}, and it cannot be "
                 f"repackaged as {found.target} ({obstacle})"
             )
         return found.target

@@ -20,7 +20,7 @@ def check_layers(model: Model) -> None:
     if is_own(model.checkpoint.config):
         raise CoterieError(f"{path}: in our own layout, which only `coterie.load` reads; {NO_DATA}")
     if not family.stock:
-        raise CoterieError(f"{path}: transformers has no class for {family.name}; {NO_DATA}")
+        raise CoterieError(f"{path}: transformers has no causal language model for {family.name}; {NO_DATA}")
     if kind := unable(model.checkpoint.config, "stream"):
         raise CoterieError(
             f"{path}: the layers of {kind!r} pass each other more than hidden states, which the streaming forward "

@@ -48,12 +48,12 @@ def stays_packed(checkpoint: Checkpoint) -> bool:
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
-    """Raises: CoterieError where transformers has no class for the family, or cannot read its weights here, which it
+    """Raises: CoterieError where transformers has no causal language model for the family, or cannot read its weights here, which it
     need not if they stay packed."""
     path, types = checkpoint.path, [value for _, _, value in lookup(checkpoint.config, ("model_type",))]
     known = [registry()[found] for found in types if isinstance(found, str) and found in registry()]
     if known and not known[0].stock:
-        raise CoterieError(f"{path}: transformers has no class for {known[0].name}")
+        raise CoterieError(f"{path}: transformers has no causal language model for {known[0].name}")
     settings = settings_of(checkpoint)
     method = settings.get("quant_method") if settings else None
     if not isinstance(method, str) or stays_packed(checkpoint):

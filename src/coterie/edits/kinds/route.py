@@ -98,7 +98,9 @@ def check(model: Model, plan: Plan) -> None:
         return
     where = f"plan: {routed[0][0].name} keeps the router rows of removed experts ({routed[0][1].removed})"
     if not model.family.stock:
-        raise CoterieError(f"{where}, but transformers has no class for {config.get('model_type')!r}; remove them")
+        raise CoterieError(
+            f"{where}, but transformers has no causal language model for {config.get('model_type')!r}; remove them"
+        )
     if any(holder is not config for _, holder, v in lookup(config, ("num_hidden_layers", "n_layers")) if v is not None):
         raise CoterieError(f"{where}; our own layout holds text models alone: use that one, or remove them")
     if plan.condensed or plan.sparsity:
