@@ -86,8 +86,8 @@ def target_type(model: Model, layers: int | None, layer_ids: list[int] | None = 
         obstacle = found.obstacle(config)
         if obstacle:
             raise CoterieError(
-                f"{model.checkpoint.path}: transformers has no causal language model for {config['model_type']!r}, and it cannot be "
-                f"repackaged as {found.target} ({obstacle})"
+                f"{model.checkpoint.path}: transformers has no causal language model for {config['model_type']!r}, "
+                f"and it cannot be repackaged as {found.target} ({obstacle})"
             )
         return found.target
     fits = layer_ids is not None and is_stock(model, plan_of(layer_ids))

@@ -46,8 +46,8 @@ def _unread(out: Checkpoint, own: bool, short: str) -> str:
     family = detect(out.config, list(out.tensors))
     if not family.stock:
         return (
-            f"transformers has no causal language model for {family.name}; names, shapes and bytes were checked, but not that the "
-            "model computes"
+            f"transformers has no causal language model for {family.name}; names, shapes and bytes were checked, but "
+            "not that the model computes"
         )
     return short if coded(out) and short else unreadable(out)
 

@@ -48,7 +48,7 @@ def stays_packed(checkpoint: Checkpoint) -> bool:
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
-    """Raises: CoterieError where transformers has no causal language model for the family, or cannot read its weights here, which it
+    """Raises: CoterieError where transformers has no class for the family, or cannot read its weights here, which it
     need not if they stay packed."""
     path, types = checkpoint.path, [value for _, _, value in lookup(checkpoint.config, ("model_type",))]
     known = [registry()[found] for found in types if isinstance(found, str) and found in registry()]

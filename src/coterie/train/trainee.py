@@ -199,8 +199,8 @@ def open_teacher(student: Checkpoint, options: Training) -> Checkpoint | None:
     known = registry().get(str(teacher.config.get("model_type")))
     if known and not known.stock:
         raise CoterieError(
-            f"{teacher.path}: transformers has no causal language model for {teacher.config['model_type']!r}; repackage it first: "
-            "`coterie condense MODEL OUT --layers 0`"
+            f"{teacher.path}: transformers has no causal language model for {teacher.config['model_type']!r}; "
+            "repackage it first: `coterie condense MODEL OUT --layers 0`"
         )
     for what, keys in SIZES.items():
         if what == "number of layers" and "local" not in STAGES[options.stage]:
