@@ -14,7 +14,7 @@ from coterie.storage.numerics import packed
 from coterie.verbs.pack import pack
 
 NAME = "model.layers.0.mlp.experts"
-SETTINGS = {"quant_method": "coterie", "format": FORMAT}
+SETTINGS = {"coterie": "packed", "format": FORMAT}
 
 
 def parts(name, matrices, group, fused=True):

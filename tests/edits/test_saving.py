@@ -474,4 +474,4 @@ def test_the_program_saves_sparse(tiny_checkpoint, home, tmp_path, capsys):
     assert status == 0 and json.loads(out) == record(tmp_path / "out")
     assert weights(tmp_path / "out") == weights(home / "saved")
     assert code(capsys, *arguments[:2], tmp_path / "o", "--save", "zip")[0] == 2
-    assert tiny.read(tmp_path / "out")[1]["quantization_config"]["quant_method"] == "coterie"
+    assert "import coterie" in tiny.read(tmp_path / "out")[1]["quantization_config"]["coterie"]

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tiny
 from coterie.codecs.bits import GROUP, quantise
@@ -248,6 +249,38 @@ def test_registration_works_whichever_is_imported_first(packed, first):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "Qwen3MoeForCausalLM", "AutoModel"])
+@pytest.mark.parametrize("again", [False, True], ids=["packed", "saved"])
+def test_without_coterie_transformers_refuses(packed, tmp_path, kind, again):
+    """Never a model of random weights: neither of what `pack` wrote nor of what transformers saved, by any class."""
+    folder = packed("qwen3_moe")
+    if again:
+        load(folder).save_pretrained(tmp_path / "saved")
+        folder = tmp_path / "saved"
+    code = (
+        f"import sys, transformers\ntry:\n    transformers.{kind}.from_pretrained({str(folder)!r})\n"
+        "except ValueError as error:\n    print(error)\n"
+        "assert not any(name.startswith('coterie') for name in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "has no `quant_method` attribute" in done.stdout, done.stderr[-2000:]
+    assert "import coterie" in json.loads((folder / "config.json").read_text())["quantization_config"]["coterie"]
+
+
+def test_folders_of_the_first_versions_are_read(packed, tmp_path):
+    """They say `quant_method`: same logits, and what is saved says it in the new way."""
+    shutil.copytree(packed("qwen3_moe"), tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "coterie", "format": 1}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    with torch.inference_mode():
+        wanted = load(packed("qwen3_moe"))(input_ids=tokens(1, 5)).logits
+        assert torch.equal(old(input_ids=tokens(1, 5)).logits, wanted)
+    old.save_pretrained(tmp_path / "new")
+    assert "quant_method" not in json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]
+
+
 def test_gradients_are_refused(packed):
     """Nothing packed asks for a gradient; inputs that do are told why there is none."""
     model = load(packed("qwen3_moe"))
@@ -322,7 +355,7 @@ def put(part, make):
 
 
 def version(arrays, config):
-    config["quantization_config"]["format"] = 2
+    config["quantization_config"]["format"] = 9
 
 
 @pytest.mark.parametrize(

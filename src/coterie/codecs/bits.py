@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -32,8 +32,11 @@ from coterie.storage.shards import Hole, Made, Output
 
 FORMAT = 1
 FORMATS = (FORMAT, 2)  # that we read: the second has integers too (`integers.py`)
-METHOD = "coterie"  # quant_method in config.json
-SETTINGS = {"quant_method": METHOD, "format": FORMAT}  # the entry quantization_config of config.json
+METHOD = "coterie"
+# The entry quantization_config of config.json has no `quant_method`: stock transformers refuses that, and would skip a
+# method that it does not know, warn, and load random weights.
+NOTICE = {METHOD: "packed: pip install coterie, and import coterie before this is loaded"}
+SETTINGS = {**NOTICE, "format": FORMAT}
 PARTS = ("layout", "mask", "scales", "rows", "values")  # in the order in which they stand in a file
 CODES: dict[str, np.dtype] = {
     "BF16": np.dtype("<u2"),
@@ -330,6 +333,11 @@ def read(checkpoint: Checkpoint, place: Place) -> Coded | None:
     if (f"{name}.scales" in tensors) != bool(group) or name in tensors or len(values.shape) != 1:
         raise CoterieError(f"{where}: stored twice, or with parts that do not belong to it; {DAMAGED}")
     return PackedTensor(checkpoint, name, values.dtype, shape, groups, tuple(crcs)).coded()
+
+
+def is_named(settings: object, method: str = METHOD) -> bool:
+    """Whether an entry quantization_config names a format: by a key, as ours is written now, or by `quant_method`."""
+    return isinstance(settings, Mapping) and (method in settings or settings.get("quant_method") == method)
 
 
 def check_all(checkpoint: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coterie.codecs import Codec, Coded, Codes, Place, found_parts, in_groups
-from coterie.codecs.bits import DAMAGED, MAX_LENGTH, METHOD
+from coterie.codecs.bits import DAMAGED, MAX_LENGTH, METHOD, NOTICE
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import BITS, Checkpoint, Tensor
 from coterie.storage.numerics import decode, unpacked
@@ -151,4 +151,4 @@ def _layout(where: str, header: np.ndarray, scales: Tensor) -> tuple[Arrangement
     return Arrangement(shape, group, scales.dtype, widths), checksums
 
 
-CODEC = Codec(parts=PARTS, read=read, method=METHOD, settings={"quant_method": METHOD, "format": FORMAT})
+CODEC = Codec(parts=PARTS, read=read, method=METHOD, settings={**NOTICE, "format": FORMAT})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 
 from coterie.codecs import Codec, Coded, Place, codecs, pack_quantized
-from coterie.codecs.bits import DAMAGED
+from coterie.codecs.bits import DAMAGED, is_named
 from coterie.errors import CoterieError
 from coterie.storage.checkpoint import BITS, Checkpoint
 from coterie.storage.planned import Planned, Shards, resolved, view
@@ -24,8 +24,7 @@ def codec_of(checkpoint: Checkpoint) -> Codec | None:
     """The codec that config.json names, under which tensors stand for others; None where they stand for themselves. Of
     several of one name, whose parts tell which tensor is stored which way, the first."""
     settings = checkpoint.config.get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    return next((codec for codec in codecs() if codec.method and codec.method == method), None)
+    return next((codec for codec in codecs() if codec.method and is_named(settings, codec.method)), None)
 
 
 def opened(checkpoint: Checkpoint) -> Checkpoint:

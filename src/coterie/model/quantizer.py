@@ -1,4 +1,4 @@
-"""Sparse checkpoints in transformers: `quant_method: "coterie"`.
+"""Packed checkpoints in transformers: an entry quantization_config that names coterie.
 
 `AutoModelForCausalLM.from_pretrained(OUT)` builds the stock model, leaves the packed experts and linear layers without
 weights, lets the library load the rest, and then puts the packed matrices in, each checked. Importing this module
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
     register_quantization_config,
     register_quantizer,
 )
@@ -27,11 +29,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from coterie.codecs import Coded
 from coterie.codecs.bits import (
     CLOSED,
-    FORMAT,
     METHOD,
+    NOTICE,
     Packed,
     check_settings,
     encode,
+    is_named,
     joined,
     shrinks,
 )
@@ -65,7 +68,11 @@ class CoterieConfig(QuantizationConfigMixin):
     def __init__(self, format: Any = None, **_: Any) -> None:
         check_settings({"format": format}, "config.json (quantization_config)")
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.format = FORMAT
+        self.format = format
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as it is written."""
+        return {**NOTICE, "format": self.format}
 
 
 class CoterieQuantizer(HfQuantizer):
@@ -253,10 +260,22 @@ def stored(name: str, matrices: Sequence[Matrix | IntegerMatrix], num_axes: int)
 
 
 def register() -> None:
-    """Makes transformers know `quant_method: "coterie"`; a second call changes nothing."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(CoterieConfig)
-        register_quantizer(METHOD)(CoterieQuantizer)
+    """Makes transformers know our format, which config.json names without a `quant_method`; a second call changes
+    nothing."""
+    if METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    register_quantization_config(METHOD)(CoterieConfig)
+    register_quantizer(METHOD)(CoterieQuantizer)
+    supports, from_dict = AutoHfQuantizer.supports_quant_method, AutoQuantizationConfig.from_dict
+
+    def known(settings: dict[str, Any]) -> bool:
+        return is_named(settings) or supports(settings)
+
+    def read(_: type, settings: dict[str, Any]) -> QuantizationConfigMixin:
+        return CoterieConfig(**settings) if is_named(settings) else from_dict(settings)
+
+    AutoHfQuantizer.supports_quant_method = staticmethod(known)  # type: ignore[method-assign]
+    AutoQuantizationConfig.from_dict = classmethod(read)  # type: ignore[method-assign, assignment]
 
 
 register()
