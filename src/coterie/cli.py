@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Parameter
@@ -25,7 +24,6 @@ import typer
 import coterie
 from coterie.errors import CoterieError, printable
 from coterie.options import Help, flag_of, help_of
-from coterie.pages.terminal import sized
 
 
 def _show_version(asked: bool) -> None:
@@ -86,7 +84,7 @@ def _callback(name: str) -> Callable[..., None]:
 
     def callback(json_: bool, quiet: bool = False, **asked: Any) -> None:
         given = {n: not asked[_flag(n)] if n in flipped else _typed(asked[n], found) for n, (_, found) in shown.items()}
-        with _progress(quiet or json_) as on_progress:
+        with _progress(name, quiet or json_) as on_progress:
             told = {"on_progress": on_progress, "on_text": (lambda _: None) if json_ else _say_at_once}
             result = verb(**given, **{n: value for n, value in told.items() if n in parameters})
         _print(name, result, given, json_)
@@ -151,35 +149,15 @@ def _print_json(value: Any) -> None:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on standard error, one per stage; silent when asked, or when nobody watches."""
-    if quiet or not sys.stderr.isatty():
+def _progress(name: str, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """What tells how far a command is, on standard error; says nothing when asked not to."""
+    if quiet:
         yield lambda stage, done, total: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from coterie.pages.progress import shown
 
-    amount = TextColumn("{task.percentage:>3.0f} %  {task.fields[amount]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), amount)
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-        began: dict[str, float] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage], began[stage] = bars.add_task(stage, total=total, amount=""), time.monotonic()
-            amount = _amount(stage, done, total, time.monotonic() - began[stage])
-            bars.update(tasks[stage], completed=done, total=total, amount=amount)
-
-        yield advance
-
-
-def _amount(stage: str, done: int, total: int, seconds: float) -> str:
-    """How much of how much, and how fast where it is bytes."""
-    if stage != "writing":
-        return f"{done:,} of {total:,}"
-    rate = f", {done / seconds / 1e6:,.0f} MB/s" if seconds > 1 else ""
-    return f"{sized(done)} of {sized(total)}{rate}"
+    with shown(name, sys.stderr.isatty(), lambda line: _say(line, err=True)) as on_progress:
+        yield on_progress
 
 
 def main(arguments: list[str] | None = None) -> None:

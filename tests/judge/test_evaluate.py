@@ -351,7 +351,7 @@ def test_the_result_is_machine_readable(folder, tmp_path, capfd):
         assert set(model["perplexity"]["text"]) == {"value", "low", "high", "tokens"}
         assert set(model["exact_match"]["sums"]) == {"value", "low", "high", "count"}
     assert result["models"][0] == result["models"][1]
-    assert {what for what, _, _ in calls} == {f"{folder}: text", f"{folder}: sums"}
+    assert {what for what, _, _ in calls} == {f"judging, {folder}: text", f"judging, {folder}: sums"}
     assert calls[-1][1:] == (1, 1)
     assert capfd.readouterr() == ("", "")
 

@@ -30,7 +30,7 @@ from coterie.model.layer import Model
 from coterie.model.loadable import check_whole
 from coterie.reference_model import HELD_OUT
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.record import Progress, Stopwatch, versions
+from coterie.storage.record import Progress, Stopwatch, part_of, versions
 
 
 class Speed(TypedDict):
@@ -132,23 +132,27 @@ class Lineup:
             check_whole(Checkpoint.open(path))
         paired.check_tokens(self.paths[0], self.paths[1:], self.documents)
         self.parameters, digests = facts[0].parameters, {name: digest_of(file) for name, file in files.items()}
-        found = []
+        found = list[Measured]()
         for (name, path), fact in zip(self.named.items(), facts, strict=True):
             self.notes += [f"{name}: {note}" for note in fact.notes]
             self.notes += overlaps(name, fact.calibrated, digests)
             known = {"name": name, "ways": ways(path, facts[0].hash), **fact.as_dict()}
-            found.append(self._measured(path, known, fact.bytes))
+            found.append(self._measured(path, len(found), known, fact.bytes))
             if fate := self._fate(path, name) if len(found) > 1 else None:
                 found[-1]["fate"] = fate
         return found
 
-    def _measured(self, path: str | Path, known: dict[str, object], num_bytes: int, model: Any = None) -> Measured:
-        """What is known, and the quality of the model at a path, or of one that is loaded already."""
+    def _measured(
+        self, path: str | Path, number: int, known: dict[str, object], num_bytes: int, model: Any = None
+    ) -> Measured:
+        """What is known, and the quality of the model at a path, or of one that is loaded already: the `number`-th, of
+        all and the reference."""
 
         def load(place: str | Path) -> Any:
             return loading.load(place, dtype=self.options.dtype) if model is None else model
 
-        judged, kept = judge(path, self.documents, self.options, load, self.on_progress)
+        told = part_of(self.on_progress, number, len(self.named) + 1)
+        judged, kept = judge(path, self.documents, self.options, load, told)
         seed, losses = self.options.seed, {name: (sums, kept.counts[name]) for name, sums in kept.losses.items()}
         found = known | {"bits_per_parameter": 8 * num_bytes / self.parameters, **judged}
         found["mean"] = paired.mean_of_sets(losses, seed)
@@ -187,7 +191,7 @@ class Lineup:
         commands = Commands(str(path), can=abilities(source))
         makes = commands.line("quantize", "OUT", "--bits", rounding.REFERENCE_BITS, "--method", "round")
         known |= {"makes": makes, "ways": ["quantised"], "bytes": num_bytes}
-        return [self._measured(path, known, num_bytes, model)]
+        return [self._measured(path, len(self.named), known, num_bytes, model)]
 
     def add_speed(self, models: list[Measured]) -> None:
         """Loads all models at once and measures them as `bench` does; where memory is short, says so instead."""

@@ -28,7 +28,7 @@ from coterie.judge.paired import Interval, Kept, Paired, bootstrap_mean
 from coterie.model import causal, loading
 from coterie.model.family import lookup
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.record import Progress
+from coterie.storage.record import Progress, part_of
 
 logger = logging.getLogger("coterie")
 
@@ -89,8 +89,8 @@ def judge(
     tokenizer = loading.load_tokenizer(path) if needed else None
     result: Judged = {"path": str(path), "dtype": dtype_name(model.dtype), "perplexity": {}, "exact_match": {}}
     kept = Kept(routers=routers)
-    for name, entries in documents.items():
-        one = Measurement(name, f"{path}: {name}", options, report, kept)
+    for number, (name, entries) in enumerate(documents.items()):
+        one = Measurement(name, f"{path}: {name}", options, part_of(report, number, len(documents)), kept)
         if entries[0].is_problem:
             result["exact_match"][name] = exact_match(model, tokenizer, entries, one)
         else:
@@ -123,17 +123,20 @@ def judge_all(
     for note in notes:
         logger.warning("%s", note)
     load = load or (lambda path: loading.load(path, dtype=options.dtype))
+    others = [path for path in paths if against is None or not paired.same_model(path, against)]
+    count = len(others) + (against is not None)
+    parts = (part_of(report, number, count) for number in range(count))
     if against is None:
-        return [judge(path, documents, options, load, report, manager, routers=False)[0] for path in paths]
-    listed = any(paired.same_model(path, against) for path in paths)
+        return [judge(path, documents, options, load, next(parts), manager, routers=False)[0] for path in paths]
+    listed = len(others) < len(paths)
     alone = options if listed else replace(options, tasks=(), task_path=None)  # tasks of a model nobody listed
-    first, original = judge(against, documents, alone, load, report, manager)
+    first, original = judge(against, documents, alone, load, next(parts), manager)
     entries = list[Judged]()
     for path in paths:
-        if paired.same_model(path, against):
+        if path not in others:
             entries.append({**first, "path": str(path)})
         else:
-            entry, kept = judge(path, documents, options, load, report, manager)
+            entry, kept = judge(path, documents, options, load, next(parts), manager)
             pair = paired.compare(path, kept, against, original, seed=options.seed)
             entries.append({**entry, "paired": pair})
     return entries
@@ -179,7 +182,9 @@ def perplexity(model: Any, tokenizer: Any, documents: Sequence[Document], one: M
     stride = options.stride or max(1, window // 2)
     check_stride(window, stride)
     with one.kept.watch(one.name, model), loading.guarded(what, "cannot run it"):
-        sums, counts = _score(model, sequences, window, stride, options.batch_size, lambda *a: one.report(what, *a))
+        sums, counts = _score(
+            model, sequences, window, stride, options.batch_size, lambda *a: one.report(f"judging, {what}", *a)
+        )
     one.kept.losses[one.name], one.kept.counts[one.name] = sums, counts
     if not np.isfinite(sums).all():
         raise CoterieError(f"{what}: the model's logits hold NaN or infinity; the weights are damaged, or need float32")
@@ -319,7 +324,7 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Document], one: M
             for i, row in zip(batch, rows, strict=True):
                 generated[i], full[i] = row, len(row) >= most
             done += len(batch)
-            one.report(what, done, len(problems))
+            one.report(f"judging, {what}", done, len(problems))
     texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
     answers = [normalise_answer(str(problem.answer)) for problem in problems]
     right = np.array([extract_answer(text) == answer for text, answer in zip(texts, answers, strict=True)])

@@ -26,6 +26,11 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """The default: say nothing."""
 
 
+def part_of(on_progress: Progress, index: int, count: int) -> Progress:
+    """What tells of one of `count` parts that take about as long as each other, as of the whole."""
+    return lambda stage, done, total: on_progress(stage, index * total + done, count * total)
+
+
 @dataclass(frozen=True)
 class Report:
     """The content of `coterie.json`; `format` is 1."""
