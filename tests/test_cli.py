@@ -194,3 +194,30 @@ def test_numbers_of_other_libraries_are_numbers(tmp_path):
     model = qwen(tmp_path / "model")
     package.prune(model, tmp_path / "out", ratio=np.float32(0.25), dry_run=True)
     package.prune(model, tmp_path / "out", experts=np.int64(6), lambda1=1, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "says"),
+    [
+        (["prune", "MODEL", "my out", "-q"], ["my out.partial"], "goes on: coterie prune MODEL 'my out' -q --resume"),
+        (["prune", "MODEL", "o", "--overwrite"], ["o.dense.partial"], "this goes on: coterie prune MODEL o --resume"),
+        (["collect", "MODEL", "s", "--resume"], ["s.partial"], "this goes on: coterie collect MODEL s --resume"),
+        (["report", "MODEL", "-o", "r"], ["r.partial"], "this goes on: coterie report MODEL -o r --resume"),
+        (["prune", "MODEL", "o"], [], "nothing was finished that could be kept"),
+        (["analyze", "MODEL"], [], "nothing was finished that could be kept"),
+        (["eval", "MODEL"], ["MODEL.partial"], "nothing was finished that could be kept"),
+    ],
+)  # fmt: skip
+def test_what_ctrl_c_says_is_true(tmp_path, monkeypatch, capsys, words, begun, says):
+    """Where a run is left that can be gone on with, the command that does; else that nothing is."""
+
+    def stopped(*_, **__):
+        for name in begun:
+            (tmp_path / name).mkdir()
+        raise KeyboardInterrupt
+
+    stopped.__signature__ = inspect.signature(getattr(package, words[0]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(package, words[0], stopped)
+    code, out, err = coterie(*words, capsys=capsys)
+    assert (code, out) == (130, "") and err.startswith("interrupted; ") and err.strip().endswith(says)

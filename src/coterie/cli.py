@@ -12,6 +12,7 @@ import inspect
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -86,7 +87,10 @@ def _callback(name: str) -> Callable[..., None]:
         given = {n: not asked[_flag(n)] if n in flipped else _typed(asked[n], found) for n, (_, found) in shown.items()}
         with _progress(name, quiet or json_) as on_progress:
             told = {"on_progress": on_progress, "on_text": (lambda _: None) if json_ else _say_at_once}
-            result = verb(**given, **{n: value for n, value in told.items() if n in parameters})
+            try:
+                result = verb(**given, **{n: value for n, value in told.items() if n in parameters})
+            except KeyboardInterrupt as stop:
+                raise Interrupted("resume" in parameters and _is_kept(given)) from stop
         _print(name, result, given, json_)
 
     options = [_option(n if n not in flipped else _flag(n), p, found) for n, (p, found) in shown.items()]
@@ -96,6 +100,21 @@ def _callback(name: str) -> Callable[..., None]:
     callback.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     callback.__annotations__ = {option.name: option.annotation for option in options}
     return callback
+
+
+class Interrupted(Exception):
+    """A command that was stopped by Ctrl-C, and whether what it finished is kept for --resume."""
+
+    def __init__(self, kept: bool) -> None:
+        self.kept = kept
+
+
+def _is_kept(given: Mapping[str, Any]) -> bool:
+    """Whether a run that can be gone on with stands beside what was to be written."""
+    from coterie.storage.folders import Folders, partial_of
+
+    out = next((Path(given[name]) for name in ("out", "stats", "dense") if given.get(name)), None)
+    return out is not None and any(partial_of(place).is_dir() for place in (out, Folders(out).dense))
 
 
 def _flag(name: str) -> str:
@@ -173,6 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except CoterieError as error:
         _refuse(error, as_json)
+    except Interrupted as stop:
+        _interrupted(words if stop.kept else None)
     except KeyboardInterrupt:
         _interrupted()
     except Exception as error:
@@ -187,8 +208,15 @@ def main(arguments: list[str] | None = None) -> None:
         _refuse(error.format_message(), as_json)
 
 
-def _interrupted() -> None:
-    _say("interrupted; a command that writes OUT goes on with --resume", err=True)
+def _interrupted(again: list[str] | None = None) -> None:
+    """again: the words of a command that can be gone on with."""
+    if again:
+        command = shlex.join(
+            ["coterie", *(word for word in again if word not in ("--resume", "--overwrite")), "--resume"]
+        )
+        _say(f"interrupted; what is finished is kept, and this goes on: {command}", err=True)
+    else:
+        _say("interrupted; nothing was finished that could be kept", err=True)
     sys.exit(130)
 
 

@@ -274,7 +274,8 @@ def test_ctrl_c_leaves_what_can_be_resumed(model, tmp_path):
     )
     arguments = ["prune", str(model), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == 130 and done.stderr == "interrupted; a command that writes OUT goes on with --resume\n"
+    again = f"coterie prune {model} {tmp_path / 'out'} --resume"
+    assert done.returncode == 130 and done.stderr.endswith(f"what is finished is kept, and this goes on: {again}\n")
     assert not (tmp_path / "out").exists()
     prune(model, tmp_path / "out", resume=True)
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "whole")

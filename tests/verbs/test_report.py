@@ -20,7 +20,7 @@ import forms
 from coterie.cli import main
 from coterie.decide.abilities import abilities
 from coterie.errors import CoterieError
-from coterie.judge import speed
+from coterie.judge import lineup, speed
 from coterie.judge.commands import Commands
 from coterie.judge.facts import Facts, digest_of, named, overlaps, ways
 from coterie.judge.rounding import round_experts, rounded_bytes, symmetric
@@ -97,6 +97,50 @@ def test_models_are_judged_as_eval_judges_them(made, folders):
     assert ours["perplexity"] == theirs["perplexity"] and ours["exact_match"] == theirs["exact_match"]
     assert {k: v for k, v in ours["paired"].items() if k != "mean"} == theirs["paired"]
     assert ours["mean"]["value"] == pytest.approx(np.log(theirs["perplexity"]["a"]["value"]))
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_a_killed_report_goes_on(made, folders, tmp_path, monkeypatch, stop_at):
+    """Whatever model (the fourth is the reference) it is stopped at: those before are not judged again, and it ends
+    with the numbers of one that was never stopped; meanwhile `status` answers."""
+    page, judged, original = tmp_path / "r.html", [], lineup.judge
+    paths = [folders / "model", folders / EVIL, folders / "other" / "model"]
+    asked = {
+        "data": {"a": folders / "a.txt", "p": folders / "p.jsonl"},
+        "window": 32,
+        "max_new_tokens": 8,
+        "speed": False,
+    }
+
+    def judge(*given):
+        judged.append(given[0])
+        if len(judged) == stop_at:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(lineup, "judge", judge)
+    with pytest.raises(KeyboardInterrupt):
+        report(paths, page, **asked)
+    assert not page.exists() and coterie.status(page)["state"] == "interrupted"
+    with pytest.raises(CoterieError, match="--resume"):
+        report(paths, page, **asked)
+    found = report(paths, page, resume=True, **asked)
+    assert len(judged) == 5 and not list(tmp_path.glob("*.partial"))
+    for ours, theirs in zip(
+        found["models"] + found["references"], made[0]["models"] + made[0]["references"], strict=True
+    ):
+        assert ours == {key: value for key, value in theirs.items() if key != "speed"}
+
+
+def test_a_resumed_report_is_of_the_same_models_and_data(folders, tmp_path, monkeypatch):
+    """What another data set, model or window measured is never taken for it."""
+    monkeypatch.setattr(lineup, "judge", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    page, asked = tmp_path / "r.html", {"data": {"a": folders / "a.txt"}, "window": 32, "speed": False}
+    with pytest.raises(KeyboardInterrupt):
+        report([folders / "model"], page, **asked)
+    for models, other in (([folders / EVIL], {}), ([folders / "model"], {"window": 16})):
+        with pytest.raises(CoterieError, match="was begun with another"):
+            report(models, page, resume=True, **asked | other)
 
 
 def test_the_map_shows_what_the_plan_kept(made, folders):

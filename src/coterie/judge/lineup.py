@@ -6,10 +6,10 @@ torch.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
@@ -19,7 +19,7 @@ from coterie.forward.data import read_all
 from coterie.forward.documents import Document
 from coterie.judge import paired, rounding
 from coterie.judge.commands import Commands
-from coterie.judge.facts import Facts, digest_of, overlaps, ways
+from coterie.judge.facts import Digest, Facts, digest_of, overlaps, ways
 from coterie.judge.judging import Judging
 from coterie.judge.paired import Interval, Kept
 from coterie.judge.quality import Judged, judge
@@ -31,6 +31,7 @@ from coterie.model.loadable import check_whole
 from coterie.reference_model import HELD_OUT
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.record import Progress, Stopwatch, part_of, versions
+from coterie.storage.resumable import Resumable
 
 
 class Speed(TypedDict):
@@ -76,37 +77,29 @@ class Comparison(TypedDict):
     peak_rss_bytes: int
 
 
+@contextmanager
 def side_by_side(
     named: Mapping[str, str | Path],
     files: Mapping[str, str | Path],
     options: Judging,
     on_progress: Progress,
+    page: Path,
     *,
-    speed: bool,
-) -> Comparison:
-    """All that is measured of the models, by name; on the held-out texts that ship where no files are given."""
-    clock = Stopwatch()
+    resume: bool,
+    overwrite: bool,
+) -> Iterator[Lineup]:
+    """The models to be measured, by name, on the held-out texts that ship where no files are given; and the run that
+    keeps what is measured in PAGE.partial/, model by model, until it makes the page."""
     documents, notes = read_all(files or HELD_OUT)
     if not files:
         files = HELD_OUT
         notes = [f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})"]
-    lineup = Lineup(dict(named), documents, options, on_progress, notes)
-    with warnings_to(notes):
-        models = lineup.models(files)
-        references = lineup.references()
-        if speed:
-            lineup.add_speed(models)
-        else:
-            notes.append("speed was not measured: not asked for")
     asked = {**vars(options), "task_path": None, "data": {name: str(file) for name, file in files.items()}}
-    return {
-        "models": models,
-        "references": references,
-        "options": asked,
-        "notes": _grouped(notes, [f"{path}: {name}: " for path in lineup.paths for name in files]),
-        "versions": versions(),
-        **clock.read(),  # type: ignore[typeddict-item]
-    }
+    digests = {name: digest_of(file) for name, file in files.items()}
+    identity = {"command": "report", "options": asked, "digests": digests}
+    identity |= {"source": {name: Checkpoint.open(path).hash for name, path in named.items()}}
+    with Resumable(page, identity, resume=resume, replace=overwrite) as run:
+        yield Lineup(dict(named), documents, digests, options, asked, run.start(on_progress), notes, run)
 
 
 @dataclass
@@ -115,44 +108,82 @@ class Lineup:
 
     named: dict[str, str | Path]
     documents: dict[str, list[Document]]
+    digests: dict[str, Digest | None]  # of the data
     options: Judging
+    asked: dict[str, object]  # the options as they are reported
     on_progress: Progress
     notes: list[str]
+    run: Resumable
     original: Kept | None = None  # what its evaluation leaves to be compared
     parameters: int = 0  # of the original
+    num_judged: int = 0
+    clock: Stopwatch = field(default_factory=Stopwatch)
+
+    def compare(self, *, speed: bool) -> Comparison:
+        """All that is measured of the models."""
+        with warnings_to(self.notes):
+            models = self.models()
+            references = self.references()
+            if speed:
+                self.add_speed(models)
+            else:
+                self.notes.append("speed was not measured: not asked for")
+        return {
+            "models": models,
+            "references": references,
+            "options": self.asked,
+            "notes": _grouped(self.notes, [f"{path}: {name}: " for path in self.paths for name in self.digests]),
+            "versions": versions(),
+            **self.clock.read(),  # type: ignore[typeddict-item]
+        }
 
     @property
     def paths(self) -> list[str | Path]:
         return list(self.named.values())
 
-    def models(self, files: Mapping[str, str | Path]) -> list[Measured]:
-        """All models in order, those that cannot be loaded refused before any is judged. files: the data, by name."""
+    def models(self) -> list[Measured]:
+        """All models in order, those that cannot be loaded refused before any is judged."""
         facts = [Facts.of(path) for path in self.paths]
         for path in self.paths:
             check_whole(Checkpoint.open(path))
         paired.check_tokens(self.paths[0], self.paths[1:], self.documents)
-        self.parameters, digests = facts[0].parameters, {name: digest_of(file) for name, file in files.items()}
+        self.parameters = facts[0].parameters
         found = list[Measured]()
         for (name, path), fact in zip(self.named.items(), facts, strict=True):
             self.notes += [f"{name}: {note}" for note in fact.notes]
-            self.notes += overlaps(name, fact.calibrated, digests)
+            self.notes += overlaps(name, fact.calibrated, self.digests)
             known = {"name": name, "ways": ways(path, facts[0].hash), **fact.as_dict()}
-            found.append(self._measured(path, len(found), known, fact.bytes))
+            found.append(self._measured(path, known, fact.bytes, self._load))
             if fate := self._fate(path, name) if len(found) > 1 else None:
                 found[-1]["fate"] = fate
         return found
 
-    def _measured(
-        self, path: str | Path, number: int, known: dict[str, object], num_bytes: int, model: Any = None
-    ) -> Measured:
-        """What is known, and the quality of the model at a path, or of one that is loaded already: the `number`-th, of
-        all and the reference."""
-
-        def load(place: str | Path) -> Any:
-            return loading.load(place, dtype=self.options.dtype) if model is None else model
-
+    def _judged(self, path: str | Path, load: Callable[[str | Path], Any]) -> tuple[Judged, Kept]:
+        """The quality of the model that `load` gives for a path, and what a comparison needs; measured once, whatever
+        interrupts the run."""
+        number, self.num_judged = self.num_judged, self.num_judged + 1
+        place = self.run.partial / f"judged-{number}.safetensors"
         told = part_of(self.on_progress, number, len(self.named) + 1)
-        judged, kept = judge(path, self.documents, self.options, load, told)
+
+        def measure() -> dict[str, Any]:
+            first = len(self.notes)
+            judged, kept = judge(path, self.documents, self.options, load, told)
+            kept.save(place)
+            notes, self.notes[first:] = self.notes[first:], []
+            return {"judged": judged, "notes": notes}
+
+        known = self.run.step(str(number), measure)
+        self.notes += known["notes"]
+        return known["judged"], Kept.load(place)
+
+    def _load(self, path: str | Path) -> Any:
+        return loading.load(path, dtype=self.options.dtype)
+
+    def _measured(
+        self, path: str | Path, known: dict[str, object], num_bytes: int, load: Callable[[str | Path], Any]
+    ) -> Measured:
+        """What is known, and the quality of the model that `load` gives."""
+        judged, kept = self._judged(path, load)
         seed, losses = self.options.seed, {name: (sums, kept.counts[name]) for name, sums in kept.losses.items()}
         found = known | {"bits_per_parameter": 8 * num_bytes / self.parameters, **judged}
         found["mean"] = paired.mean_of_sets(losses, seed)
@@ -183,7 +214,6 @@ class Lineup:
         try:
             source = Model.open(path)
             num_bytes = rounding.rounded_bytes(source)
-            model = rounding.round_experts(loading.load(path, dtype=self.options.dtype), len(source.main))
         except CoterieError as error:
             self.notes.append(f"no 4-bit reference: {error}")
             return []
@@ -191,7 +221,15 @@ class Lineup:
         commands = Commands(str(path), can=abilities(source))
         makes = commands.line("quantize", "OUT", "--bits", rounding.REFERENCE_BITS, "--method", "round")
         known |= {"makes": makes, "ways": ["quantised"], "bytes": num_bytes}
-        return [self._measured(path, len(self.named), known, num_bytes, model)]
+        try:
+            return [
+                self._measured(
+                    path, known, num_bytes, lambda p: rounding.round_experts(self._load(p), len(source.main))
+                )
+            ]
+        except CoterieError as error:
+            self.notes.append(f"no 4-bit reference: {error}")
+            return []
 
     def add_speed(self, models: list[Measured]) -> None:
         """Loads all models at once and measures them as `bench` does; where memory is short, says so instead."""
@@ -220,7 +258,7 @@ def _speed(found: Speeds, original: Speeds, prompt: int) -> Speed:
     }
 
 
-@contextlib.contextmanager
+@contextmanager
 def warnings_to(notes: list[str]) -> Iterator[None]:
     """Takes what would be said aloud meanwhile for the notes, which the page and the command line show."""
 

@@ -7,6 +7,7 @@ Axes: T token, K top-k.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from coterie.edits.lineage import Fate, fate, plans_between
 from coterie.errors import CoterieError
@@ -34,6 +37,8 @@ RESAMPLES = 1000  # of the bootstrap
 GRAM = 4  # tokens that make up a repetition
 MOST_ROUTED = 16384  # tokens of each data set whose experts are compared: their ids stay in memory
 INTERVAL = "95 %, bootstrap over windows"
+
+ARRAYS = ("losses", "counts", "right", "cut")  # of what is kept, by data set
 
 Choices = dict[str, np.ndarray]  # layer -> chosen ids (T, K)
 Interval = dict[str, float]  # "value", "low", "high", and of how many "tokens" or problems ("count")
@@ -69,6 +74,33 @@ class Kept:
     cut: dict[str, np.ndarray] = field(default_factory=dict)  # of each problem: ended before its answer was complete
     chosen: dict[str, Choices] = field(default_factory=dict)
     num_experts: dict[str, int] = field(default_factory=dict)  # that the router of each layer chooses among
+
+    def save(self, path: Path) -> None:
+        """All of it in one file: arrays by field and data set, and the rest as JSON."""
+        by_set = {f"{name}/{key}": value for name in ARRAYS for key, value in getattr(self, name).items()}
+        chosen = {f"chosen/{layer}/{key}": ids for key, found in self.chosen.items() for layer, ids in found.items()}
+        rest = {"routers": self.routers, "generated": self.generated, "num_experts": self.num_experts}
+        rest |= {"sets": [*self.chosen]}
+        save_file({k: np.ascontiguousarray(v) for k, v in (by_set | chosen).items()}, path, {"rest": json.dumps(rest)})
+
+    @classmethod
+    def load(cls, path: Path) -> Kept:
+        """What `save` wrote. Raises: CoterieError for a damaged file."""
+        try:
+            with safe_open(path, "np") as file:
+                rest, found = json.loads(file.metadata()["rest"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            kept = cls(rest["routers"], generated=rest["generated"], num_experts=rest["num_experts"])
+            kept.chosen = {name: {} for name in rest["sets"]}
+            for key, value in found.items():
+                name, _, key = key.partition("/")
+                if name == "chosen":
+                    layer, _, data_set = key.partition("/")
+                    kept.chosen[data_set][layer] = value
+                else:
+                    getattr(kept, name)[key] = value
+        except Exception as error:  # a damaged file can provoke anything in there
+            raise CoterieError(f"{path}: damaged ({error!s:.200}); start anew with --overwrite") from error
+        return kept
 
     @contextmanager
     def watch(self, name: str, model: Any) -> Iterator[None]:

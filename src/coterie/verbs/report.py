@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from coterie.judge.facts import Models, named
 from coterie.judge.judging import Files, Judging, judged_files
-from coterie.options import Help, public
+from coterie.options import Help, Resume, public
 from coterie.pages.page import sized
 from coterie.pages.terminal import Asked, interval, table
 from coterie.pages.verdict import decide, read_budget
-from coterie.storage.files import check_new_file, write_whole
+from coterie.storage.folders import check_file
 from coterie.storage.record import Progress, no_progress
 
 
@@ -48,6 +48,7 @@ def report(
         Help("Bytes within which the verdict is, as 20GB [default: all smaller results].", "SIZE", given=str),
     ] = None,
     speed: Annotated[bool, Help("Do not measure tokens per second.")] = True,
+    resume: Resume = False,
     overwrite: Annotated[bool, Help("Replace FILE.")] = False,
     on_progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -55,8 +56,9 @@ def report(
 
     models: paths, NAME=PATH items, or a dictionary of paths by name. budget: bytes, as a number or as in "20GB"; the
     reader of the page can move it. speed: whether to measure tokens per second, for which all models are in memory at
-    once. data, window, stride, batch_size, max_new_tokens, dtype, seed: as in `eval`; without data, the held-out texts
-    that ship are judged.
+    once. resume: what is measured is kept in FILE.partial, model by model, from which the same call goes on.
+    data, window, stride, batch_size, max_new_tokens, dtype, seed: as in `eval`; without data, the held-out texts that
+    ship are judged.
     Returns what the page shows: `{"models": [...], "references": [...], "verdict", "options", "notes", "versions",
     "seconds", ...}`. A model has "name", "path", "ways" (what was done to the original, such as "pruned"), "bytes",
     "parameters", "bits_per_parameter" (8 bytes / the original's parameters), "experts" (by layer; None: unknown),
@@ -70,11 +72,12 @@ def report(
     from coterie.judge.lineup import side_by_side
     from coterie.pages.report import render
 
-    target, line, models = Path(out), read_budget(budget), named(models)
-    check_new_file(target, overwrite)
-    found = side_by_side(models, data, judging, on_progress, speed=speed)
-    verdict = decide(found, line)
-    write_whole(target, lambda partial: partial.write_text(render(found, verdict), encoding="utf-8"))
+    page, line, models = Path(out), read_budget(budget), named(models)
+    check_file(page, resume=resume, overwrite=overwrite)
+    with side_by_side(models, data, judging, on_progress, page, resume=resume, overwrite=overwrite) as lineup:
+        found = lineup.compare(speed=speed)
+        verdict = decide(found, line)
+        lineup.run.finish_file(lambda file: file.write_text(render(found, verdict), encoding="utf-8"))
     return {"out": str(out), **found, "verdict": verdict}
 
 
