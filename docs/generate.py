@@ -1,11 +1,17 @@
-"""Writes docs/cli.md, docs/methods.md and docs/families.md from the code; `--check` fails when they are stale."""
+"""Writes docs/cli.md, docs/methods.md, docs/families.md and the package's stub from the code.
+
+`--check` fails when they are stale.
+"""
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Any, get_args, get_origin
 
+import coterie
 from coterie.cli import application, commands
 from coterie.edits.kinds.convert import CONVERSIONS
 from coterie.methods import merge, prune, quantize, sparsify
@@ -121,10 +127,47 @@ def condensed(name: str, family: Family) -> str:
     return f"becomes `{found.target}`" if found else "own layout"
 
 
+STUB = FOLDER.parent / "src" / "coterie" / "__init__.pyi"
+OTHERS = ("Checkpoint", "CoterieError", "Family", "Plan", "Report", "load")
+
+
+def stub() -> str:
+    """The public names with their types, for type checkers: `__init__.py` loads them on first use."""
+    imports = [f"from {getattr(coterie, name).__module__} import {name} as {name}" for name in OTHERS]
+    verbs = [_declared(name, inspect.signature(getattr(coterie, name))) for name in commands()]
+    modules = sorted(set(re.findall(r"\b((?:[a-z_]+\.)+)[A-Z]\w*", "\n".join(verbs))))
+    named = "\n".join(f"import {module.rstrip('.')}" for module in modules)
+    head = f"{named}\nfrom typing import Any\n\n" + "\n".join(imports)
+    values = "VERBS: dict[str, pathlib.Path]\n__version__: str"
+    return f'"""Made by docs/generate.py."""\n\n{head}\n\n{values}\n\n' + "\n".join(verbs)
+
+
+def _declared(name: str, signature: inspect.Signature) -> str:
+    """A function's declaration, with plain types."""
+    plain = [p.replace(annotation=_plain(p.annotation), default=p.default) for p in signature.parameters.values()]
+    parts, keywords = [], False
+    for p in plain:
+        if p.kind is p.KEYWORD_ONLY and not keywords:
+            parts, keywords = [*parts, "*"], True
+        default = "" if p.default is p.empty else " = ..."
+        parts.append(f"{p.name}: {inspect.formatannotation(p.annotation)}{default}")
+    body = "".join(f"    {part},\n" for part in parts)
+    return f"def {name}(\n{body}) -> {inspect.formatannotation(signature.return_annotation)}: ...\n"
+
+
+def _plain(annotation: object) -> object:
+    """The type under an `Annotated`; of an option that is read from several types, anything."""
+    if get_origin(annotation) is not Annotated:
+        return annotation
+    base, *beside = get_args(annotation)
+    return Any if any(getattr(found, "read", None) for found in beside) else base
+
+
 def main() -> None:
     stale = []
-    for name, text in {"cli.md": cli(), "methods.md": method_tables(), "families.md": family_table()}.items():
-        page = FOLDER / name
+    pages = {FOLDER / "cli.md": cli(), FOLDER / "methods.md": method_tables(), FOLDER / "families.md": family_table()}
+    for page, text in (pages | {STUB: stub()}).items():
+        name = page.name
         if not page.exists() or page.read_text(encoding="utf-8") != text:
             stale.append(name)
             if "--check" not in sys.argv:

@@ -8,12 +8,20 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import tiny
+from coterie.options import typed
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors more threads cost more than they save
 hypothesis.settings.register_profile("coterie", deadline=None)  # a busy machine is not a slow function
 hypothesis.settings.load_profile("coterie")
 settings.register_profile("coterie", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # cores are shared
 settings.load_profile("coterie")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_typed():
+    """Refusals name options as a command line does, which most tests quote; one test is about those in Python."""
+    with typed():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ import typer
 
 import coterie
 from coterie.errors import CoterieError, printable
-from coterie.options import Help, flag_of, help_of
+from coterie.options import Help, flag_of, help_of, typed
 
 
 def _show_version(asked: bool) -> None:
@@ -88,7 +88,8 @@ def _callback(name: str) -> Callable[..., None]:
         with _progress(name, quiet or json_) as on_progress:
             told = {"on_progress": on_progress, "on_text": (lambda _: None) if json_ else _say_at_once}
             try:
-                result = verb(**given, **{n: value for n, value in told.items() if n in parameters})
+                with typed():
+                    result = verb(**given, **{n: value for n, value in told.items() if n in parameters})
             except KeyboardInterrupt as stop:
                 raise Interrupted("resume" in parameters and _is_kept(given)) from stop
         _print(name, result, given, json_)

@@ -9,7 +9,10 @@ those. Fields without a `Help` are no options.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter
@@ -21,6 +24,8 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 from coterie.errors import CoterieError
 
 Result = TypeVar("Result")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+_TYPED: ContextVar[bool] = ContextVar("typed", default=False)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def help_of(parameter: Parameter) -> Help | None:
 def public(body: Callable[..., Result]) -> Callable[..., Result]:
     """The function with its records expanded into keyword arguments; `body` is called with records."""
     hints = get_type_hints(body, include_extras=True)
+    asked = {name: hint for name, hint in hints.items() if name != "return"}
     parameters: dict[str, Parameter] = {}
     for parameter in inspect.signature(body).parameters.values():
         hint = hints[parameter.name]
@@ -95,12 +101,42 @@ def public(body: Callable[..., Result]) -> Callable[..., Result]:
         except TypeError as error:
             raise TypeError(f"{body.__name__}() {error}") from None
         bound.apply_defaults()
-        given = {name: _read(parameters[name], value) for name, value in bound.arguments.items()}
-        return body(**{n: _built(hints[n], given) if _is_group(hints[n]) else given[n] for n in hints if n != "return"})
+        try:
+            given = {name: _read(parameters[name], value) for name, value in bound.arguments.items()}
+            return body(**{n: _built(hint, given) if _is_group(hint) else given[n] for n, hint in asked.items()})
+        except CoterieError as error:
+            if not _TYPED.get():
+                error.args = (_in_python(str(error), parameters),)
+            raise
 
     verb.__signature__ = signature  # type: ignore[attr-defined]
     verb.__annotations__ = {n: p.annotation for n, p in parameters.items()} | {"return": signature.return_annotation}
     return verb
+
+
+@contextmanager
+def typed() -> Iterator[None]:
+    """While entered, options came from a command line, and refusals name them as they are typed there."""
+    token = _TYPED.set(True)
+    try:
+        yield
+    finally:
+        _TYPED.reset(token)
+
+
+def _in_python(message: str, parameters: Mapping[str, Parameter]) -> str:
+    """The message with `--an-option` as the argument that it is: `an_option`, or `an_option=True` of a truth value."""
+    names = {flag: name for name, p in parameters.items() if (h := help_of(p)) for flag in h.flags or (flag_of(name),)}
+
+    def argument(found: re.Match[str]) -> str:
+        flag = found[0]
+        opposite = flag.removeprefix("--no-").replace("-", "_")
+        if flag.startswith("--no-") and opposite in parameters and flag not in names:
+            return f"{opposite}=False"
+        name = names.get(flag)
+        return flag if name is None else f"{name}=True" if isinstance(parameters[name].default, bool) else name
+
+    return FLAG.sub(argument, message)
 
 
 def _expanded(hint: Any, changes: Changes) -> Iterator[Parameter]:

@@ -29,7 +29,17 @@ def test_names_and_files(tmp_path):
     assert list(parse_data([f"prose={a}", f"code={b}"]).items()) == [("prose", a), ("code", b)]
 
 
-@pytest.mark.parametrize("item", ["", "prose", "=a.txt", " =a.txt", "prose="])
+def test_a_file_alone_is_named_by_its_stem(tmp_path):
+    """What stands before the first dot of its name; two of one stem are refused like two of one name."""
+    a, b = write(tmp_path, "prose.txt", "a"), write(tmp_path, "c4.jsonl.gz", "b")
+    assert parse_data([str(a), str(b)]) == {"prose": a, "c4": b}
+    with pytest.raises(CoterieError, match="'prose' is taken by"):
+        parse_data([str(a), f"prose={b}"])
+    with pytest.raises(CoterieError, match="missing: no such file"):
+        parse_data([str(tmp_path / "missing")])
+
+
+@pytest.mark.parametrize("item", ["", "=a.txt", " =a.txt", "prose="])
 def test_other_forms_are_refused(item):
     """Whatever is not `NAME=FILE` is refused with the form that was expected."""
     with pytest.raises(CoterieError, match="expected NAME=FILE"):

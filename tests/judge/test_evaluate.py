@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from coterie.errors import CoterieError
 from coterie.judge.quality import bootstrap_perplexity, extract_answer, normalise_answer, wilson_interval, windows
 from coterie.model.loading import load
+from coterie.verbs import eval as eval_verb
 from coterie.verbs.eval import evaluate
 
 CHARS = "\n +-*=.,:?0123456789" + "".join(map(chr, range(65, 91))) + "".join(map(chr, range(97, 123)))
@@ -356,6 +357,14 @@ def test_the_result_is_machine_readable(folder, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_without_data_the_shipped_texts_judge(folder, tmp_path, monkeypatch, caplog):
+    """And that is said; with tasks alone nothing is added to them."""
+    (tmp_path / "a.txt").write_text(text_of(100))
+    monkeypatch.setattr(eval_verb, "HELD_OUT", {"prose": tmp_path / "a.txt"})
+    found = evaluate(folder, window=16)["models"][0]
+    assert list(found["perplexity"]) == ["prose"] and "judged on the held-out texts that ship" in caplog.text
+
+
 def test_token_ids_need_no_tokenizer(folder, tmp_path):
     """Without a tokenizer token ids are evaluated as given, and text is refused."""
     for file in folder.glob("tokenizer*"):
@@ -428,9 +437,8 @@ def test_documents_that_cannot_be_scored_are_named(folder, tmp_path, entry, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": {}}, "no data"),
-        ({"data": []}, "no data"),
-        ({"data": ["x"]}, "expected NAME=FILE"),
+        ({"data": ["x"]}, "x: no such file"),
+        ({"data": ["=x"]}, "expected NAME=FILE"),
         ({"models": []}, "no model"),
         ({"window": 1}, "window is 1"),
         ({"window": 8.0}, "--window 8.0: expected a whole number"),

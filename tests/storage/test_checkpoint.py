@@ -502,8 +502,10 @@ def test_a_hub_id_that_is_not_in_the_cache(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve("owner/name") == cache / "models--owner--name" / "snapshots" / REVISION
-    with pytest.raises(CoterieError, match="owner/other: not a folder, and the hub did not give it"):
-        resolve("owner/other")
+    assert resolve(f"owner/name@{REVISION}") == resolve("owner/name@main") == resolve("owner/name")
+    for other in ("owner/other", "owner/name@v2"):
+        with pytest.raises(CoterieError, match=f"{other}: not a folder, and the hub did not give it"):
+            resolve(other)
 
 
 def test_a_folder_beats_a_hub_id(cache, monkeypatch, tmp_path):

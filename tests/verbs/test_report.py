@@ -433,7 +433,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(folders, out, says):
         ([], {}, "no model was given"),
         (["model"], {"budget": "much"}, "--budget 'much': expected bytes, as in 20GB"),
         (["nowhere"], {}, "no such folder"),
-        (["model"], {"data": ["x"]}, "expected NAME=FILE"),
+        (["model"], {"data": ["x="]}, "expected NAME=FILE"),
         (["model"], {"window": 1}, "window is 1"),
         (["model"], {"window": 8, "stride": 8}, "stride is 8"),
         (["model"], {"dtype": "int4"}, "expected one of auto"),

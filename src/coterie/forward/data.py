@@ -23,14 +23,15 @@ SHIPPED = f"no --data: calibrating on the texts that ship with coterie ({', '.jo
 
 
 def parse_data(items: Iterable[str], *, folders: bool = False) -> dict[str, Path]:
-    """The files named by `NAME=FILE` options, in their order; with `folders`, also folders and data sets of the hub.
+    """The files named by `NAME=FILE` options, or FILE alone, whose name is then its stem, in their order; with
+    `folders`, also folders and data sets of the hub.
 
     Raises: CoterieError where the form is wrong, a name comes twice, or a file cannot be data (`check_file`).
     """
     data: dict[str, Path] = {}
     for item in items:
-        name, _, file = str(item).partition("=")
-        name = name.strip()
+        name, named, file = str(item).partition("=")
+        name, file = (name.strip(), file) if named else (Path(name).name.split(".")[0], name)
         if not name or not file:
             raise CoterieError(f"data {str(item)!r}: expected NAME=FILE, such as prose=held_out.txt")
         if name in data:

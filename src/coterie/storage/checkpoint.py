@@ -323,7 +323,7 @@ def read_bytes(path: Path, start: int, length: int, name: str) -> bytes:
 
 
 def resolve(model: str | Path) -> Path:
-    """The local folder of a model given as a folder or as a hub id (`owner/name`)."""
+    """The local folder of a model given as a folder or as a hub id (`owner/name`, or `owner/name@revision`)."""
     path, text = Path(model), str(model)
     if text and os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         return path
@@ -333,9 +333,14 @@ def resolve(model: str | Path) -> Path:
         raise CoterieError(f"{text}: no such folder (and a hub id looks like owner/name)")
     from huggingface_hub import snapshot_download
 
+    name, _, revision = text.partition("@")
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
     try:
-        return Path(snapshot_download(text, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+        return Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
     except Exception as error:  # the hub library raises a dozen kinds: network, cache, validation
         raise CoterieError(f"{text}: not a folder, and the hub did not give it ({error!s:.200})") from error
 

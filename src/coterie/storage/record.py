@@ -31,9 +31,13 @@ def part_of(on_progress: Progress, index: int, count: int) -> Progress:
     return lambda stage, done, total: on_progress(stage, index * total + done, count * total)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """The content of `coterie.json`; `format` is 1."""
+    """The content of `coterie.json`; `format` is 1.
+
+    before, after: parameters, bytes and experts of MODEL and OUT. seconds: how long it took. data: all of it as one
+    dictionary, as coterie.json has it.
+    """
 
     command: str
     options: dict[str, object]
@@ -45,6 +49,28 @@ class Report:
     def as_dict(self) -> dict[str, object]:
         names = ("command", "options", "source", "versions", "plan", "report")
         return {"format": 1} | {name: getattr(self, name) for name in names}
+
+    @property
+    def before(self) -> dict[str, Any]:
+        return self.report["before"]
+
+    @property
+    def after(self) -> dict[str, Any]:
+        return self.report["after"]
+
+    @property
+    def seconds(self) -> float:
+        return self.report["seconds"]
+
+    @property
+    def data(self) -> dict[str, object]:
+        return self.as_dict()
+
+    def __repr__(self) -> str:
+        what = f"{self.command}, planned" if self.report.get("dry_run") else self.command
+        sizes = f"{self.before['bytes']:,} -> {self.after['bytes']:,} bytes"
+        experts = f"{self.before['experts']} -> {self.after['experts']} experts per layer"
+        return f"<Report of {what}: {sizes}, {experts}, {self.seconds:.1f} s>"
 
 
 def versions() -> dict[str, str]:

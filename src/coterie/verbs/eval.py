@@ -15,6 +15,7 @@ from coterie.forward.data import read_all
 from coterie.judge.judging import Files, Judging, Load, judged_files
 from coterie.options import Help, public
 from coterie.pages.terminal import Asked, Rows, interval, table
+from coterie.reference_model import HELD_OUT
 from coterie.storage.record import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -26,7 +27,14 @@ def evaluate(
     models: Annotated[str | Path | Sequence[str | Path], Help("Folders or hub ids.", "MODEL...", given=list[str])],
     *,
     data: Annotated[
-        Files, Help("A data set; repeatable.", "NAME=FILE", given=list[str], read=judged_files, default=())
+        Files,
+        Help(
+            "A data set; repeatable [default: texts that ship].",
+            "NAME=FILE",
+            given=list[str],
+            read=judged_files,
+            default=(),
+        ),
     ],
     against: Annotated[
         str | Path | None, Help("The original, to compare with on the same tokens.", "MODEL", given=str)
@@ -37,7 +45,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures each model on each data set: exact match on files of problems, perplexity on all others.
 
-    `data`: files by name, or `NAME=FILE` strings (`coterie.forward.data` has the formats). `against`: the original,
+    `data`: files by name, or `NAME=FILE` strings (`coterie.forward.data` has the formats); without data and tasks, the
+    held-out texts that ship. `against`: the original,
     with which every other model is compared on the same tokens. `window`, `stride`: in tokens, as in `perplexity`;
     the window is clamped to the model's positions and the stride is half of it unless given.
     `tasks`: names for lm-evaluation-harness, searched in the folder `task_path` as well. `load(path)` returns the
@@ -57,12 +66,13 @@ def evaluate(
         )
     if not paths:
         raise CoterieError("no model was given; expected one or more folders or hub ids")
-    if not data and not judging.tasks:
-        raise CoterieError("no data was given; expected NAME=FILE or tasks")
-    if against is not None and not data:
+    if against is not None and not data and judging.tasks:
         raise CoterieError(f"against is {against}, but tasks are not compared in pairs; give data as well")
     # All data is read, and every task found, before the first model: bad input should not cost an hour.
-    documents, notes = read_all(data)
+    shipped = not data and not judging.tasks
+    documents, notes = read_all(HELD_OUT if shipped else data)
+    if shipped:
+        notes = [f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})"]
     from coterie.judge.quality import judge_all
 
     return {"models": judge_all(paths, documents, notes, against, judging, load, on_progress or no_progress)}
