@@ -51,6 +51,7 @@ def prune(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     io: str = ...,
     engine: str = ...,
     ray_address: str | None = ...,
@@ -83,6 +84,7 @@ def stun(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     io: str = ...,
     engine: str = ...,
     ray_address: str | None = ...,
@@ -109,6 +111,7 @@ def sparsify(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     io: str = ...,
     engine: str = ...,
     ray_address: str | None = ...,
@@ -130,6 +133,7 @@ def quantize(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     io: str = ...,
     on_progress: collections.abc.Callable[[str, int, int], None] = ...,
 ) -> coterie.storage.record.Report: ...
@@ -154,6 +158,7 @@ def merge(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     on_progress: collections.abc.Callable[[str, int, int], None] = ...,
 ) -> coterie.storage.record.Report: ...
 
@@ -175,6 +180,7 @@ def condense(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     io: str = ...,
     on_progress: collections.abc.Callable[[str, int, int], None] = ...,
 ) -> coterie.storage.record.Report: ...
@@ -200,6 +206,7 @@ def recover(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     io: str = ...,
     on_progress: collections.abc.Callable[[str, int, int], None] = ...,
 ) -> coterie.storage.record.Report: ...
@@ -219,6 +226,7 @@ def drop(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     io: str = ...,
     on_progress: collections.abc.Callable[[str, int, int], None] = ...,
 ) -> coterie.storage.record.Report: ...
@@ -273,6 +281,7 @@ def apply(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     io: str = ...,
     engine: str = ...,
     ray_address: str | None = ...,
@@ -288,6 +297,7 @@ def pack(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     on_progress: collections.abc.Callable[[str, int, int], None] = ...,
 ) -> coterie.storage.record.Report: ...
 
@@ -298,6 +308,7 @@ def unpack(
     dry_run: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    public: bool = ...,
     on_progress: collections.abc.Callable[[str, int, int], None] = ...,
 ) -> coterie.storage.record.Report: ...
 
@@ -347,6 +358,7 @@ def eval(
     max_new_tokens: int = ...,
     dtype: str = ...,
     seed: int = ...,
+    card: bool = ...,
     load: collections.abc.Callable[[str | pathlib.Path], typing.Any] | None = ...,
     on_progress: collections.abc.Callable[[str, int, int], None] | None = ...,
 ) -> dict[str, typing.Any]: ...
@@ -364,7 +376,20 @@ def report(
     seed: int = ...,
     budget: str | int | None = ...,
     speed: bool = ...,
+    card: bool = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    on_progress: collections.abc.Callable[[str, int, int], None] = ...,
+) -> dict[str, typing.Any]: ...
+
+def push(
+    out: str | pathlib.Path,
+    name: str,
+    *,
+    against: str | pathlib.Path | None = ...,
+    private: bool = ...,
+    revision: str | None = ...,
+    dry_run: bool = ...,
+    api: collections.abc.Callable[[], typing.Any] = ...,
     on_progress: collections.abc.Callable[[str, int, int], None] = ...,
 ) -> dict[str, typing.Any]: ...

@@ -38,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 ORDER = """
     inspect prune stun sparsify quantize merge condense recover drop collect compare analyze apply pack unpack status
-    generate bench verify eval report
+    generate bench verify eval report push
 """.split()  # of the help; what it does not name comes last
 
 

@@ -34,6 +34,7 @@ from coterie.errors import CoterieError
 from coterie.model.layer import Model
 from coterie.model.stored import is_dense_view
 from coterie.options import Help, Resume
+from coterie.storage.card import SOURCE_CARD, card, public, source_of
 from coterie.storage.checkpoint import PICKLES, Checkpoint, Tensor, leads_outside, load_json
 from coterie.storage.copying import IO, check_io
 from coterie.storage.folders import check_out, left_over, partial_of, tidy
@@ -44,7 +45,6 @@ from coterie.storage.record import (
     Progress,
     Report,
     Stopwatch,
-    model_card,
     no_progress,
     object_at,
     record_of,
@@ -73,6 +73,7 @@ class Writing:
     ] = False
     resume: Resume = False
     overwrite: Annotated[bool, Help("Replace OUT, if coterie wrote it.")] = False
+    public: Annotated[bool, Help("Write names instead of local paths into coterie.json.")] = False
 
 
 Io = Annotated[str, Help(f"How bytes are copied, instead of the first way that works: {', '.join(IO)}.")]
@@ -220,8 +221,10 @@ def _checked(model: Model, decision: Decision, request: Request, prepare: Prepar
     filling = prepare(view) if prepare else None
     numbers = _foreseen(model, plan, outputs, view, filling.zeros if filling else {})
     # A dry run reads headers and routers only; the fingerprint reads a few blocks of every shard.
-    source = {"path": str(request.path), "hash": None if request.writing.dry_run else model.checkpoint.hash}
-    report = Report(request.command, request.options, source, plan.as_dict(), {}, versions())
+    fingerprint = None if request.writing.dry_run else model.checkpoint.hash
+    source = source_of(request.path, root(model.checkpoint).path, fingerprint)
+    said_of = public if request.writing.public else dict
+    report = Report(request.command, said_of(request.options), said_of(source), plan.as_dict(), {}, versions())
     report.report.update(numbers | request.clock.read() | {"cold_experts": [], "warnings": notes})
     report.report.update({"dry_run": request.writing.dry_run} | decision.findings)
     return Execution(model, plan, outputs, view, small, filling.fill if filling else None, report)
@@ -268,7 +271,7 @@ def _written(execution: Execution, request: Request, asked: tuple[str, ...]) -> 
         if filled:
             _add_filled(execution, filled, outputs)
         report.report.update(request.clock.read())
-        finish_record(writer, report, model_card(checkpoint.path.name, report))
+        finish_record(writer, report, card(root(checkpoint).path, report, load_json(writer.partial / "config.json")))
     return report
 
 
@@ -371,13 +374,16 @@ def _write_small(writer: Writer, checkpoint: Checkpoint, small: Mapping[str, str
     for path in checkpoint.other_files():
         if _travels(path) and path.name not in small:
             writer.copy(path)
+    readme = checkpoint.path / "README.md"
+    if readme.is_file() and not leads_outside(readme) and record_of(checkpoint.path) is None:
+        writer.text(SOURCE_CARD, readme.read_text(encoding="utf-8", errors="replace"))
 
 
 def _travels(path: Path) -> bool:
     """Tokenizer, generation config, chat template and licence travel; code, pickles and old cards do not."""
     if path.name in OURS or path.name.endswith(".index.json") or leads_outside(path):
         return False
-    return path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_NAMES)
+    return path.name == SOURCE_CARD or path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_NAMES)
 
 
 def left_behind(checkpoint: Checkpoint) -> list[str]:

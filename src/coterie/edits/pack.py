@@ -7,7 +7,7 @@ that `verify`, `apply` and `recover` know a packed folder as they know the dense
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from coterie.edits.plan import Plan
 from coterie.errors import CoterieError, check_choice
 from coterie.model.layer import Model
 from coterie.model.own import is_own
+from coterie.storage.card import card, public, source_of, stored_as
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.folders import check_out, partial_of
 from coterie.storage.planned import Planned
@@ -27,7 +28,6 @@ from coterie.storage.record import (
     Progress,
     Report,
     Stopwatch,
-    model_card,
     object_at,
     record_of,
     to_json,
@@ -130,6 +130,9 @@ def _execute(
     fingerprint = None if writing.dry_run else source.hash
     made = _made_by(source)
     report = _kept(job, made, fingerprint) if made else _own(job, fingerprint)
+    if writing.public:
+        names = {part: public(getattr(report, part)) for part in ("options", "source", "report")}
+        report = replace(report, **names)
     report.report.update(clock.read() if not made else {})
     report.report["warnings"] = [*report.report.get("warnings", []), *left_behind(source)]
     report.report["dry_run"] = writing.dry_run
@@ -168,7 +171,7 @@ def _made_by(source: Checkpoint) -> Report | None:
 
 def _own(job: _Job, fingerprint: str | None) -> Report:
     """The report on a checkpoint that no command of ours made."""
-    source = {"path": job.path, "hash": fingerprint}
+    source = source_of(job.path, job.source.path, fingerprint)
     return Report(job.command, job.options, source, Plan(layers={}).as_dict(), dict(job.numbers), versions())
 
 
@@ -199,7 +202,7 @@ PACKED_CARD = """
 
 {tensors:,} matrices are stored as one bit per weight and the values that are not zero: {after:,} bytes instead of
 {before:,}. After `import coterie`, `AutoModelForCausalLM.from_pretrained` loads them, and multiplies without expanding
-them; without it, transformers only warns, and fills them with random numbers. {end}
+them; without it, transformers refuses the folder. {end}
 """
 EXACT = "`coterie unpack` restores every byte of the dense checkpoint."
 ROUNDED = "Values were rounded to int8, with a scale per 128 columns; the dense checkpoint cannot be restored."
@@ -207,12 +210,12 @@ ROUNDED = "Values were rounded to int8, with a scale per 128 columns; the dense 
 
 def _card(job: _Job, report: Report) -> str:
     """README.md: that of the command that made the checkpoint, and how it is stored now."""
-    readme = job.source.path / "README.md"
+    readme, packs = job.source.path / "README.md", job.command == "pack"
     text = ""
     if report.command not in OURS and readme.is_file():
         text = readme.read_text(encoding="utf-8", errors="replace").split("\n## Packed\n")[0]
-    text = text or model_card(job.source.path.name, report)
-    if job.command == "unpack":
+    text = stored_as(text, packs) or card(job.source.path, report, job.config)
+    if not packs:
         return text
     packed = report.report["packed"]
     return text + PACKED_CARD.format(**packed, end=EXACT if packed["values"] == "as stored" else ROUNDED)

@@ -68,7 +68,7 @@ def savable(*, makes_zeros: bool = True, obstacle: Callable[..., str] = needs_ro
 
 def _packed(folders: Folders, writing: Writing, on_progress: Progress) -> Report:
     """The second step: OUT.dense becomes OUT."""
-    again = Writing(resume=writing.resume, overwrite=writing.overwrite)
+    again = Writing(resume=writing.resume, overwrite=writing.overwrite, public=writing.public)
     try:
         report = pack(folders.dense, folders.out, writing=again, on_progress=on_progress)
     except CoterieError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,22 @@ from coterie.forward.data import parse_data
 from coterie.forward.samples import Dtype
 from coterie.model.loading import DTYPES
 from coterie.options import Help
+from coterie.storage.card import put_quality
+from coterie.storage.checkpoint import resolve
+
+logger = logging.getLogger("coterie")
 
 Files = Mapping[str, str | Path]  # by the name of the data set
 Load = Callable[[str | Path], Any]  # the model at a path
+
+
+Card = Annotated[bool, Help("Write what is measured into README.md of each model that coterie made.")]
+
+
+def put_card(model: str | Path, entry: Mapping[str, Any]) -> None:
+    """Writes a model's quality into its README.md, and says so where it has none of ours."""
+    if not put_quality(resolve(model), entry):
+        logger.warning("%s: no card of coterie's, so that nothing was written into it", model)
 
 
 def judged_files(data: Files | Sequence[str] | str | None) -> Files:

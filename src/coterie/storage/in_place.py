@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError, reading, writing
+from coterie.storage.card import card
 from coterie.storage.checkpoint import BITS, Checkpoint, load_json
 from coterie.storage.copying import write_at
 from coterie.storage.folders import IN_PLACE, partial_of, tidy
 from coterie.storage.planned import root
-from coterie.storage.record import Progress, Report, Stopwatch, model_card, record_of, to_json
+from coterie.storage.record import Progress, Report, Stopwatch, record_of, to_json
 from coterie.storage.shards import Output, Run, header_bytes, num_copied
 from coterie.storage.writer import Writer
 
@@ -326,7 +327,7 @@ def consume(
         counts = {"cut": len(work.files) - len(work.copied), "copied": len(work.copied)}
         report.report.update(clock.read() | {"io": {"asked": "in-place", "files": counts}})
         writer.text("coterie.json", to_json(report.as_dict()))
-        writer.text("README.md", model_card(work.path.name, report))
+        writer.text("README.md", card(work.path, report, load_json(writer.partial / "config.json")))
         writer.finish()
     return report
 

@@ -95,36 +95,6 @@ class Stopwatch:
         return {"seconds": round(time.monotonic() - self._began, 3), "peak_rss_bytes": peak}
 
 
-def model_card(source: str, report: Report) -> str:
-    """README.md of the result: what was done to what (`source`, a name), the numbers, and how to repeat it."""
-    before, after = report.report["before"], report.report["after"]
-    rows = "\n".join(
-        f"| {name} | {_show(before[key])} | {_show(after[key])} |"
-        for name, key in (("parameters", "parameters"), ("bytes", "bytes"), ("routed experts per layer", "experts"))
-    )
-    zeros = report.report.get("expert_zeros")
-    rows += "" if zeros is None else f"\n| of the experts' parameters zero | | {zeros:,} |"
-    again = "the command above repeats them" if zeros else "`coterie apply MODEL coterie.json OUT` repeats them"
-    return f"""---
-tags: [mixture-of-experts, compressed]
----
-# {source}, made smaller by `coterie {report.command}`
-
-|  | before | after |
-|---|---|---|
-{rows}
-
-Made from `{report.source["path"]}` (fingerprint `{report.source["hash"][:16]}`) by
-
-```
-{typed(report.command, report.options)}
-```
-
-`coterie.json` holds every decision and number; {again}.
-The licence is the source model's.
-"""
-
-
 def typed(command: str, options: Mapping[str, object]) -> str:
     """The command as one would type it, in one line, from what it recorded; MODEL, OUT and PLAN stand for paths."""
     words = ["coterie", command, "MODEL", "OUT"]
@@ -139,10 +109,6 @@ def typed(command: str, options: Mapping[str, object]) -> str:
         elif value not in (None, "", []) and value is not False:
             words += [flag, ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
     return printable(shlex.join(words))
-
-
-def _show(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 # --- a record that is found in a folder, and may hold anything -------------------------------------------------

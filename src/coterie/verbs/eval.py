@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from coterie.errors import CoterieError
 from coterie.forward.data import read_all
-from coterie.judge.judging import Files, Judging, Load, judged_files
+from coterie.judge.judging import Card, Files, Judging, Load, judged_files, put_card
 from coterie.options import Help, public
 from coterie.pages.terminal import Asked, Rows, interval, table
 from coterie.reference_model import HELD_OUT
@@ -40,6 +40,7 @@ def evaluate(
         str | Path | None, Help("The original, to compare with on the same tokens.", "MODEL", given=str)
     ] = None,
     judging: Judging,
+    card: Card = False,
     load: Load | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def evaluate(
     with which every other model is compared on the same tokens. `window`, `stride`: in tokens, as in `perplexity`;
     the window is clamped to the model's positions and the stride is half of it unless given.
     `tasks`: names for lm-evaluation-harness, searched in the folder `task_path` as well. `load(path)` returns the
-    model; by default `coterie.load`. `on_progress(what, done, total)` is called as work advances.
+    model; by default `coterie.load`. `card`: whether the numbers go into README.md of each model that Coterie made.
+    `on_progress(what, done, total)` is called as work advances.
 
     Returns `{"models": [{"path", "dtype", "perplexity": {NAME: {"value", "low", "high", "tokens"}},
     "exact_match": {NAME: {"value", "low", "high", "count"}}}]}`, with `"tasks": {TASK: {METRIC: value}}` if asked, and
@@ -75,7 +77,10 @@ def evaluate(
         notes = [f"no --data: judged on the held-out texts that ship with coterie ({', '.join(HELD_OUT)})"]
     from coterie.judge.quality import judge_all
 
-    return {"models": judge_all(paths, documents, notes, against, judging, load, on_progress or no_progress)}
+    found = judge_all(paths, documents, notes, against, judging, load, on_progress or no_progress)
+    for entry in found if card else ():
+        put_card(entry["path"], entry)
+    return {"models": found}
 
 
 def show(found: Mapping[str, Any], asked: Asked) -> Iterator[str]:

@@ -13,6 +13,8 @@ from coterie.edits.execution import Io, Request, Writing, finished, left_behind,
 from coterie.edits.saving import savable
 from coterie.options import Help, flat, public
 from coterie.pages.terminal import show_report as show
+from coterie.storage.card import card, source_of
+from coterie.storage.card import public as public_of
 from coterie.storage.checkpoint import Checkpoint
 from coterie.storage.folders import left_over
 from coterie.storage.record import Progress, Report, no_progress, to_json, versions
@@ -78,7 +80,7 @@ def recover(
         report.report["io"] = writer.io
         report.report["warnings"] += writer.copier.notes
         writer.text("coterie.json", to_json(report.as_dict()))
-        writer.text("README.md", card(checkpoint, report))
+        writer.text("README.md", card(checkpoint.path, report, checkpoint.config, measured(report)))
         (writer.partial / STATE).unlink(missing_ok=True)
         writer.finish()
     return report
@@ -94,10 +96,11 @@ def started(trainee: Trainee, request: Request) -> Report:
     size = {"parameters": checkpoint.num_parameters, "bytes": checkpoint.num_bytes, "experts": experts}
     writing, notes = request.writing, [*trainee.notes, *left_behind(checkpoint)]
     notes += left_over(request.out) if writing.save == "dense" else []
+    said_of = public_of if writing.public else dict
     return Report(
         command="recover",
-        options=request.options | {"save": writing.save},
-        source={"path": str(request.path), "hash": None if writing.dry_run else checkpoint.hash},
+        options=said_of(request.options | {"save": writing.save}),
+        source=said_of(source_of(request.path, checkpoint.path, None if writing.dry_run else checkpoint.hash)),
         plan=replace(trainee.plan, sparsity={}).as_dict(),
         report={
             "before": size, "after": size, "sparsity": {"experts": 0.0, "linears": 0.0, "all": 0.0},
@@ -118,8 +121,8 @@ def started(trainee: Trainee, request: Request) -> Report:
     )  # fmt: skip
 
 
-def card(source: Checkpoint, report: Report) -> str:
-    """README.md of the result: what was trained, and what it brought."""
+def measured(report: Report) -> str:
+    """For README.md: what was trained, and what it brought."""
     found = report.report
     names = list(dict.fromkeys(name for stage in found["stages"] for name in stage["after"]))
     rows = "\n".join(
@@ -127,19 +130,12 @@ def card(source: Checkpoint, report: Report) -> str:
         for stage in found["stages"]
     )
     heads = " | ".join(f"{name} {side}" for name in names for side in ("before", "after"))
-    return f"""---
-tags: [mixture-of-experts, compressed]
----
-# {source.path.name}, recovered by `coterie recover`
-
+    return f"""
 Trained: layers {", ".join(map(str, found["trained"]["layers"]))}, {found["trained"]["parameters"]:,} of
-{found["after"]["parameters"]:,} parameters; every other tensor is as it was in `{report.source["path"]}`
-(fingerprint `{report.source["hash"][:16]}`). On held-out samples (nats per token; local: share of the layers' output):
+{found["after"]["parameters"]:,} parameters; every other tensor is as it was. On held-out samples (nats per token;
+local: share of the layers' output):
 
 | stage | {heads} |
 |---|{"---|" * 2 * len(names)}
 {rows}
-
-`coterie.json` holds every option, decision and number.
-The licence is the source model's.
 """

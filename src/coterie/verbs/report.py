@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.judge.facts import Models, named
-from coterie.judge.judging import Files, Judging, judged_files
+from coterie.judge.judging import Card, Files, Judging, judged_files, put_card
 from coterie.options import Help, Resume, public
 from coterie.pages.page import sized
 from coterie.pages.terminal import Asked, interval, table
@@ -48,6 +48,7 @@ def report(
         Help("Bytes within which the verdict is, as 20GB [default: all smaller results].", "SIZE", given=str),
     ] = None,
     speed: Annotated[bool, Help("Do not measure tokens per second.")] = True,
+    card: Card = False,
     resume: Resume = False,
     overwrite: Annotated[bool, Help("Replace FILE.")] = False,
     on_progress: Progress = no_progress,
@@ -56,7 +57,8 @@ def report(
 
     models: paths, NAME=PATH items, or a dictionary of paths by name. budget: bytes, as a number or as in "20GB"; the
     reader of the page can move it. speed: whether to measure tokens per second, for which all models are in memory at
-    once. resume: what is measured is kept in FILE.partial, model by model, from which the same call goes on.
+    once. card: whether the numbers go into README.md of each model that Coterie made. resume: what is measured is kept
+    in FILE.partial, model by model, from which the same call goes on.
     data, window, stride, batch_size, max_new_tokens, dtype, seed: as in `eval`; without data, the held-out texts that
     ship are judged.
     Returns what the page shows: `{"models": [...], "references": [...], "verdict", "options", "notes", "versions",
@@ -78,6 +80,8 @@ def report(
         found = lineup.compare(speed=speed)
         verdict = decide(found, line)
         lineup.run.finish_file(lambda file: file.write_text(render(found, verdict), encoding="utf-8"))
+    for entry in found["models"] if card else ():
+        put_card(entry["path"], entry)
     return {"out": str(out), **found, "verdict": verdict}
 
 
