@@ -471,7 +471,9 @@ def test_a_stream_finds_out_by_itself_what_layers_pass_each_other(tiny_checkpoin
 @pytest.mark.parametrize("model_type", [t for t in tiny.model_types() if not registry()[t].stock])
 def test_families_that_transformers_does_not_build_are_refused(tiny_checkpoint, model_type):
     """A family without a stock class has no layers to run; its own code is never run."""
-    with pytest.raises(CoterieError, match=r"transformers has no class for \w+; use a method that needs no data"):
+    with pytest.raises(
+        CoterieError, match=r"transformers has no causal language model for \w+; use a method that needs no data"
+    ):
         open_stream(tiny_checkpoint(model_type))
 
 
