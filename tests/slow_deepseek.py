@@ -1,6 +1,6 @@
 """DeepSeekMoE-16B v1's forward in plain float32 tensor operations, and a tiny checkpoint of its shape.
 
-transformers has no causal language model for it; this is the reference that its repackaged form must equal. Llama's attention without
+transformers has no class for it; this is the reference that its repackaged form must equal. Llama's attention without
 biases, a first dense layer, then: routed softmax top-k, not renormalised, beside ungated shared experts.
 """
 

@@ -380,7 +380,7 @@ def test_verify_says_what_int8_lost(home, tmp_path):
     coterie.pack(home / "dense", tmp_path / "out", values="int8")
     result = coterie.verify(tmp_path / "out", against=home / "dense")
     details = " ".join(c["detail"] for c in result["checks"])
-    assert result["ok"] and "96 rounded to int8" in details
+    assert result["ok"] and "96 rounded to few bits" in details
 
 
 def test_verify_after_int8_finds_no_fault_where_there_is_none(home, tiny_checkpoint, ids, tmp_path):
@@ -399,7 +399,7 @@ def test_verify_after_int8_finds_no_fault_where_there_is_none(home, tiny_checkpo
         result = coterie.verify(tmp_path / f"{name}-int8", against=source)
         assert result["ok"], (name, result)
         checks = {c["name"]: c["detail"] for c in result["checks"]}
-        assert "that packing rounded to int8" in checks["accounts for every tensor"], name
+        assert "that were rounded when they were packed" in checks["accounts for every tensor"], name
 
 
 def test_inspect_counts_dense_parameters_and_stored_bytes(home):

@@ -228,7 +228,7 @@ def test_a_known_text_model_in_another_wrapper_is_pruned(tmp_path):
 
 
 def test_kimi_k25_as_published_is_cut_and_calibrated(tiny_checkpoint, tmp_path):
-    """Its text model calls itself kimi_k2, which transformers has no causal language model for, and its experts are in int4."""
+    """Its text model calls itself kimi_k2, which transformers has no class for, and its experts are in int4."""
     model = forms.store(tiny_checkpoint("kimi_k25"), tmp_path / "model", "int4")
     config = json.loads((model / "config.json").read_text())
     config["text_config"] |= {"model_type": "kimi_k2", "quantization_config": config.pop("quantization_config")}

@@ -215,3 +215,114 @@ def test_experts_in_lists_are_refused_whatever_the_plan_says(tiny_checkpoint, tm
     plan = {"layers": {block.key: {"bits": 4} for block in Model.open(listed).moe}, "quantized": scheme}
     with pytest.raises(CoterieError, match="keeps all experts in one tensor, or in lists"):
         apply(listed, plan, tmp_path / "out")
+
+
+# --- widths of their own -------------------------------------------------------------------------------------------
+
+
+def widths_of(report):
+    return [b for layer in report.plan["layers"].values() for b in layer["bits"]]
+
+
+@pytest.mark.parametrize("method", ["round", "search", "gptq"])
+def test_experts_of_mixed_widths_are_what_their_rule_gives(source, data, tmp_path, method):
+    """The mean is met, none above; what is stored is each expert at its own width, and nothing at 0 bits; it is
+    verified against the original, loads, and computes what the decoded experts do."""
+    report = quantize(source, tmp_path / "out", average=2.5, method=method, data=data, samples=8)
+    widths = widths_of(report)
+    assert sum(widths) <= 2.5 * len(widths) and len(set(widths)) > 1
+    assert report.plan["quantized"]["format"] == "coterie" and report.report["loads_in"] == ["coterie"]
+    low, original = Model.open(tmp_path / "out"), Model.open(source)
+    for block, before in zip(low.main, original.main, strict=True):
+        for e, bits in enumerate(report.plan["layers"][block.key]["bits"]):
+            pairs = zip(
+                expert_storage(low.checkpoint, block, e), expert_storage(original.checkpoint, before, e), strict=True
+            )
+            for found, matrix in pairs:
+                if not bits:
+                    assert not found.rows(0).any()
+                elif method == "round":
+                    assert np.array_equal(
+                        found.rows(0), rounding.quantise(matrix.rows(0), Levels(bits, 32, "F32")).values
+                    )
+    assert verify(tmp_path / "out", against=source)["ok"]
+    import torch
+
+    import coterie
+
+    model = coterie.load(tmp_path / "out")
+    stats = tmp_path / "x.stats"
+    collect(tmp_path / "out", stats, data=data, samples=4)
+    with torch.inference_mode():
+        assert torch.isfinite(model(torch.arange(3, 20)[None]).logits).all()
+
+
+def test_a_damaged_code_is_found(source, data, tmp_path):
+    """One bit of codes that data made: the checksum says so, with exit code 3's answer."""
+    quantize(source, tmp_path / "out", average=3, method="gptq", data=data, samples=8)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    name = next(n for n in checkpoint.tensors if n.endswith(".codes") and checkpoint.tensors[n].num_bytes)
+    tensor = checkpoint.tensors[name]
+    path = tmp_path / "out" / tensor.file
+    raw = bytearray(path.read_bytes())
+    raw[tensor.start] ^= 1
+    path.write_bytes(raw)
+    found = verify(tmp_path / "out", against=source)
+    assert not found["ok"] and any("checksum" in c["detail"] for c in found["checks"])
+
+
+def test_widths_follow_what_was_measured(source, data, tmp_path):
+    """The mean of measured widths costs less than that of random ones and of frequency, by the same measure."""
+    costs = {
+        by: quantize(
+            source, tmp_path / by, average=2.5, method="search", data=data, samples=8, allocate=by, dry_run=True
+        ).report["widths"]["cost"]
+        for by in ("measured", "frequency", "random")
+    }
+    assert costs["measured"] == min(costs.values()) < min(costs["frequency"], costs["random"])
+
+
+def test_a_layer_can_have_a_width(source, data, tmp_path):
+    """Whole layers: one number each, none dropped; the plan can be applied where no data made it."""
+    report = quantize(source, tmp_path / "out", average=3, per="layer", method="round", data=data, samples=8)
+    found = {key: layer["bits"] for key, layer in report.plan["layers"].items()}
+    assert set(found.values()) <= {2, 3, 4, 8} and sum(found.values()) <= 3 * len(found)
+    apply(source, tmp_path / "out" / "coterie.json", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_one_width_can_be_stored_in_our_format(source, tmp_path):
+    """The same values as in compressed-tensors' format."""
+    for name, options in (("ours", {"format": "coterie"}), ("theirs", {})):
+        quantize(source, tmp_path / name, bits=3, method="search", **options)
+    ours, theirs = Model.open(tmp_path / "ours"), Model.open(tmp_path / "theirs")
+    for one, other in zip(ours.main, theirs.main, strict=True):
+        for e in range(one.num_experts):
+            for a, b in zip(
+                expert_storage(ours.checkpoint, one, e), expert_storage(theirs.checkpoint, other, e), strict=True
+            ):
+                assert np.array_equal(a.rows(0), b.rows(0))
+    assert verify(tmp_path / "ours", against=source)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"average": 2.5, "bits": 3}, "exclude each other"),
+        ({"average": 9}, "--average 9"),
+        ({"average": 0}, "--average 0"),
+        ({"average": 1.5, "per": "layer"}, "--average 1.5"),
+        ({"average": 2.5, "format": "compressed-tensors"}, "knows one width"),
+        ({"per": "layer"}, "add --average"),
+        ({"allocate": "random"}, "add --average"),
+        ({"average": 2.5, "per": "modle"}, "did you mean model|expected one of"),
+        ({"format": "gguf"}, "expected one of"),
+    ],
+)
+def test_mixed_widths_that_make_no_sense_are_refused(source, tmp_path, options, says):
+    """Before anything is read of the data, and nothing is written."""
+    with pytest.raises(CoterieError, match=says):
+        quantize(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

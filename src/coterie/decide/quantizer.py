@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from coterie.decide.pruner import Put, Visitors, as_expert, every_expert, run_expert
-from coterie.edits.kinds.bits import check_finite, checksum, encoded, levels_of
+from coterie.edits.kinds.bits import Bits, Scheme, check_finite, checksum, encoder, levels_of, width_of
 from coterie.errors import CoterieError
 from coterie.forward.activations import Piece, Routed
 from coterie.methods.quantize import search
@@ -57,8 +57,8 @@ class Quantizer:
 
     checkpoint: Checkpoint
     method: ModuleType
-    bits: int
-    group_size: int
+    bits: Mapping[str, Bits]  # by layer
+    scheme: Scheme
     put: Put
     dtype: torch.dtype
     cold: list[list[Any]] = field(default_factory=list)  # [layer, expert, 0] of those that no token chose
@@ -85,6 +85,9 @@ class Quantizer:
     def _visit(self, routed: Routed, visitors: Visitors, shown: Visitors, total: torch.Tensor) -> int:
         """Writes one expert, and adds its weighted outputs to `total`; returns its checksum."""
         block, e = routed.block, visitors.expert
+        raw, width = list[bytes](), width_of(self.bits[block.key], e)
+        if not width:  # it gives nothing, to this layer's sum as to whoever reads it
+            return checksum(raw)
         stored = dict(zip(("up", "down", "gate"), expert_storage(self.checkpoint, block, e), strict=False))
         weights = {part: matrix.rows(0) for part, matrix in stored.items()}
         matrices = weights.get("gate"), weights["up"], weights["down"]
@@ -94,9 +97,8 @@ class Quantizer:
         run_expert(routed, expert, shown, None, prior.add)
         if not own.num_tokens:
             self.cold.append([block.key, e, 0])
-        raw = list[bytes]()
         for part, matrix in stored.items():
-            weight, levels = weights[part], levels_of(matrix, self.bits, self.group_size)
+            weight, levels = weights[part], levels_of(matrix, width, self.scheme.group_size)
             check_finite(matrix.name, weight)
             seen = shrunk(own, prior, "down" if part == "down" else "up")
             if not np.isfinite(seen).all():
@@ -106,9 +108,10 @@ class Quantizer:
                 )
             rule = self.method if own.num_tokens or self.method.NEEDS != "hessian" else search
             found = rule.quantise(weight, levels, seen if rule is self.method else np.diag(seen))
-            for name, part_raw in encoded(found, matrix.name.removesuffix("weight")):
+            written = dict(encoder(self.scheme)(found, matrix.name))
+            for name, part_raw in written.items():
                 self.put(name, 0, part_raw)
-                raw.append(part_raw)
+            raw += [*written.values()][:2]
             expert.matrices[part].copy_(torch.from_numpy(found.values))
         run_expert(routed, expert, visitors, total)
         return checksum(raw)

@@ -18,7 +18,7 @@ from coterie.errors import reading
 from coterie.judge.files import Answer, first
 from coterie.model.layer import Model
 from coterie.storage.checkpoint import Checkpoint
-from coterie.storage.planned import Planned
+from coterie.storage.planned import Planned, root
 from coterie.storage.record import Progress, no_progress, object_at, record_of
 from coterie.storage.shards import Hole, Made, Output, Run, whole
 
@@ -34,6 +34,9 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
         return False, f"{source.checkpoint.path} is not what OUT was made from (another fingerprint)", None
     source = dequantised(converted(source, plan.converted), plan)
     check_plan(source, plan)
+    scheme = plan.at("quantized")
+    if scheme and scheme.format == "coterie":  # what was planned are the parts themselves, not what they stand for
+        out = root(out)
     lost = inexact(out)
     outputs = [o for shard in plan_outputs(source, plan).values() for o in shard if o.name not in lost]
     faults = _header_faults(out, outputs)
@@ -58,7 +61,7 @@ def check_bytes(out: Checkpoint, source: Model, on_progress: Progress = no_progr
 
 
 def _said_of(rounded: set[str]) -> str:
-    return f"; not compared: {len(rounded):,} that packing rounded to int8" if rounded else ""
+    return f"; not compared: {len(rounded):,} that were rounded when they were packed" if rounded else ""
 
 
 def _said_to_differ(names: Collection[str]) -> list[str]:

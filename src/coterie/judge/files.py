@@ -30,7 +30,7 @@ def check_packed(folder: Path, on_progress: Progress = no_progress) -> tuple[boo
     view = opened(Checkpoint.open(folder))
     check_coded(view, on_progress)
     matrices = sum(found.num_matrices for found in coded(view).values())
-    rounded = f", {len(inexact(view)):,} rounded to int8" if inexact(view) else ""
+    rounded = f", {len(inexact(view)):,} rounded to few bits" if inexact(view) else ""
     return True, f"{matrices:,} matrices of {len(coded(view)):,} tensors agree with their checksums{rounded}", view
 
 

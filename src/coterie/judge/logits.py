@@ -104,7 +104,7 @@ def check_logits(out: Checkpoint, source: Model, sequences: list[list[int]], log
     if logits is None:
         return True, "not compared: OUT gave no logits", None
     if inexact(out):
-        return True, "not compared: packing rounded weights to int8", None
+        return True, "not compared: its experts were rounded to few bits when it was written", None
     if reason := next((why for kind in reversed(kinds()) if (why := kind.unlike(plan))), ""):
         return True, f"not compared: {reason}", None
     compared = _explicit if plan.condensed or plan.dropped or plan.converted else _masked

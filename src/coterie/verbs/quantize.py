@@ -13,6 +13,7 @@ from coterie.edits.execution import Io, Request, Writing, execute
 from coterie.model.layer import Model
 from coterie.options import ModelPath, OutPath, public
 from coterie.pages.terminal import show_report as show
+from coterie.storage.folders import existing
 from coterie.storage.record import Progress, Report, no_progress
 
 __all__ = ["quantize", "show"]
@@ -48,5 +49,5 @@ def quantize(
         on_progress=on_progress,
     )  # fmt: skip
     source = Model.open(model)
-    decision = decided(source, quantising)
+    decision = decided(source, quantising, existing(Path(out).parent), on_progress)
     return execute(source, decision, request, prepare=prepared(source, quantising, decision.plan, request))

@@ -1,8 +1,11 @@
-"""Routed experts in few bits, as compressed-tensors' format `pack-quantized` has them: transformers and vLLM read it.
+"""Routed experts in few bits: of one width for all, in compressed-tensors' format `pack-quantized`, which transformers
+and vLLM read; or of a width each, in our own (`codecs/integers.py`), where 0 bits stand for an expert that gives
+nothing.
 
     plan: {"layers": {"0": {"bits": 4}}, "quantized": {"format": ..., "group_size": 64, "method": "search"}}
+          {"layers": {"0": {"bits": [3, 0, 2, 4]}}, ...}    by expert, in our own format alone
 
-A matrix NAME.weight (O, I) becomes tensors in its place, codes q being stored as q + 2^(b-1):
+In the former, a matrix NAME.weight (O, I) becomes tensors in its place, codes q being stored as q + 2^(b-1):
 
     NAME.weight_packed  I32 (O, I b / 32)     a row's codes end to end, from the lowest bit of its first word on
     NAME.weight_scale   (O, I / group)        of the matrix's own dtype
@@ -22,6 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from coterie.codecs.integers import CODEC as INTEGERS
+from coterie.codecs.integers import Arrangement
+from coterie.codecs.open import opened
 from coterie.edits.plan import Keys, Kind, Outputs, Plan, Verified, Written
 from coterie.errors import CoterieError
 from coterie.methods import quantize as methods
@@ -36,7 +42,11 @@ from coterie.storage.record import object_at, record_of
 from coterie.storage.shards import Hole, Output, computed
 
 FORMAT = "compressed-tensors"
+OWN = "coterie"
+FORMATS = (FORMAT, OWN)
+PARTS_OF = {FORMAT: ("_packed", "_scale"), OWN: (".codes", ".scales", ".widths")}  # a checksum is of the first two
 WIDTHS = (2, 3, 4, 8)
+Bits = int | list[int]  # of a layer's experts: of all, or of each
 GROUPS = (128, 64, 32)
 MOST_FAULTS = 5  # that are named
 MOST_CHANGED = 1.0  # of a matrix's norm: how far rounding may move it before it is called damage
@@ -54,9 +64,19 @@ class Scheme:
 
 def read_bits(at: str, value: Any) -> dict[str, object]:
     found = value["bits"]
-    if type(found) is not int or found not in WIDTHS:
-        raise CoterieError(f"{at}: `bits` must be one of {', '.join(map(str, WIDTHS))}, found {found!r:.60}")
+    each = found if isinstance(found, list) and found else [found]
+    known = (0, *WIDTHS) if isinstance(found, list) else WIDTHS
+    if any(type(bits) is not int or bits not in known for bits in each):
+        raise CoterieError(
+            f"{at}: `bits` must be one of {', '.join(map(str, WIDTHS))}, or a list of those and 0, one for each "
+            f"expert; found {found!r:.60}"
+        )
     return {"bits": found}
+
+
+def width_of(bits: Bits, e: int) -> int:
+    """How many bits expert e of a layer gets."""
+    return bits if isinstance(bits, int) else bits[e]
 
 
 def read_scheme(where: str, content: Any) -> dict[str, object]:
@@ -69,10 +89,10 @@ def read_scheme(where: str, content: Any) -> dict[str, object]:
         raise CoterieError(
             f"{where}: `quantized` must have format, group_size and method, found {found!r:.120}"
         ) from None
-    known = scheme.format == FORMAT and scheme.group_size in GROUPS and scheme.method in methods.names()
+    known = scheme.format in FORMATS and scheme.group_size in GROUPS and scheme.method in methods.names()
     if type(scheme.from_data) is not bool or not known:
         raise CoterieError(
-            f"{where}: `quantized` is {found!r:.120}; expected the format {FORMAT}, groups of "
+            f"{where}: `quantized` is {found!r:.120}; expected the format {' or '.join(FORMATS)}, groups of "
             f"{', '.join(map(str, GROUPS))} and a method among {', '.join(methods.names())}"
         )
     return {"quantized": scheme}
@@ -88,22 +108,35 @@ def check(model: Model, plan: Plan) -> None:
         raise CoterieError("plan: `bits` of layers and `quantized` belong together; one of them is missing")
     if plan.choices or plan.condensed or plan.dropped or plan.converted or plan.sparsity:
         raise CoterieError("plan: `bits` exclude other changes; apply one plan after the other")
-    keys = [block.key for block in quantised_blocks(model)]
-    if set(bits) != set(keys) or len(set(bits.values())) != 1:
-        raise CoterieError(
-            f"plan: {FORMAT} knows one width for the experts of all layers ({', '.join(keys)}), found {bits!r:.160}"
-        )
+    _check_widths(quantised_blocks(model), bits, scheme)
     if model.checkpoint.config.get("quantization_config"):
         raise CoterieError(f"{where}: is quantised already; expected plain floats: dequantise it first")
     if is_own(model.checkpoint.config):
-        raise CoterieError(f"{where}: is in our own layout, which {FORMAT} cannot say; quantise it before")
+        raise CoterieError(f"{where}: is in our own layout, which no format of few bits can say; quantise it before")
     for block in quantised_blocks(model):
         if not block.experts or block.layout.lists or block.unused:
             kept = "identity experts among the others" if block.unused else "all experts in one tensor, or in lists"
             raise CoterieError(
-                f"{where}: {block.name} keeps {kept}; {FORMAT} wants matrices under each expert's number"
+                f"{where}: {block.name} keeps {kept}; {scheme.format} wants matrices under each expert's number"
             )
         check_group(model.checkpoint, block, scheme.group_size)
+
+
+def _check_widths(blocks: list[MoE], bits: dict[str, Bits], scheme: Scheme) -> None:
+    """Raises: CoterieError unless every layer has a width, or one for each of its experts, that the format can say."""
+    keys = [block.key for block in blocks]
+    if set(bits) != set(keys):
+        raise CoterieError(f"plan: `bits` must be given of the layers {', '.join(keys)}, found {bits!r:.160}")
+    if scheme.format == FORMAT and (len({*map(str, bits.values())}) != 1 or isinstance(bits[keys[0]], list)):
+        raise CoterieError(
+            f"plan: {FORMAT} knows one width for the experts of all layers ({', '.join(keys)}), found {bits!r:.160}"
+        )
+    for block in blocks:
+        found = bits[block.key]
+        if isinstance(found, list) and len(found) != block.num_experts:
+            raise CoterieError(
+                f"plan: layer {block.key!r} has `bits` of {len(found)} experts, expected {block.num_experts}"
+            )
 
 
 def check_group(checkpoint: Checkpoint, block: MoE, group_size: int) -> None:
@@ -132,17 +165,22 @@ def outputs(model: Model, plan: Plan, made: Outputs) -> Outputs:
     """Nothing, or each matrix's parts: computed when their turn comes, or holes where they are made from data."""
     bits, scheme, result = plan.at("bits"), plan.at("quantized"), Outputs()
     for block in quantised_blocks(model) if bits else ():
-        for matrix in (m for e in range(block.num_experts) for m in expert_storage(model.checkpoint, block, e)):
-            levels = levels_of(matrix, bits[block.key], scheme.group_size)
-            rule = "search" if methods.load(scheme.method).NEEDS == "hessian" else scheme.method  # layers without data
-            make = None if scheme.from_data and not block.mtp else partial(_quantised, rule, levels)
-            result[matrix.name] = tuple(_parts(matrix, levels, make))
+        rule = "search" if methods.load(scheme.method).NEEDS == "hessian" else scheme.method  # layers without data
+        for e in range(block.num_experts):
+            width = width_of(bits[block.key], e)
+            for matrix in expert_storage(model.checkpoint, block, e):
+                levels = levels_of(matrix, width, scheme.group_size)
+                make = None if scheme.from_data and not block.mtp and width else partial(_quantised, rule, levels)
+                result[matrix.name] = tuple((_parts if scheme.format == FORMAT else _own_parts)(matrix, levels, make))
     return result
 
 
 def _quantised(method: str, levels: Levels, matrix: Coded) -> Quantised:
     weight = matrix.rows(0)
     check_finite(matrix.name, weight)
+    if not levels.bits:
+        groups = weight.shape[1] // levels.group
+        return Quantised(levels, np.zeros(weight.shape, np.int8), np.zeros((len(weight), groups), np.float32))
     found: Quantised = methods.load(method).quantise(weight, levels, None)
     return found
 
@@ -170,6 +208,38 @@ def _parts(matrix: Coded, levels: Levels, make: Callable[[Coded], Quantised] | N
     yield computed(f"{stem}weight_shape", "I64", (2,), np.array([rows, columns], "<i8").tobytes)
 
 
+def _own_parts(matrix: Coded, levels: Levels, make: Callable[[Coded], Quantised] | None) -> Iterator[Output]:
+    """The same in our own format. make: None where they are holes."""
+    layout = Arrangement(matrix.shape, levels.group, levels.scale_dtype, (levels.bits,))
+    latest = lru_cache(maxsize=1)(lambda: dict(own_encoded(make(matrix), matrix.name)) if make else {})
+
+    def raw(name: str) -> bytes:
+        return latest()[name]
+
+    for part, (dtype, shape) in layout.parts.items():
+        name = matrix.name + part
+        output = computed(name, dtype, shape, partial(raw, name))
+        yield output if make else Output(name, dtype, shape, (Hole(output.num_bytes),))
+
+
+def own_encoded(found: Quantised, name: str) -> Iterator[tuple[str, bytes]]:
+    """(tensor, bytes) of a matrix called `name` in our own format: codes, scales, and the header that has their
+    checksum; of no bits: nothing but the header."""
+    levels, codes, scales = found.levels, b"", b""
+    if levels.bits:
+        codes = packed((found.codes.astype(np.int16) - levels.lowest), levels.bits).tobytes()
+        scales = encode(found.scales, levels.scale_dtype, f"{name}.scales")
+    layout = Arrangement(found.codes.shape, levels.group, levels.scale_dtype, (levels.bits,))
+    yield f"{name}.codes", codes
+    yield f"{name}.scales", scales
+    yield f"{name}.widths", layout.header([checksum([codes, scales])])
+
+
+def encoder(scheme: Scheme) -> Callable[[Quantised, str], Iterator[tuple[str, bytes]]]:
+    """What writes a matrix, by its whole name, in the plan's format."""
+    return own_encoded if scheme.format == OWN else lambda found, name: encoded(found, name.removesuffix("weight"))
+
+
 def encoded(found: Quantised, stem: str) -> Iterator[tuple[str, bytes]]:
     """(tensor, bytes) of a matrix in few bits: its codes and its scales. stem: its name without "weight"."""
     levels = found.levels
@@ -185,6 +255,9 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
     if not plan.at("bits"):
         return
     bits, scheme = next(iter(plan.at("bits").values())), plan.at("quantized")
+    if scheme.format == OWN:
+        config["quantization_config"] = dict(INTEGERS.settings)
+        return
     names = sorted({part for block in quantised_blocks(model) for part in block.layout.parts})
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": scheme.group_size}
     group = {
@@ -208,13 +281,16 @@ def patch(config: dict[str, Any], model: Model, plan: Plan) -> None:
 def correct(model: Model, plan: Plan, counts: dict[str, int]) -> None:
     """A weight counts as one whatever its bits, and words and scales as none."""
     bits, scheme = plan.at("bits"), plan.at("quantized")
+    header = 5 if scheme and scheme.format == OWN else 2  # numbers that say a matrix's shape
     for block in quantised_blocks(model) if bits else ():
         for rows, columns in expert_shapes(model.checkpoint, block).values():
-            number = block.num_experts * rows * columns
-            stored = block.num_experts * rows * (columns * bits[block.key] // 32 + columns // scheme.group_size)
-            counts["experts"] += number
-            counts["linears"] += number - stored
-            counts["all"] += number - stored - 2 * block.num_experts
+            for e in range(block.num_experts):
+                width = width_of(bits[block.key], e)
+                groups = columns // scheme.group_size if width else 0
+                stored = rows * (columns * width // 32 + groups)
+                counts["experts"] += rows * columns
+                counts["linears"] += rows * columns - stored
+                counts["all"] += rows * columns - stored - header
 
 
 # --- verify ------------------------------------------------------------------------------------------------------
@@ -226,17 +302,18 @@ def verify(written: Written, source: Model, plan: Plan) -> Verified:
     if not bits or not scheme.from_data:
         return Verified()
     recorded = object_at(record_of(written.checkpoint.path), "report", "checksums")
-    tensors, faults = set[str](), list[str]()
-    for block, ours in zip(source.main, find_blocks(written.checkpoint, source.family).main, strict=True):
+    tensors, faults, view = set[str](), list[str](), opened(written.checkpoint)
+    for block, ours in zip(source.main, find_blocks(view, source.family).main, strict=True):
         sums = recorded.get(block.key)
         for e in range(block.num_experts):
             where, raw = f"{block.name}, expert {e}", list[bytes]()
             theirs = expert_storage(source.checkpoint, block, e)
-            for found, matrix in zip(expert_storage(written.checkpoint, ours, e), theirs, strict=True):
-                names = [f"{matrix.name}{part}" for part in ("_packed", "_scale")]
+            for found, matrix in zip(expert_storage(view, ours, e), theirs, strict=True):
+                width = width_of(bits[block.key], e)
+                names = [matrix.name + part for part in PARTS_OF[scheme.format]]
                 tensors.update(names)
-                raw += [written.checkpoint.raw(name) for name in names]
-                weight = matrix.rows(0)
+                raw += [written.checkpoint.raw(name) for name in names[:2]]
+                weight = matrix.rows(0) if width else np.zeros(matrix.shape, np.float32)
                 changed = float(np.linalg.norm(found.rows(0) - weight)) / (float(np.linalg.norm(weight)) or 1.0)
                 if not changed <= MOST_CHANGED:
                     faults.append(f"{where}: {matrix.name} is {changed:.1f} times its norm away from the original's")
