@@ -38,6 +38,20 @@ WAYS: dict[str, dict[str, Any]] = {
 } | {f"gptq, seed {seed}": {"method": "gptq", "seed": seed, **DATA} for seed in SEEDS}
 
 
+GPTQ = {"method": "gptq", **DATA}
+MIXED: dict[str, dict[str, Any]] = {  # all by gptq, in our own format
+    "3 bits for all": {"bits": 3, "format": "coterie"},
+    "2 bits for all": {"bits": 2, "format": "coterie"},
+    "2.5 on average, measured": {"average": 2.5},
+    "2.5 on average, by frequency": {"average": 2.5, "allocate": "frequency"},
+    "2.5 on average, at random, seed 0": {"average": 2.5, "allocate": "random"},
+    "2.5 on average, at random, seed 1": {"average": 2.5, "allocate": "random", "seed": 1},
+    "2.5 on average, a width for each layer": {"average": 2.5, "per": "layer"},
+    "3 on average, measured": {"average": 3.0},
+    "2 on average, measured": {"average": 2.0},
+}
+
+
 class Judge:
     """The stock model in float32, whose experts are replaced by those of one result after the other."""
 
@@ -108,6 +122,44 @@ def rows(home: Path, num_problems: int) -> list[dict[str, Any]]:
     return done
 
 
+def mixed_rows(home: Path, num_problems: int) -> list[dict[str, Any]]:
+    """One row a mix of widths; those in the file are not made again."""
+    home.mkdir(parents=True, exist_ok=True)
+    file, judge = home / "mixed.jsonl", Judge(num_problems, home)
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for name, options in MIXED.items():
+        if any(row["name"] == name for row in done):
+            continue
+        report = coterie.quantize(MODEL, home / "out", overwrite=True, **GPTQ | options).report
+        judge.hold(home / "out")
+        found, share = judge.divergence(), report["after"]["bytes"] / report["before"]["bytes"]
+        items = report.get("widths", {}).get("items", {})
+        done.append({
+            "name": name, "bytes": share, "kl": sum(found.values()) / len(found), "items": items,
+            "exact": judge.exact_match(),
+        })  # fmt: skip
+        with file.open("a") as lines:
+            lines.write(json.dumps(done[-1]) + "\n")
+        print(done[-1], flush=True)
+    return done
+
+
+def mixed_table(found: list[dict[str, Any]]) -> str:
+    """With each row's KL over that on the line between 2 and 3 bits for all, at its bytes."""
+    three, two = (next(row for row in found if row["name"] == f"{n} bits for all") for n in (3, 2))
+    lines = []
+    for row in found:
+        at = (row["bytes"] - two["bytes"]) / (three["bytes"] - two["bytes"])
+        line, exact = two["kl"] + at * (three["kl"] - two["kl"]), row["exact"]
+        widths = ", ".join(f"{count} at {width}" for width, count in row["items"].items() if count)
+        lines.append([
+            row["name"], f"{row['bytes']:.3f}", f"{row['kl']:.4f}", f"{row['kl'] / line:.2f}" if line > 0 else "",
+            f"{100 * exact['value']:.0f} % [{100 * exact['low']:.0f}, {100 * exact['high']:.0f}]", widths,
+        ])  # fmt: skip
+    head = ["experts, gptq", "bytes of all", "KL", "of the line's", "exact match", "items by width"]
+    return markdown(head, lines)
+
+
 def table(found: list[dict[str, Any]]) -> str:
     head = ["experts", "bytes of all", "KL", "of rounding's", *DOMAINS, "exact match", "seconds"]
     plain = {row["bits"]: row["kl"] for row in found if row["name"].endswith("round")}
@@ -129,8 +181,12 @@ if __name__ == "__main__":
     parser.add_argument("--home", type=Path, default=Path("build/bits"))
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--write", type=Path, nargs="?", const=PAGE)
+    parser.add_argument("--mixed", action="store_true", help="widths that differ, beside one width for all")
     asked = parser.parse_args()
-    shown = table(rows(asked.home, asked.problems))
+    if asked.mixed:
+        mark, shown = "bits-mixed", mixed_table(mixed_rows(asked.home, asked.problems))
+    else:
+        mark, shown = "bits", table(rows(asked.home, asked.problems))
     print(shown)
     if asked.write:
-        write_between(asked.write, "bits", shown)
+        write_between(asked.write, mark, shown)

@@ -128,7 +128,7 @@ def condensed(name: str, family: Family) -> str:
 
 
 STUB = FOLDER.parent / "src" / "coterie" / "__init__.pyi"
-OTHERS = ("Checkpoint", "CoterieError", "Family", "Plan", "Report", "load")
+OTHERS = ("Checkpoint", "CoterieError", "Family", "Plan", "Report", "load", "read_expert")
 
 
 def stub() -> str:

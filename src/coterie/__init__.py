@@ -24,6 +24,7 @@ _HOMES = {
     "Plan": "coterie.edits.plan",
     "Report": "coterie.storage.record",
     "load": "coterie.model.loading",
+    "read_expert": "coterie.model.read",
 } | {name: f"coterie.verbs.{file.stem}" for name, file in VERBS.items()}
 __all__ = [*sorted(_HOMES), "__version__"]
 __version__ = "0.1.0"

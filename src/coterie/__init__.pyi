@@ -12,6 +12,7 @@ from coterie.model.family import Family as Family
 from coterie.edits.plan import Plan as Plan
 from coterie.storage.record import Report as Report
 from coterie.model.loading import load as load
+from coterie.model.read import read_expert as read_expert
 
 VERBS: dict[str, pathlib.Path]
 __version__: str
@@ -123,6 +124,10 @@ def quantize(
     out: str | pathlib.Path,
     *,
     bits: int = ...,
+    average: float | None = ...,
+    per: str = ...,
+    allocate: str = ...,
+    format: str | None = ...,
     method: str | None = ...,
     group_size: int | None = ...,
     data: Any = ...,

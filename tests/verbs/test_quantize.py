@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import coterie
 import tiny
 from coterie.errors import CoterieError
 from coterie.methods.levels import Levels
@@ -248,8 +249,6 @@ def test_experts_of_mixed_widths_are_what_their_rule_gives(source, data, tmp_pat
     assert verify(tmp_path / "out", against=source)["ok"]
     import torch
 
-    import coterie
-
     model = coterie.load(tmp_path / "out")
     stats = tmp_path / "x.stats"
     collect(tmp_path / "out", stats, data=data, samples=4)
@@ -326,3 +325,29 @@ def test_mixed_widths_that_make_no_sense_are_refused(source, tmp_path, options, 
     with pytest.raises(CoterieError, match=says):
         quantize(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_of_no_bits_reads_as_zeros(source, data, tmp_path):
+    """`read_expert` gives what the codec decodes to."""
+    report = quantize(source, tmp_path / "out", average=1, method="round", data=data, samples=8)
+    layer, bits = next((k, v["bits"]) for k, v in report.plan["layers"].items() if 0 in v["bits"] and max(v["bits"]))
+    for e in (bits.index(0), bits.index(max(bits))):
+        matrices = coterie.read_expert(tmp_path / "out", layer, e)
+        assert [m.shape for m in matrices] == [(32, 64), (32, 64), (64, 32)]
+        assert all(m.any() == (bits[e] > 0) for m in matrices)
+
+
+def test_a_killed_run_of_mixed_widths_goes_on(source, data, tmp_path):
+    """To the same bytes, whatever layer it was stopped at."""
+    asked = {"average": 2.5, "method": "gptq", "data": data, "samples": 8}
+    quantize(source, tmp_path / "whole", **asked)
+
+    def stop(stage, done, total):
+        if stage == "quantising layers" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", on_progress=stop, **asked)
+    quantize(source, tmp_path / "out", resume=True, **asked)
+    whole, out = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert whole.read_bytes() == out.read_bytes()

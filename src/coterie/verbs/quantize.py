@@ -33,6 +33,11 @@ def quantize(
     one scale s, of the matrix's own dtype, for `group_size` neighbouring weights of a row.
 
     bits: 8, 4, 3 or 2; two-bit scales may be negative, so that the fourth level is on the side where it serves.
+    average, per, allocate: instead, the mean bits of codes over all experts' weights, scales left out; each expert gets
+    0 (dropped: its router row stays), 2, 3, 4 or 8, or each layer 2 to 8, by what those were measured to cost on data
+    (`decide/widths.py`), or by the controls frequency and random.
+    format: compressed-tensors, which transformers and vLLM read, or coterie (`codecs/integers.py`), which alone can say
+    widths that differ.
     method: round (scales reach the largest weight), search (scales of the least squared error, weighted by the mean
     square of what a weight multiplies where there are data), or gptq (weights still to be rounded make up for the
     errors of those before; needs data).
