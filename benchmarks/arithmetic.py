@@ -1,6 +1,6 @@
 """`python benchmarks/arithmetic.py`: what `--dtype auto` computes in on this processor, and what that costs or gains.
 
-Five commands on the shipped model, whose weights are bfloat16, in float32, bfloat16 and auto in turns, a few times each;
+Five commands on the shipped model, whose weights are bfloat16, in float32, bfloat16 and auto in turns, a few times;
 the fastest of each counts, since others only make a run slower. `--write docs/results.md` replaces this processor's
 rows and keeps those of others.
 """
