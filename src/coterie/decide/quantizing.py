@@ -89,7 +89,8 @@ class Quantising:
 
     def record(self) -> dict[str, Any]:
         """The options as spelled on the command line."""
-        return flat(self) | {"method": self.rule, "data": self.calibration.named}
+        mixed = {"bits": None} if self.average is not None else {"per": None, "allocate": None}
+        return flat(self) | mixed | {"method": self.rule, "data": self.calibration.named}
 
 
 def check_options(options: Quantising) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ SHARES: Mapping[str, Mapping[str, float]] = {
     "sparsify": {
         "writing": 0.20, "measuring outliers": 0.30, "pruning layers": 0.70, "counting zeros": 0.02, "packing": 0.06,
     },
-    "quantize": {"writing": 0.02, "quantising layers": 0.98},
+    "quantize": {"measuring widths": 0.4, "writing": 0.02, "quantising layers": 0.98},
     "merge": {"measuring layers": 0.97, "writing": 0.03},
     "condense": {"measuring layers": 0.57, "searching layers": 0.26, "fitting layers": 0.13, "writing": 0.04},
     "recover": {

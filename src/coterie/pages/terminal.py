@@ -45,6 +45,9 @@ def show_report(report: Report, asked: Asked) -> Iterator[str]:
     if packed:
         sizes = f"{packed['before']:,} -> {packed['after']:,}"
         rows.append(("packed", f"{packed['tensors']:,} matrices: {sizes} bytes in all"))
+    if widths := found.get("widths"):
+        counts = ", ".join(f"{count:,} of {width} bits" for width, count in widths["items"].items() if count)
+        rows.append((f"{asked.get('per', 'expert')}s by width", counts))
     rows += [
         ("experts per layer", f"{before['experts']} -> {after['experts']}"),
         ("experts' weights removed or zero", f"{100 * found['sparsity']['experts']:.2f} %{_share_asked(report)}"),

@@ -53,7 +53,8 @@ def card(folder: Path, report: Report, config: Mapping[str, Any], measured: str 
     named = f"[{origin}](https://huggingface.co/{origin.partition('@')[0]})" if is_hub_id(origin) else folder.name
     revision = f", revision `{r}`" if (r := report.source.get("revision")) else ""
     commands = "\n".join([*chain(folder), typed(report.command, public(report.options))])
-    again = "The commands above repeat them" if zeros else "`coterie apply MODEL coterie.json OUT` repeats them"
+    from_data = zeros or report.report.get("checksums")  # which a plan alone does not repeat
+    again = "The commands above repeat them" if from_data else "`coterie apply MODEL coterie.json OUT` repeats them"
     return f"""---
 {yaml.safe_dump(front_matter(folder, report, config), sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -175,13 +176,19 @@ def sentence(report: Report) -> str:
             f"{share:.1f} % of the routed experts' weights are gone: redundant experts, then single weights."
         ),
         "sparsify": lambda: f"{share:.1f} % of the routed experts' weights are zero, chosen{method}.",
-        "quantize": lambda: f"The routed experts have {options.get('bits')} bits a weight{method}.",
+        "quantize": lambda: f"The routed experts have {_bits(options)} a weight{method}.",
         "condense": lambda: f"The MoE layers {_listed(layers, 'condensed')} became small dense ones.",
         "drop": lambda: "Whole layers were dropped.",
         "recover": lambda: "The condensed layers were fine-tuned, and nothing else.",
         "unpack": lambda: "The weights are stored as plain numbers again.",
     }
     return said.get(report.command, lambda: f"{experts}.")()
+
+
+def _bits(options: Mapping[str, Any]) -> str:
+    if options.get("average") is None:
+        return f"{options.get('bits')} bits"
+    return f"{options['average']:g} bits on average, each {options.get('per')} as many as it needs,"
 
 
 def _listed(layers: Mapping[str, Any], part: str) -> str:
