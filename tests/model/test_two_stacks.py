@@ -60,7 +60,8 @@ def test_the_second_stack_is_named_before_its_layer(tiny_checkpoint):
 
 @every_spelling
 def test_both_stacks_are_cut_each_by_its_own_router(tiny_checkpoint, tmp_path, fused):
-    """Text and image tokens compute, bit for bit, what they do in the original with the experts masked."""
+    """Text and image tokens compute what they do in the original with the experts masked: to the rounding of a softmax,
+    which some processors sum in another order over six experts than over eight of which two give zero."""
     source = tiny_checkpoint(TYPE, fused)
     kept = pruned(source, tmp_path / "out")
     assert kept["1"].kept != kept["vision.1"].kept
@@ -73,7 +74,7 @@ def test_both_stacks_are_cut_each_by_its_own_router(tiny_checkpoint, tmp_path, f
     with routing:
         expected = states(whole)
     assert all(routing.hits.values())
-    assert torch.equal(states(loaded(tmp_path / "out")), expected)
+    assert torch.allclose(states(loaded(tmp_path / "out")), expected, rtol=0, atol=2e-6)
     assert not torch.allclose(states(loaded(source)), expected, atol=1e-3)
     assert verify(tmp_path / "out", against=source)["ok"]
 

@@ -350,7 +350,7 @@ def test_a_disk_that_fills_up_for_real(model, tmp_path):
     )
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-B", "-c", code, str(model), str(out)], capture_output=True, text=True)
-    assert "cannot be written (File too large); free some space and add --resume" in done.stdout, done.stderr
+    assert "cannot be written (File too large); free some space and add resume=True" in done.stdout, done.stderr
     assert not out.exists()
 
 

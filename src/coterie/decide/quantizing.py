@@ -46,16 +46,17 @@ class Quantising:
     method: None: gptq where there are data, else search. group_size: None: the largest that divides all rows.
     """
 
-    bits: Annotated[int, Help(f"Of each expert weight: {', '.join(map(str, WIDTHS))}.")] = 4
+    bits: Annotated[int | None, Help(f"Of each expert weight: {', '.join(map(str, WIDTHS))} [default: 4].")] = None
     average: Annotated[
         float | None, Help("Mean bits of codes over all experts, instead of --bits: each gets what it needs.")
     ] = None
-    per: Annotated[str, Help("With --average, what has a width of its own: expert (0 bits: dropped) or layer.")] = (
-        "expert"
-    )
+    per: Annotated[
+        str | None,
+        Help("With --average, what has a width: expert (0 bits: dropped) or layer [default: expert]."),
+    ] = None
     allocate: Annotated[
-        str, Help(f"With --average, by what: {', '.join(ALLOCATIONS)}; the latter two are controls.")
-    ] = "measured"
+        str | None, Help(f"With --average, by what: {', '.join(ALLOCATIONS)} (controls, but the first, the default).")
+    ] = None
     format: Annotated[str | None, Help(f"{' or '.join(FORMATS)} [default: the former for one width, else ours].")] = (
         None
     )
@@ -67,6 +68,19 @@ class Quantising:
     ] = None
     calibration: Annotated[Calibration, {"data": replace(DATA, default=None)}] = field(default_factory=Calibration)
     dtype: Dtype = "auto"
+
+    @property
+    def width(self) -> int:
+        """Of all experts, where no mean is given."""
+        return self.bits or 4
+
+    @property
+    def item(self) -> str:
+        return self.per or PER[0]
+
+    @property
+    def by(self) -> str:
+        return self.allocate or ALLOCATIONS[0]
 
     @property
     def rule(self) -> str:
@@ -89,18 +103,18 @@ class Quantising:
 
     def record(self) -> dict[str, Any]:
         """The options as spelled on the command line."""
-        mixed = {"bits": None} if self.average is not None else {"per": None, "allocate": None}
+        mixed = {"per": self.item, "allocate": self.by} if self.average is not None else {"bits": self.width}
         return flat(self) | mixed | {"method": self.rule, "data": self.calibration.named}
 
 
 def check_options(options: Quantising) -> tuple[str, ...]:
     """What to say of options without effect. Raises: CoterieError for values out of range, or data without use."""
-    if options.bits not in WIDTHS:
+    if options.bits not in (None, *WIDTHS):
         raise CoterieError(f"--bits {options.bits}: expected one of {', '.join(map(str, WIDTHS))}")
     if options.group_size not in (None, *GROUPS):
         raise CoterieError(f"--group-size {options.group_size}: expected one of {', '.join(map(str, GROUPS))}")
-    check_choice("--per", options.per, PER)
-    check_choice("--allocate", options.allocate, ALLOCATIONS)
+    check_choice("--per", options.item, PER)
+    check_choice("--allocate", options.by, ALLOCATIONS)
     if options.format is not None:
         check_choice("--format", options.format, FORMATS)
     _check_average(options)
@@ -114,14 +128,13 @@ def check_options(options: Quantising) -> tuple[str, ...]:
 def _check_average(options: Quantising) -> None:
     """Raises: CoterieError for a mean that no widths have, and for options that would be ignored without one."""
     if options.average is None:
-        plain = Quantising()
         for name in ("per", "allocate"):
-            if getattr(options, name) != getattr(plain, name):
+            if getattr(options, name) is not None:
                 raise CoterieError(f"--{name} is of mixed widths and would be ignored; add --average")
         return
-    if options.bits != Quantising().bits:
+    if options.bits is not None:
         raise CoterieError("--bits and --average exclude each other; choose one")
-    least = min(WIDTHS) if options.per == "layer" else 0
+    least = min(WIDTHS) if options.item == "layer" else 0
     if not (options.average > 0 and least <= options.average <= max(WIDTHS)):
         raise CoterieError(f"--average {options.average:g}: expected more than 0 and {least} to {max(WIDTHS)} bits")
     if options.format == FORMAT:
@@ -147,7 +160,7 @@ def decided(
         )
     size = options.group_size or fitting[0]
     scheme = Scheme(options.stored_as, size, options.rule, options.from_data)
-    bits: dict[str, Bits] = {block.key: options.bits for block in quantised_blocks(model)}
+    bits: dict[str, Bits] = {block.key: options.width for block in quantised_blocks(model)}
     findings: dict[str, object] = {}
     if options.average is not None:
         check_plan(model, Plan(layers={}, entries={"bits": bits, "quantized": scheme}))  # before hours of measuring
@@ -175,10 +188,10 @@ def _mixed(
 
     assert options.average is not None
     calibrated = Calibrated(model, options.calibration, options.dtype, spill or Path())
-    known = (0, *WIDTHS) if options.per == "expert" else WIDTHS
+    known = (0, *WIDTHS) if options.item == "expert" else WIDTHS
     costs = widths.measured(calibrated, known, group_size, on_progress)
     seed = options.calibration.seed
-    bits, cost = widths.chosen(model, costs, options.average, per=options.per, allocation=options.allocate, seed=seed)
+    bits, cost = widths.chosen(model, costs, options.average, per=options.item, allocation=options.by, seed=seed)
     each = [b for found in bits.values() for b in (found if isinstance(found, list) else [found])]
     counted_by_width = {str(width): each.count(width) for width in known}
     return bits, {"cost": cost, "items": counted_by_width, **calibrated.measured}, calibrated.notes
