@@ -189,7 +189,7 @@ def _mixed(
     assert options.average is not None
     calibrated = Calibrated(model, options.calibration, options.dtype, spill or Path())
     known = (0, *WIDTHS) if options.item == "expert" else WIDTHS
-    costs = widths.measured(calibrated, known, group_size, on_progress)
+    costs = widths.measured(calibrated, known, group_size, methods.load(options.rule), on_progress)
     seed = options.calibration.seed
     bits, cost = widths.chosen(model, costs, options.average, per=options.item, allocation=options.by, seed=seed)
     each = [b for found in bits.values() for b in (found if isinstance(found, list) else [found])]

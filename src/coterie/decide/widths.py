@@ -2,8 +2,8 @@
 
     D(l, e, b) = sum over the tokens t of expert e of  g_t^2 |f_e(x_t) - f_e^b(x_t)|^2
 
-with g the gate weight, f_e^b the expert at b bits by searched scales, and f_e^0 = 0: dropped, its router row kept. One
-multiplier then decides for all (`methods/allocation.py`). Measured on the activations of the model as it is, while each
+with g the gate weight, f_e^b the expert at b bits by searched scales (of which gptq leaves a known share), and f_e^0 = 0:
+dropped, its router row kept. One multiplier then decides for all (`methods/allocation.py`). Measured on the activations of the model as it is, while each
 expert is in memory; that dropping re-routes nothing and that errors add up are approximations. Importing this module
 imports torch. Axes: E experts, W widths.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -28,12 +29,17 @@ from coterie.model.layer import Model
 from coterie.storage.record import Progress
 
 PARTS = ("up", "down", "gate")  # as `expert_storage` has them
+LEFT = {
+    "hessian": 0.6
+}  # share of the error of searched scales that is left by rules that need so much (docs/results.md)
 
 
 class Costs:
     """D of every layer (E, W), and how many tokens chose each expert (E,), by the layer's key."""
 
-    def __init__(self, calibrated: Calibrated, widths: Sequence[int], group_size: int) -> None:
+    def __init__(self, calibrated: Calibrated, widths: Sequence[int], group_size: int, left: float = 1.0) -> None:
+        """left: the share of these errors that the rule to come leaves; of dropped experts all is."""
+        self.left = left
         self.checkpoint, self.dtype = calibrated.model.checkpoint, calibrated.dtype
         self.widths, self.group_size = widths, group_size
         self.errors: dict[str, np.ndarray] = {}
@@ -75,7 +81,7 @@ class Costs:
                 worse = as_expert(self.checkpoint, block, e, _in_order(low), self.dtype)
                 found = routed.pieces(worse, visitors.rows, visitors.gates)
                 pairs = zip(seen, found, strict=True)
-                errors[e, i] = sum(_energy(piece.weights, piece.y - other.y) for piece, other in pairs)
+                errors[e, i] = self.left * sum(_energy(piece.weights, piece.y - other.y) for piece, other in pairs)
         return total
 
 
@@ -88,9 +94,11 @@ def _energy(weights: torch.Tensor, outputs: torch.Tensor) -> float:
     return float((weights.double().square() * outputs.double().square().sum(1)).sum())
 
 
-def measured(calibrated: Calibrated, widths: Sequence[int], group_size: int, on_progress: Progress) -> Costs:
-    """The costs of every layer: one pass over the data."""
-    costs, stream = Costs(calibrated, widths, group_size), calibrated.stream
+def measured(
+    calibrated: Calibrated, widths: Sequence[int], group_size: int, rule: ModuleType, on_progress: Progress
+) -> Costs:
+    """The costs of every layer, where the rule will round: one pass over the data."""
+    costs, stream = Costs(calibrated, widths, group_size, LEFT.get(rule.NEEDS, 1.0)), calibrated.stream
     batches = calibrated.batches()
     layers = stream.run(batches, costs.walk, 0)
     run = Layerwise(None, calibrated.samples)
