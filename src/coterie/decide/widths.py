@@ -2,10 +2,10 @@
 
     D(l, e, b) = sum over the tokens t of expert e of  g_t^2 |f_e(x_t) - f_e^b(x_t)|^2
 
-with g the gate weight, f_e^b the expert at b bits by searched scales (of which gptq leaves a known share), and f_e^0 = 0:
-dropped, its router row kept. One multiplier then decides for all (`methods/allocation.py`). Measured on the activations of the model as it is, while each
-expert is in memory; that dropping re-routes nothing and that errors add up are approximations. Importing this module
-imports torch. Axes: E experts, W widths.
+with g the gate weight, f_e^b the expert at b bits by searched scales (of whose error gptq leaves a known share), and
+f_e^0 = 0: dropped, its router row kept. One multiplier then decides for all (`methods/allocation.py`). Measured on the
+activations of the model as it is, while each expert is in memory; that dropping re-routes nothing and that errors add
+up are approximations. Importing this module imports torch. Axes: E experts, W widths.
 """
 
 from __future__ import annotations
