@@ -205,7 +205,7 @@ def _mean(model: Model, bits: Mapping[str, Bits], group_size: int) -> float:
         each = [width_of(bits[block.key], e) for e in range(block.num_experts)]
         stored += size * sum(b + 16 / group_size * (b > 0) for b in each)
         number += size * len(each)
-    return stored / number
+    return stored / (number or 1)  # none are known of what cannot be read, which the plan's check refuses
 
 
 def _bits_of_all(model: Model, mean: float) -> float:
