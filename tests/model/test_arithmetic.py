@@ -115,3 +115,15 @@ def test_a_run_that_is_resumed_in_another_type_is_refused(halves, tmp_path):
         collected(halves, tmp_path / "stats", on_progress=stop, dtype="float32")
     with pytest.raises(CoterieError, match="another source, plan or option"):
         collected(halves, tmp_path / "stats", resume=True, dtype="bfloat16")
+
+
+def test_packed_weights_follow_like_plain_ones(tiny_checkpoint, tmp_path, monkeypatch):
+    """What stays packed in memory is multiplied in float32 where the stored type is slow; the packed bytes stay."""
+    source = tiny_checkpoint("qwen3_moe")
+    coterie.sparsify(source, tmp_path / "zeros", method="magnitude", sparsity=0.5)
+    coterie.pack(tmp_path / "zeros", tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    for computed in ("float32", "bfloat16"):
+        monkeypatch.setattr("coterie.model.loading.fast", lambda name, computed=computed: computed)
+        assert next(coterie.load(tmp_path / "packed").parameters()).dtype == getattr(torch, computed)

@@ -114,12 +114,13 @@ def load(path: str | Path, *, dtype: str = "auto") -> Any:
 
 
 def _fast(checkpoint: Checkpoint) -> str:
-    """ "float32" for plain weights in a type that this processor has no arithmetic for, as far as memory goes; else
-    "auto"."""
+    """ "float32" for weights, plain or packed, in a type that this processor has no arithmetic for, as far as memory
+    goes; else "auto"."""
     said = {str(value) for _, _, value in lookup(checkpoint.config, ("dtype", "torch_dtype")) if value is not None}
-    packed = any(settings is not None for _, _, settings in lookup(checkpoint.config, ("quantization_config",)))
+    coded = any(settings is not None for _, _, settings in lookup(checkpoint.config, ("quantization_config",)))
+    theirs = coded and not stays_packed(checkpoint)  # transformers computes with those in a way of its own
     slow = next((name for name in sorted(said) if fast(name) != name), None)
-    if slow is None or packed:
+    if slow is None or theirs:
         return "auto"
     if short := memory_short(4 * checkpoint.num_parameters):
         logger.warning("%s: computed in %s, which is slow here: float32 %s", checkpoint.path, slow, short)
